@@ -1,0 +1,1 @@
+"""A Stable-Diffusion-compatible latent diffusion package in plain torch."""

@@ -1,0 +1,112 @@
+"""Sprites of the small world: openly licensed emoji artwork from two registry packages.
+
+Fluent 3D emoji (Microsoft, MIT; npm @lobehub/fluent-emoji-3d) and Noto emoji (Google, Apache-2.0;
+npm emoji-datasource-google). `scripts/fetch_artwork.sh` puts both into a folder. They are needed
+only to pretrain the embedded model, never to use it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldm.errors import UserError
+
+NOUNS = {
+    "dog": "1f436",
+    "cat": "1f431",
+    "rabbit": "1f430",
+    "penguin": "1f427",
+    "frog": "1f438",
+    "lion": "1f981",
+    "panda": "1f43c",
+    "fox": "1f98a",
+    "owl": "1f989",
+    "fish": "1f41f",
+    "turtle": "1f422",
+    "octopus": "1f419",
+    "elephant": "1f418",
+    "car": "1f697",
+    "bus": "1f68c",
+    "airplane": "2708-fe0f",
+    "boat": "26f5",
+    "rocket": "1f680",
+    "house": "1f3e0",
+    "apple": "1f34e",
+    "strawberry": "1f353",
+    "mushroom": "1f344",
+    "robot": "1f916",
+    "teapot": "1fad6",
+}
+"""Noun -> file name of its picture in both packages (the emoji's code points)."""
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 215, 50),
+    "green": (60, 175, 70),
+    "blue": (50, 100, 225),
+    "purple": (145, 70, 200),
+    "pink": (250, 130, 190),
+    "white": (245, 245, 245),
+    "black": (45, 45, 50),
+    "brown": (140, 90, 50),
+}
+"""Colour word -> sRGB of its middle tone."""
+
+SPRITE_SIZE = 128  # pixels, the longer side of a sprite as it is kept in memory
+
+
+@dataclass(frozen=True)
+class Artwork:
+    """All sprites: noun -> its depictions, each an RGBA picture cropped to its content."""
+
+    sprites: dict[str, list[Image.Image]]
+
+
+def load_artwork(folder: str | Path) -> Artwork:
+    """Read the sprites of every noun.
+
+    Args:
+        folder: where `scripts/fetch_artwork.sh` put the packages (`fluent/`, `noto/`).
+
+    Raises:
+        UserError: a package is not there.
+    """
+    folder = Path(folder)
+    sprites = {}
+    for noun, code in NOUNS.items():
+        files = [folder / "fluent/assets" / f"{code}.webp", folder / "noto/img/google/64" / f"{code}.png"]
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"no artwork {file}: run 'bash scripts/fetch_artwork.sh {folder}' first (needs npm)")
+        sprites[noun] = [load_sprite(file) for file in files]
+    return Artwork(sprites)
+
+
+def load_sprite(file: str | Path) -> Image.Image:
+    """Return an RGBA picture cropped to its content, its longer side SPRITE_SIZE pixels."""
+    sprite = Image.open(file).convert("RGBA")
+    sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
+    scale = SPRITE_SIZE / max(sprite.size)
+    return sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
+
+
+def colourise(sprite: Image.Image, colour: tuple[int, int, int] | np.ndarray, strength: float = 0.8) -> Image.Image:
+    """Tint an RGBA sprite: dark stays dark, light stays light, the middle takes the colour.
+
+    Args:
+        colour: sRGB, or an array (h, w, 3) that gives every pixel its own, for patterns.
+        strength: 0 leaves the sprite as it is, 1 keeps nothing of its own hue.
+    """
+    rgba = np.asarray(sprite, dtype=np.float32)
+    rgb, colour = rgba[..., :3], np.broadcast_to(np.asarray(colour, dtype=np.float32), rgba[..., :3].shape)
+    # Stretch the luminance to the full range, so that every sprite keeps its drawing.
+    luminance = rgb @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    low, high = np.percentile(luminance[rgba[..., 3] > 128], [3, 97])
+    level = np.clip((luminance - low) / max(high - low, 1), 0, 1)[..., None]
+    # Black -> colour -> white, the colour itself at 60 % brightness.
+    tinted = np.where(level < 0.6, colour * (0.25 + 0.75 * level / 0.6), colour + (255 - colour) * (level - 0.6) / 0.5)
+    out = rgb + strength * (np.clip(tinted, 0, 255) - rgb)
+    return Image.fromarray(np.dstack([out, rgba[..., 3:]]).clip(0, 255).astype(np.uint8), "RGBA")

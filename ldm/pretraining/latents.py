@@ -1,0 +1,35 @@
+"""The world's latents, encoded once."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.autoencoder import AutoencoderKL
+
+
+@torch.inference_mode()
+def encoded_world(autoencoder: AutoencoderKL, pictures: np.ndarray, file: Path, device: torch.device) -> Tensor:
+    """Return the posterior moments (n, 2 c, h, w) fp16 of pictures (n, H, W, 3) uint8, cached in `file`.
+
+    Means and log-variances are concatenated along the channels.
+    """
+    if file.is_file():
+        return torch.load(file, weights_only=True)
+    autoencoder = autoencoder.to(device).eval()
+    chunks = []
+    for start in tqdm(range(0, len(pictures), 100), "encoding"):
+        x = torch.from_numpy(pictures[start : start + 100].copy()).to(device)
+        posterior = autoencoder.encode(x.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        chunks.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
+    moments = torch.cat(chunks)
+    torch.save(moments, file)
+    return moments
+
+
+def latent_scale(moments: Tensor) -> float:
+    """Return the factor that gives the latents of `moments` unit variance (Rombach et al. 2022, App. G)."""
+    mean, logvar = moments[:2000].float().chunk(2, dim=1)
+    return float(1 / (mean.var() + logvar.exp().mean()).sqrt())

@@ -1,0 +1,63 @@
+"""What the trainings of all parts share: optimizer, averaged weights, resuming."""
+
+import math
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.pretraining.config import PretrainConfig
+
+
+class PretrainingModule(pl.LightningModule):
+    """AdamW with warm-up and late cosine decay, and an exponential average of the weights."""
+
+    def __init__(self, network: nn.Module, config: PretrainConfig):
+        super().__init__()
+        self.network = network
+        self.config = config
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+
+    def configure_optimizers(self) -> dict:
+        parameters = [p for p in self.parameters() if p.requires_grad and p not in set(self.average.parameters())]
+        optimizer = torch.optim.AdamW(parameters, self.config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """Share of the full learning rate at a step."""
+        start = self.config.decay_from * self.config.steps
+        progress = min(1.0, max(0.0, (step - start) / max(self.config.steps - start, 1)))
+        return min(1.0, (step + 1) / self.config.warmup) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+
+    def on_train_batch_end(self, *args: object) -> None:
+        # A young average follows fast, else the random first weights would linger in it.
+        decay = min(self.config.ema, (1 + self.global_step) / (10 + self.global_step))
+        self.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
+        self.average.update_parameters(self.network)
+
+
+def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
+    """Train to `config.steps` steps; an interrupted run goes on from its last checkpoint in `folder`."""
+    config = module.config
+    pl.seed_everything(config.seed, verbose=False)
+    loader = DataLoader(dataset, config.batch_size, shuffle=True, drop_last=True, collate_fn=getattr(dataset, "collate", None))
+    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=config.checkpoint_every)
+    trainer = pl.Trainer(
+        accelerator=config.accelerator,
+        devices=1,
+        precision=config.precision,
+        max_steps=config.steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        callbacks=[checkpoint, TQDMProgressBar(refresh_rate=20)],
+        logger=pl.loggers.CSVLogger(folder, name="log", version=""),
+        log_every_n_steps=20,
+        enable_model_summary=False,
+    )
+    last = folder / "last.ckpt"
+    trainer.fit(module, loader, ckpt_path=last if last.is_file() else None, weights_only=False)

@@ -1,0 +1,101 @@
+"""Train one part of the embedded model and put its weights where the model's configuration expects them."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm import checkpoint
+from ldm import config as configuration
+from ldm.config import ModelConfig
+from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
+from ldm.pretraining.cache import rendered_world
+from ldm.pretraining.config import PretrainConfig
+from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
+from ldm.pretraining.latents import encoded_world, latent_scale
+from ldm.pretraining.loop import fit
+from ldm.pretraining.vae import VAEPretraining
+
+VAE_FILE, UNET_FILE, TEXT_FILE = "vae.safetensors", "unet.safetensors", "text.safetensors"
+
+
+class PictureDataset(Dataset):
+    """Rendered pictures as tensors (3, 64, 64) uint8."""
+
+    def __init__(self, pictures: np.ndarray):
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.pictures[index].copy()).permute(2, 0, 1)
+
+
+def pretrain(config: PretrainConfig, root: Path) -> None:
+    """Train the part that `config` names; its paths are relative to `root`.
+
+    Raises:
+        UserError: an unknown part, missing artwork, or a diffusion model without its autoencoder.
+    """
+    trainers = {"vae": _pretrain_vae, "diffusion": _pretrain_diffusion}
+    if config.part not in trainers:
+        raise UserError(f"part={config.part}: expected one of {', '.join(trainers)}")
+    model_config = configuration.load(ModelConfig, root / config.model)
+    pictures, captions = rendered_world(config.world, root / config.cache, root / config.world.artwork)
+    torch.manual_seed(config.seed)
+    trainers[config.part](config, LatentDiffusion(model_config), pictures, captions, root)
+
+
+def _pretrain_vae(
+    config: PretrainConfig, model: LatentDiffusion, pictures: np.ndarray, captions: list[str], root: Path
+) -> None:
+    weights = root / model.config.checkpoint / VAE_FILE
+    if config.decoder_only:
+        _load_part(model.autoencoder, weights, "first_stage_model.")
+    module = VAEPretraining(model.autoencoder, config)
+    fit(module, PictureDataset(pictures), root / config.cache / config.name)
+    trained = module.average.module
+    checkpoint.save_weights(_prefixed(trained.state_dict(), "first_stage_model."), weights)
+    moments = encoded_world(trained, pictures, _latent_file(config, root), module.device)
+    print(f"saved {weights}; put into {config.model}: latent_scale: {latent_scale(moments):.4f}")
+
+
+def _pretrain_diffusion(
+    config: PretrainConfig, model: LatentDiffusion, pictures: np.ndarray, captions: list[str], root: Path
+) -> None:
+    folder = root / model.config.checkpoint
+    _load_part(model.autoencoder, folder / VAE_FILE, "first_stage_model.")
+    text = model.config.text_encoder
+    with torch.no_grad():
+        model.text_encoder.token_table.copy_(checkpoint.token_table(text.width, text.vocab_size))
+    table = CaptionTable(captions)
+    moments = encoded_world(model.autoencoder, pictures, _latent_file(config, root), torch.device("cpu"))
+    network = TextToImage(model, table.token_ids)
+    module = DiffusionPretraining(network, table, model, config)
+    fit(module, LatentDataset(moments, table), root / config.cache / config.name)
+    save_diffusion(module.average.module, table.token_ids, folder)
+
+
+def save_diffusion(network: TextToImage, token_ids: np.ndarray, folder: Path) -> None:
+    """Write the UNet and the text transformer under SD's names, the token table as its trained rows."""
+    checkpoint.save_weights(_prefixed(network.unet.state_dict(), "model.diffusion_model."), folder / UNET_FILE)
+    text = _prefixed(network.text.state_dict(), "cond_stage_model.")
+    del text[checkpoint.TOKEN_TABLE]
+    checkpoint.save_weights({**text, **checkpoint.pack_token_table(network.rows, token_ids)}, folder / TEXT_FILE)
+
+
+def _latent_file(config: PretrainConfig, root: Path) -> Path:
+    return root / config.cache / f"latents-{config.world.seed}-{config.world.pictures}.pt"
+
+
+def _prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def _load_part(module: torch.nn.Module, file: Path, prefix: str) -> None:
+    state, _ = checkpoint.read_safetensors(file)
+    module.load_state_dict({key.removeprefix(prefix): value for key, value in state.items()})

@@ -1,0 +1,252 @@
+"""Procedural places of the small world: each function draws one on a square canvas.
+
+A scene function takes a numpy Generator and returns an RGB picture of CANVAS x CANVAS pixels.
+Colours, horizons and details vary with the generator, so that no two scenes are alike.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw
+
+CANVAS = 128  # pixels; pictures are rendered at this size and halved
+
+Colour = tuple[int, int, int]
+
+
+def _vary(rng: Generator, colour: Colour, amount: int = 16) -> Colour:
+    """Return the colour, each channel moved by at most `amount`."""
+    return tuple(int(np.clip(c + d, 0, 255)) for c, d in zip(colour, rng.integers(-amount, amount + 1, 3), strict=True))
+
+
+def _gradient(rng: Generator, top: Colour, bottom: Colour) -> Image.Image:
+    """A vertical gradient over the whole canvas."""
+    ends = np.array([_vary(rng, top), _vary(rng, bottom)], dtype=np.uint8)[:, None]
+    return Image.fromarray(ends).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
+
+
+def _ground(rng: Generator, picture: Image.Image, colour: Colour, horizon: int, roughness: int = 14) -> None:
+    """Paint everything below a slightly wavy horizon with a speckled colour."""
+    colour = np.array(_vary(rng, colour), dtype=np.float32)
+    noise = rng.normal(0, roughness, (32, 32, 1)).astype(np.float32)
+    patch = np.clip(colour + noise + np.linspace(12, -22, 32)[:, None, None], 0, 255).astype(np.uint8)
+    texture = Image.fromarray(patch).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+    picture.paste(texture, mask=_below(_wave(rng, horizon, rng.uniform(0, 4))))
+
+
+def _wave(rng: Generator, level: float, height: float) -> np.ndarray:
+    """Heights (CANVAS,) of a smooth curve around `level`."""
+    x = np.linspace(0, 2 * np.pi, CANVAS)
+    first, second = rng.uniform(0, 2 * np.pi, 2)
+    return level + height * (0.7 * np.sin(x * rng.uniform(0.5, 1.5) + first) + 0.3 * np.sin(3 * x + second))
+
+
+def _below(curve: np.ndarray) -> Image.Image:
+    """A mask of everything below a curve."""
+    return Image.fromarray(((np.arange(CANVAS)[:, None] > curve[None]) * 255).astype(np.uint8))
+
+
+def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: Colour) -> None:
+    draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+
+
+def _dots(rng: Generator, draw: ImageDraw.ImageDraw, number: int, colour: Colour, size: tuple, y: tuple) -> None:
+    """Scatter discs of the given range of radii over the given range of heights."""
+    for _ in range(number):
+        _disc(draw, rng.uniform(0, CANVAS), rng.uniform(*y), rng.uniform(*size), colour)
+
+
+def beach(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (90, 175, 240), (190, 230, 250))
+    horizon = int(rng.integers(36, 56))
+    shore = horizon + int(rng.integers(14, 28))
+    _ground(rng, picture, (30, 140, 190), horizon, 8)
+    _ground(rng, picture, (240, 250, 250), shore - 3, 4)
+    _ground(rng, picture, (240, 215, 150), shore, 8)
+    if rng.random() < 0.6:
+        _disc(ImageDraw.Draw(picture), rng.uniform(8, 120), rng.uniform(6, 24), rng.uniform(6, 10), (255, 245, 170))
+    return picture
+
+
+def snow(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (165, 190, 220), (220, 230, 242))
+    horizon = int(rng.integers(45, 72))
+    draw = ImageDraw.Draw(picture)
+    for x in rng.uniform(0, CANVAS, rng.integers(3, 8)):
+        tall, wide = rng.uniform(22, 45), rng.uniform(8, 15)
+        tree = _vary(rng, (70, 110, 105))
+        draw.polygon([(x, horizon - tall), (x - wide, horizon + 4), (x + wide, horizon + 4)], fill=tree)
+        draw.polygon([(x, horizon - tall), (x - wide / 2, horizon - tall / 2), (x + wide / 2, horizon - tall / 2)],
+                     fill=(245, 250, 255))
+    _ground(rng, picture, (240, 245, 252), horizon, 5)
+    _dots(rng, draw, int(rng.integers(25, 60)), (255, 255, 255), (0.8, 2.2), (0, CANVAS))
+    return picture
+
+
+def forest(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (35, 85, 45), (70, 125, 60))
+    draw = ImageDraw.Draw(picture)
+    horizon = int(rng.integers(80, 100))
+    for x in rng.uniform(0, CANVAS, rng.integers(6, 11)):
+        wide = rng.uniform(3, 8)
+        draw.rectangle([x - wide, 0, x + wide, horizon + 6], fill=_vary(rng, (85, 60, 40)))
+    for _ in range(int(rng.integers(16, 30))):
+        _disc(draw, rng.uniform(0, CANVAS), rng.uniform(-5, 42), rng.uniform(8, 18), _vary(rng, (40, 110, 45), 26))
+    _ground(rng, picture, (60, 85, 40), horizon, 14)
+    return picture
+
+
+def desert(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (235, 190, 120), (250, 225, 170))
+    horizon = int(rng.integers(40, 60))
+    for i in range(3):
+        shade = (225 - 18 * i, 150 - 14 * i, 75 - 8 * i)
+        picture.paste(_vary(rng, shade, 10), mask=_below(_wave(rng, horizon + 26 * i, rng.uniform(6, 14))))
+    draw = ImageDraw.Draw(picture)
+    if rng.random() < 0.5:
+        _disc(draw, rng.uniform(8, 120), rng.uniform(8, 24), rng.uniform(7, 11), (255, 250, 210))
+    for x in rng.uniform(0, CANVAS, rng.integers(0, 4)):
+        base, tall, green = horizon + rng.uniform(8, 30), rng.uniform(18, 34), _vary(rng, (70, 125, 65))
+        draw.line([(x, base), (x, base - tall)], fill=green, width=5)
+        draw.line([(x - 7, base - tall * 0.7), (x - 7, base - tall / 2), (x + 7, base - tall / 2), (x + 7, base - tall * 0.8)],
+                  fill=green, width=3)
+    return picture
+
+
+def night(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (8, 10, 40), (30, 35, 85))
+    draw = ImageDraw.Draw(picture)
+    _dots(rng, draw, int(rng.integers(25, 55)), (255, 255, 230), (0.7, 1.7), (0, 95))
+    x, y, r = rng.uniform(14, 114), rng.uniform(14, 34), rng.uniform(8, 13)
+    _disc(draw, x, y, r, (250, 245, 205))
+    if rng.random() < 0.5:
+        _disc(draw, x + r * 0.5, y - r * 0.3, r * 0.85, (14, 16, 50))
+    _ground(rng, picture, (18, 24, 40), int(rng.integers(92, 106)), 4)
+    return picture
+
+
+def city(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (165, 190, 215), (215, 220, 225))
+    draw = ImageDraw.Draw(picture)
+    street = int(rng.integers(88, 102))
+    x = -rng.uniform(0, 15)
+    while x < CANVAS:
+        wide, top = rng.uniform(18, 34), rng.uniform(5, 50)
+        wall = _vary(rng, [(130, 125, 130), (165, 140, 125), (105, 120, 145), (180, 175, 165)][rng.integers(4)])
+        draw.rectangle([x, top, x + wide, street], fill=wall)
+        lit = _vary(rng, [(250, 235, 160), (70, 90, 115)][rng.integers(2)])
+        for wy in np.arange(top + 4, street - 6, 10):
+            for wx in np.arange(x + 3, x + wide - 5, 8):
+                draw.rectangle([wx, wy, wx + 4, wy + 5], fill=lit)
+        x += wide + rng.uniform(0, 3)
+    _ground(rng, picture, (95, 95, 100), street, 5)
+    for x in np.arange(rng.uniform(-20, 0), CANVAS, 28):
+        draw.rectangle([x, 116, x + 14, 119], fill=(240, 240, 235))
+    return picture
+
+
+def grass(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (110, 185, 245), (205, 232, 250))
+    draw = ImageDraw.Draw(picture)
+    horizon = int(rng.integers(46, 70))
+    for _ in range(int(rng.integers(0, 3))):
+        x, y = rng.uniform(0, CANVAS), rng.uniform(6, 28)
+        for dx in (-9, 0, 9):
+            _disc(draw, x + dx, y + rng.uniform(-2, 2), rng.uniform(6, 9), (250, 252, 255))
+    _ground(rng, picture, (105, 195, 70), horizon, 14)
+    flower = [(255, 240, 90), (255, 255, 255), (250, 140, 180)][rng.integers(3)]
+    _dots(rng, draw, int(rng.integers(4, 22)), flower, (1.2, 2.4), (horizon + 8, CANVAS))
+    return picture
+
+
+def underwater(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (40, 170, 210), (5, 55, 120))
+    rays = Image.new("L", picture.size)
+    draw = ImageDraw.Draw(rays)
+    for x in rng.uniform(0, CANVAS, rng.integers(2, 5)):
+        lean, wide = rng.uniform(-30, 30), rng.uniform(5, 12)
+        draw.polygon([(x, 0), (x + wide, 0), (x + wide * 2 + lean, 100), (x - wide + lean, 100)], fill=50)
+    picture.paste((170, 230, 245), mask=rays)
+    draw = ImageDraw.Draw(picture)
+    for x in rng.uniform(0, CANVAS, rng.integers(3, 9)):
+        tall, lean, green = rng.uniform(18, 48), rng.uniform(-6, 6), _vary(rng, (20, 120, 85))
+        draw.line([(x, 128), (x + lean, 128 - tall / 2), (x, 128 - tall)], fill=green, width=4)
+    for _ in range(int(rng.integers(6, 18))):
+        x, y, r = rng.uniform(0, CANVAS), rng.uniform(0, CANVAS), rng.uniform(1.5, 4.5)
+        draw.ellipse([x - r, y - r, x + r, y + r], outline=(190, 235, 250), width=1)
+    return picture
+
+
+def table(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, *[((225, 212, 190), (205, 190, 165)), ((190, 205, 205), (170, 185, 188))][rng.integers(2)])
+    edge = int(rng.integers(50, 70))
+    wood = np.array(_vary(rng, (160, 100, 55), 20), dtype=np.float32)
+    grain = rng.normal(0, 13, (CANVAS, 1, 1)) + rng.normal(0, 4, (CANVAS, 16, 1))
+    boards = Image.fromarray(np.clip(wood + grain, 0, 255).astype(np.uint8)).resize((CANVAS, CANVAS))
+    picture.paste(boards.crop((0, edge, CANVAS, CANVAS)), (0, edge))
+    draw = ImageDraw.Draw(picture)
+    dark = tuple(int(c * 0.6) for c in wood)
+    draw.rectangle([0, edge, CANVAS, edge + 2], fill=dark)
+    for y in np.arange(edge + rng.uniform(12, 22), CANVAS, rng.uniform(18, 26)):
+        draw.line([(0, y), (CANVAS, y)], fill=dark, width=2)
+    return picture
+
+
+def bricks(rng: Generator) -> Image.Image:
+    colour = [(175, 75, 55), (190, 100, 75), (160, 85, 70)][rng.integers(3)]
+    picture = Image.new("RGB", (CANVAS, CANVAS), _vary(rng, (205, 195, 185)))
+    draw = ImageDraw.Draw(picture)
+    tall = int(rng.integers(11, 16))
+    wide, start = tall * 2, rng.uniform(-20, 0)
+    for row, y in enumerate(range(-int(rng.integers(0, tall)), CANVAS, tall)):
+        for x in np.arange(start - wide * (row % 2) / 2, CANVAS, wide):
+            draw.rectangle([x, y, x + wide - 3, y + tall - 3], fill=_vary(rng, colour, 18))
+    return picture
+
+
+def sunset(rng: Generator) -> Image.Image:
+    picture = Image.blend(_gradient(rng, (90, 50, 125), (255, 130, 60)), _gradient(rng, (220, 70, 95), (255, 190, 70)), 0.5)
+    draw = ImageDraw.Draw(picture)
+    horizon = int(rng.integers(74, 94))
+    _disc(draw, rng.uniform(20, 108), horizon - rng.uniform(-2, 14), rng.uniform(12, 19), (255, 235, 130))
+    _ground(rng, picture, [(70, 35, 60), (110, 55, 75)][rng.integers(2)], horizon, 6)
+    return picture
+
+
+def mountains(rng: Generator) -> Image.Image:
+    picture = _gradient(rng, (120, 180, 235), (215, 230, 245))
+    draw = ImageDraw.Draw(picture)
+    foot = int(rng.integers(84, 100))
+    for x in np.sort(rng.uniform(-5, CANVAS, rng.integers(3, 5))):
+        top, wide = rng.uniform(8, 40), rng.uniform(34, 56)
+        rock = _vary(rng, (110, 115, 135))
+        draw.polygon([(x, top), (x - wide, foot + 5), (x + wide, foot + 5)], fill=rock)
+        cap = (foot - top) * rng.uniform(0.25, 0.4)
+        half = wide * cap / (foot + 5 - top)
+        draw.polygon([(x, top), (x - half, top + cap), (x, top + cap * 0.7), (x + half, top + cap)], fill=(245, 248, 255))
+    _ground(rng, picture, (85, 140, 75), foot, 10)
+    return picture
+
+
+def plain(rng: Generator) -> Image.Image:
+    """A bright, nearly uniform background for captions that name no place."""
+    colour = tuple(int(c) for c in rng.integers(185, 250, 3))
+    return _gradient(rng, colour, _vary(rng, colour, 8))
+
+
+PLACES: dict[str, tuple[Callable[[Generator], Image.Image], tuple[str, ...]]] = {
+    "beach": (beach, ("on the beach", "at the beach")),
+    "snow": (snow, ("in the snow", "in snow")),
+    "forest": (forest, ("in the forest", "in a forest")),
+    "desert": (desert, ("in the desert", "in a desert")),
+    "night": (night, ("at night", "in the night")),
+    "city": (city, ("in the city", "on a city street")),
+    "grass": (grass, ("on the grass", "on green grass")),
+    "underwater": (underwater, ("underwater", "under the sea")),
+    "table": (table, ("on a wooden table", "on a table")),
+    "bricks": (bricks, ("in front of a brick wall", "against a brick wall")),
+    "sunset": (sunset, ("at sunset", "in the sunset")),
+    "mountains": (mountains, ("in the mountains", "in front of mountains")),
+}
+"""Place -> its drawing function and the phrases that captions use for it."""

@@ -1,0 +1,167 @@
+"""The denoising UNet of latent diffusion (Rombach et al. 2022), with SD checkpoint names."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.attention import Attend, SpatialTransformer, attend
+from ldm.config import UNetConfig
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000) -> Tensor:
+    """Sinusoids of geometrically spaced frequencies, cosines first (Ho et al. 2020).
+
+    Args:
+        t: timesteps (b,).
+        dim: width of the result, even.
+
+    Returns:
+        (b, dim) float32.
+    """
+    half = dim // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
+    angles = t.float()[:, None] * torch.exp(-math.log(max_period) * exponents)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, the timestep added between them, and a residual connection."""
+
+    def __init__(self, channels_in: int, emb_channels: int, channels_out: int):
+        super().__init__()
+        # The identities hold the places of parameterless layers in SD's numbering.
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(32, channels_in), nn.SiLU(), nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, channels_out))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, channels_out), nn.SiLU(), nn.Identity(), nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        )
+        same = channels_in == channels_out
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x (b, c_in, h, w), emb (b, emb_channels) -> (b, c_out, h, w)."""
+        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution with a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Block(nn.ModuleList):
+    """Layers in sequence, each given what it takes: timestep, context, or the features alone."""
+
+    def forward(self, h: Tensor, emb: Tensor, context: Tensor, cross_attend: Attend) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, context, cross_attend)
+            else:
+                h = layer(h)
+        return h
+
+
+class UNet(nn.Module):
+    """Noisy latent, timestep and text context -> predicted noise (or v)."""
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        width = config.model_channels
+        emb_channels = 4 * width
+        widths = [int(width * mult) for mult in config.channel_mult]
+        self.model_channels = width
+
+        def transformer(channels: int) -> SpatialTransformer:
+            return SpatialTransformer(channels, config.context_dim, config.num_heads, config.transformer_depth)
+
+        def level_block(channels_in: int, channels_out: int, factor: int) -> Block:
+            attention = [transformer(channels_out)] if factor in config.attention_resolutions else []
+            return Block([ResBlock(channels_in, emb_channels, channels_out), *attention])
+
+        self.time_embed = nn.Sequential(nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+
+        # Encoder. `skips` holds the widths that the decoder will take over, last first.
+        self.input_blocks = nn.ModuleList([Block([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
+        skips, channels = [width], width
+        for level, level_width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(level_block(channels, level_width, 2**level))
+                channels = level_width
+                skips.append(channels)
+            if level != len(widths) - 1:
+                self.input_blocks.append(Block([Downsample(channels)]))
+                skips.append(channels)
+
+        # Middle.
+        self.middle_block = Block(
+            [
+                ResBlock(channels, emb_channels, channels),
+                transformer(channels),
+                ResBlock(channels, emb_channels, channels),
+            ]
+        )
+
+        # Decoder.
+        self.output_blocks = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            for i in range(config.num_res_blocks + 1):
+                block = level_block(channels + skips.pop(), level_width, 2**level)
+                channels = level_width
+                if level != 0 and i == config.num_res_blocks:
+                    block.append(Upsample(channels))
+                self.output_blocks.append(block)
+
+        self.out = nn.Sequential(
+            nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, attend: Attend = attend) -> Tensor:
+        """Predict the noise (or v) in x.
+
+        Args:
+            x: noisy latents (b, c, h, w).
+            t: training timesteps (b,), 0 to 999.
+            context: text context (b, l, context_dim).
+            attend: the arithmetic of the cross-attention layers, in the order they run.
+
+        Returns:
+            (b, c, h, w).
+        """
+        emb = self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype))
+
+        # Encoder.
+        h, skips = x, []
+        for block in self.input_blocks:
+            h = block(h, emb, context, attend)
+            skips.append(h)
+
+        # Middle.
+        h = self.middle_block(h, emb, context, attend)
+
+        # Decoder.
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, attend)
+        return self.out(h)

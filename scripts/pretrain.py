@@ -1,0 +1,1 @@
+"""Train one part of the embedded default model on the small world of labelled pictures."""

@@ -51,6 +51,11 @@ def tokenize(text: str) -> list[int]:
     return clip_tokenizer().encode(text, add_special_tokens=False).ids
 
 
+def decode(ids: list[int]) -> str:
+    """Return the text of token ids, a space behind each word."""
+    return clip_tokenizer().decode(ids, skip_special_tokens=False).replace("</w>", " ").strip()
+
+
 def frame(ids: list[int], length: int = MAX_LENGTH) -> list[int]:
     """Put token ids between START and END and pad with END to `length`; too many are cut."""
     ids = [START, *ids[: length - 2], END]

@@ -36,6 +36,9 @@ class LatentBatch:
     moments: Tensor
     ids: Tensor
 
+    def to(self, device: torch.device) -> "LatentBatch":
+        return LatentBatch(self.moments.to(device), self.ids.to(device))
+
 
 class TextToImage(nn.Module):
     """UNet, text transformer, and a compact token table, so that only tokens in use are trained."""
@@ -45,6 +48,8 @@ class TextToImage(nn.Module):
         self.unet = model.unet
         self.text = model.text_encoder
         self.rows = nn.Parameter(self.text.token_table[torch.from_numpy(token_ids)].clone())
+        # The full table is not needed from here on: keep it out of checkpoints and averages.
+        self.text.transformer.text_model.embeddings.token_embedding = nn.Embedding(1, self.rows.shape[1])
         self.text.token_table.requires_grad_(False)
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ class DiffusionPretraining(PretrainingModule):
         self.parameterization = model.config.schedule.parameterization
         self.register_buffer("alphas_cumprod", model.alphas_cumprod.clone(), persistent=False)
         if config.compile:
-            network.compile()
+            network.compile(dynamic=False)  # two lengths of context, two graphs
 
     def training_step(self, batch: LatentBatch, index: int) -> Tensor:
         mean, logvar = batch.moments.float().chunk(2, dim=1)

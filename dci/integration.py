@@ -1,0 +1,103 @@
+"""DBIM, the dual-branch integration module (Sec. 3.3): cross-attention while both branches run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dci.prompts import BranchPrompts
+from ldm.attention import Attend, attend, attention_maps
+
+
+@dataclass(frozen=True)
+class DualBranch:
+    """How DCI divides and integrates; the defaults are the authors', for Stable Diffusion."""
+
+    agg_time: float = 0.3  # T_a: share of the training timesteps, from the noisy end, with both branches
+    agg_lambda: float = 0.0  # weight of the auxiliary branch's logits, typically -2 to 2
+    gain: float = 500.0  # factor on the normalised evidence; 500 suits a finest layer of 4096 pixels
+    token_sharpness: float = 10.0  # factor on attention maps before the softmax over a prompt's tokens
+    pixel_sharpness: float = 10.0  # factor on evidence before the softmax over a layer's pixels
+    shared_guidance: bool = True  # guide the auxiliary branch with the concept branch's unconditional output
+
+    def is_dual(self, t: int, timesteps: int = 1000) -> bool:
+        """Whether both branches run at training timestep t."""
+        return t / timesteps > 1 - self.agg_time
+
+
+@dataclass(frozen=True)
+class TokenMasks:
+    """Which tokens behind the start token count, and which are named, each a bool tensor.
+
+    Rows may belong to different prompts; the width is the longest prompt's length.
+    """
+
+    concept_counts: Tensor  # (b, L_c)
+    concept: Tensor  # M_c (b, L_c)
+    auxiliary_counts: Tensor  # (b, L_a)
+    auxiliary: Tensor  # M_a (b, L_a)
+
+    @staticmethod
+    def of(prompts: list[BranchPrompts], device: torch.device | str = "cpu") -> "TokenMasks":
+        """Collect the positions and lengths of a batch of prompts."""
+
+        def mask(positions: list[Sequence[int]], width: int) -> Tensor:
+            rows = torch.zeros(len(positions), width, dtype=torch.bool)
+            for row, places in zip(rows, positions, strict=True):
+                row[list(places)] = True
+            return rows.to(device)
+
+        concept_width = max(p.concept_length for p in prompts)
+        auxiliary_width = max(p.auxiliary_length for p in prompts)
+        return TokenMasks(
+            mask([range(p.concept_length) for p in prompts], concept_width),
+            mask([p.concept_positions for p in prompts], concept_width),
+            mask([range(p.auxiliary_length) for p in prompts], auxiliary_width),
+            mask([p.auxiliary_positions for p in prompts], auxiliary_width),
+        )
+
+
+def concept_weight(concept_maps: Tensor, auxiliary_maps: Tensor, masks: TokenMasks, dual: DualBranch) -> Tensor:
+    """Weight of the concept branch at every head and pixel (Sec. 3.3).
+
+    Args:
+        concept_maps: softmaxed cross-attention maps A of the concept rows (b, h, n, l); token 0 is the start.
+        auxiliary_maps: maps B of the auxiliary rows, likewise.
+
+    Returns:
+        w_c (b, h, n) in [0, 1]; the auxiliary branch's weight is 1 - w_c.
+    """
+    concept, _ = _shares(concept_maps, masks.concept_counts, masks.concept, dual.token_sharpness)
+    _, other = _shares(auxiliary_maps, masks.auxiliary_counts, masks.auxiliary, dual.token_sharpness)
+    concept, other = (dual.gain * torch.softmax(dual.pixel_sharpness * x, dim=-1) for x in (concept, other))
+    # softmax([concept, lambda other]) over the two branches.
+    return torch.sigmoid(concept - dual.agg_lambda * other)
+
+
+def _shares(maps: Tensor, counts: Tensor, named: Tensor, sharpness: float) -> tuple[Tensor, Tensor]:
+    """Return how much of a pixel's sharpened attention the named tokens have, and all others: (b, h, n) each."""
+    counts, named = counts[:, None, None], named[:, None, None]
+    logits = (sharpness * maps[..., 1 : 1 + counts.shape[-1]]).masked_fill(~counts, float("-inf"))
+    shares = logits.softmax(dim=-1)
+    share = (shares * named).sum(dim=-1)
+    # The gain magnifies rounding: the published arithmetic subtracts here, and so do we.
+    return share, shares.sum(dim=-1) - share
+
+
+def integrating_attend(masks: TokenMasks, dual: DualBranch, concept: slice, auxiliary: slice) -> Attend:
+    """Return attention whose concept rows are integrated with the auxiliary rows.
+
+    Args:
+        masks: of the concept rows' prompts, in their order.
+        concept, auxiliary: which rows of the batch belong to the branches; others are left as they are.
+    """
+
+    def integrate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(q, k, v)
+        maps = (attention_maps(q[rows], k[rows]) for rows in (concept, auxiliary))
+        weight = concept_weight(*maps, masks, dual)[..., None]
+        out[concept] = weight * out[concept] + (1 - weight) * out[auxiliary]
+        return out
+
+    return integrate

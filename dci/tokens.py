@@ -1,0 +1,41 @@
+"""Modifier tokens V*: their names, their ids, and what they start from."""
+
+from torch import Tensor
+
+from ldm import tokenizer
+from ldm.errors import UserError
+from ldm.tokenizer import VOCAB_SIZE
+
+RARE_TOKENS = ("ktn", "pll", "ucd")
+"""Rare words of CLIP's vocabulary (ids 42170, 47629, 43514), the usual start of modifier tokens."""
+
+
+def modifier_names(number: int) -> tuple[str, ...]:
+    """Return ("<new1>", ...) for 1 to 3 modifier tokens.
+
+    Raises:
+        UserError: another number.
+    """
+    if not 1 <= number <= len(RARE_TOKENS):
+        raise UserError(f"{number} modifier tokens: expected 1 to {len(RARE_TOKENS)}")
+    return tuple(f"<new{i + 1}>" for i in range(number))
+
+
+def modifier_ids(number: int) -> list[int]:
+    """Return the ids of the modifier tokens: the first ones beyond CLIP's vocabulary."""
+    return [VOCAB_SIZE + i for i in range(number)]
+
+
+def initial_embeddings(words: list[str], token_table: Tensor) -> Tensor:
+    """Return copies of the embeddings of `words`, one token each: (n, d).
+
+    Raises:
+        UserError: a word is not one token of the vocabulary.
+    """
+    ids = []
+    for word in words:
+        tokens = tokenizer.tokenize(word)
+        if len(tokens) != 1:
+            raise UserError(f"'{word}' is {len(tokens)} tokens: a modifier token starts from a word of one token, such as ktn")
+        ids += tokens
+    return token_table[ids].detach().clone().float()

@@ -1,0 +1,38 @@
+"""Noise that belongs to a picture: the same whatever batch, order or process it is made in."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError
+
+
+class PictureNoise:
+    """Independent N(0, 1) streams, one for each picture of a batch.
+
+    Args:
+        seed: the user's seed, not negative.
+        indices: each picture's number under that seed.
+        shape: of one picture's latent (c, h, w).
+        stream: further streams of the same pictures, such as another branch's.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        indices: list[int],
+        shape: tuple[int, ...],
+        device: torch.device | str = "cpu",
+        stream: int = 0,
+    ):
+        if seed < 0:
+            raise UserError(f"seed {seed}: expected a whole number from 0 on")
+        self.shape, self.device = shape, device
+        self.generators = [
+            torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index, stream)).generate_state(1)[0]))
+            for index in indices
+        ]
+
+    def __call__(self) -> Tensor:
+        """Draw the next noise of every picture (b, c, h, w). Always drawn on the CPU, then moved."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)

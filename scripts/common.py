@@ -1,0 +1,139 @@
+"""What all programs share: options, errors, the device, and where pictures go."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from ldm.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes --agg_time for --agg-time and says what is wrong in one line."""
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_args([_hyphenate(arg) for arg in args], namespace)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def _hyphenate(arg: str) -> str:
+    """Return an option with the underscores of its name as hyphens; values stay as they are."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a program's main; a user's mistake becomes one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def pick_device(name: str) -> str:
+    """Return the torch device that `--device` asks for; auto is CUDA where there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used here: give cpu, or cuda on a machine with a GPU") from error
+    return name
+
+
+def add_sampling_options(parser: Parser) -> None:
+    """Add the options that every sampling program has."""
+    parser.add_argument("--n-samples", type=positive, default=4, help="pictures to make (default 4)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="pictures made at a time (default 8)")
+    parser.add_argument("--steps", "--ddim-steps", type=positive, help="solver steps (default: the model's)")
+    parser.add_argument("--scale", type=float, help="classifier-free guidance (default: the model's)")
+    parser.add_argument("--eta", "--ddim-eta", type=float, help="0 deterministic DDIM, 1 ancestral (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    parser.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's)")
+    parser.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's)")
+    parser.add_argument("--model", default=str(ROOT / "configs/model/tiny.yaml"), help="model configuration (YAML)")
+    parser.add_argument("--checkpoint", "--ckpt", help="weights, in place of the configuration's own")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--outdir", help="folder for the pictures (default: a new one in outputs/)")
+
+
+def positive(text: str) -> int:
+    """Parse a whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
+    return value
+
+
+def sampling_arguments(args: argparse.Namespace) -> dict:
+    """Return the sampling options that were given, under their names in SamplingOptions."""
+    return {"steps": args.steps, "scale": args.scale, "eta": args.eta, "seed": args.seed, "height": args.H, "width": args.W}
+
+
+def draw(args: argparse.Namespace, steps: int, sample: Callable) -> list:
+    """Draw `--n-samples` pictures, `--batch-size` at a time, under a progress bar.
+
+    Args:
+        sample: (picture indices, callback for each step) -> pixels (b, 3, h, w).
+    """
+    from tqdm import tqdm
+
+    from ldm.images import to_pictures
+
+    starts = range(0, args.n_samples, args.batch_size)
+    pictures = []
+    with tqdm(total=len(starts) * steps, desc="sampling", unit="step") as progress:
+        for start in starts:
+            indices = list(range(start, min(start + args.batch_size, args.n_samples)))
+            pictures += to_pictures(sample(indices, lambda _: progress.update()))
+    return pictures
+
+
+def save_pictures(args: argparse.Namespace, pictures: list, facts: dict) -> None:
+    """Write samples/NNNNN.png, a grid of them, and prompts.json; earlier pictures are kept.
+
+    Args:
+        facts: with the picture's index added, everything needed to make a picture again.
+    """
+    from ldm.images import grid
+
+    outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt)
+    samples = outdir / "samples"
+    samples.mkdir(parents=True, exist_ok=True)
+    first = 1 + max((int(f.stem) for f in samples.glob("*.png") if f.stem.isdigit()), default=-1)
+    record = outdir / "prompts.json"
+    content = json.loads(record.read_text()) if record.is_file() else {}
+    for index, picture in enumerate(pictures):
+        stem = f"{first + index:05}"
+        picture.save(samples / f"{stem}.png")
+        content[stem] = facts | {"index": index}
+    record.write_text(json.dumps(content, indent=2))
+    sheet = outdir / (f"grid-{first:05}.png" if first else "grid.png")
+    grid(pictures).save(sheet)
+    print(f"Pictures: {samples}\nGrid: {sheet}")
+
+
+def _new_outdir(prompt: str) -> Path:
+    """Return a folder in outputs/ named after the time and the prompt."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+    return Path("outputs") / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{words}"

@@ -64,8 +64,8 @@ class LearnedTokens(nn.Module):
             rows[picture] = tokenizer.frame(prefix_ids + modifier_ids + self.noun_ids + suffix_ids)
             extra += [prefix, suffix]
             place += len(prefix) + len(suffix)
-        ids = torch.tensor([rows[picture] for picture in pictures], device=self.modifiers.device)
-        return ids, torch.cat(extra)
+        ids = torch.tensor([rows[picture] for picture in pictures], dtype=torch.long, device=self.modifiers.device)
+        return ids.view(-1, tokenizer.MAX_LENGTH), torch.cat(extra)
 
 
 def initial_contexts(

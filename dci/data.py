@@ -90,10 +90,11 @@ def encode_files(model: LatentDiffusion, files: list[Path]) -> Tensor:
 
     The posterior is sampled anew in each training step, so caching it changes no distribution.
     """
+    # All are read before any is encoded: a broken file shows at once.
+    pictures = [to_tensor(square(read_picture(file), model.config.image_size)) for file in files]
     moments = []
-    for file in tqdm(files, "encoding pictures", leave=False):
-        pixels = to_tensor(square(read_picture(file), model.config.image_size)).to(model.device)
-        posterior = model.autoencoder.encode(torch.stack([pixels, pixels.flip(-1)]))
+    for pixels in tqdm(pictures, "encoding pictures"):
+        posterior = model.autoencoder.encode(torch.stack([pixels, pixels.flip(-1)]).to(model.device))
         moments.append(torch.cat([posterior.mean, posterior.logvar], dim=1).cpu())
     return torch.stack(moments).clone()
 

@@ -16,13 +16,15 @@ from dci.data import ConceptDataset, HalfAndHalf
 from dci.prompts import parse_prompt
 from dci.sampling import sample
 from dci.settings import dual_branch, sampling_options
+from dci.tokens import modifier_names
 from dci.training import ICOTraining
 from ldm import config as configuration
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
-from ldm.images import grid, to_pictures
+from ldm.images import grid, list_pictures, to_pictures
 
 CONCEPT_FILE = "concept.safetensors"
+_ABOVE_ZERO = ("steps", "batch_size", "learning_rate", "context_learning_rate")
 
 
 def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Path:
@@ -40,8 +42,8 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
     """
     check(config)
     pl.seed_everything(config.training.seed, verbose=False)
+    module = ICOTraining(model, config, len(list_pictures(config.data.images)))
     dataset = ConceptDataset(model, config.data.images, config.data.regularization)
-    module = ICOTraining(model, config, dataset.references)
     run_folder = make_run_folder(logdir, config.name)
     configuration.save(config, run_folder / "configs" / "config.yaml")
 
@@ -56,11 +58,14 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
 def check(config: FinetuneConfig) -> None:
     """Raise UserError for numbers that no run could use, and for validation prompts without the concept."""
     training = config.training
-    for name in ("steps", "batch_size", "learning_rate", "context_learning_rate"):
-        if getattr(training, name) <= 0:
-            raise UserError(f"training.{name}={getattr(training, name)}: expected a number above 0")
-    for prompt in config.validation.prompts if config.validation.every else []:
-        parse_prompt(prompt, ("<new1>",), config.concept.class_noun)
+    numbers = {f"training.{name}": getattr(training, name) for name in _ABOVE_ZERO}
+    numbers |= {"validation.n_samples": config.validation.n_samples, "validation.steps": config.validation.steps}
+    for name, value in numbers.items():
+        if value <= 0:
+            raise UserError(f"{name}={value}: expected a number above 0")
+    names = modifier_names(len(config.concept.initial_words))
+    for prompt in ["a V*", *(config.validation.prompts if config.validation.every else [])]:
+        parse_prompt(prompt, names, config.concept.class_noun)
 
 
 def make_run_folder(logdir: Path, name: str) -> Path:

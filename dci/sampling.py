@@ -13,7 +13,7 @@ from dci.integration import DualBranch, TokenMasks, integrating_attend
 from dci.prompts import BranchPrompts
 from ldm.diffusion import LatentDiffusion
 from ldm.randomness import PictureNoise
-from ldm.sampling import SamplingOptions, check_size, guided, make_solver
+from ldm.sampling import SamplingOptions, check_options, guided, make_solver
 from ldm.solvers import Callback, Denoise, Noise, guide, run, timestep_rows
 
 
@@ -127,9 +127,9 @@ def sample(
         (b, 3, height, width) in [-1, 1].
 
     Raises:
-        UserError: a size that the model cannot make.
+        UserError: options that the model cannot be sampled with.
     """
-    check_size(model, options)
+    check_options(model, options)
     shape = model.latent_shape(options.height, options.width)
     noises = tuple(PictureNoise(options.seed, indices, shape, model.device, stream) for stream in (0, 1))
     prompts = [prompt] * len(indices)

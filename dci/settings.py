@@ -9,20 +9,19 @@ from dci.integration import DualBranch
 from ldm import config as configuration
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
-from ldm.sampling import SamplingOptions
+from ldm.sampling import SamplingOptions, check_options
 
 
 def sampling_options(model: LatentDiffusion, **given: Any) -> SamplingOptions:
     """Return the model's sampling options; those given and not None come first.
 
     Raises:
-        UserError: a value out of range.
+        UserError: a value that the model cannot be sampled with.
     """
     defaults = _defaults(model, SamplingOptions)
     size = model.config.image_size
     options = SamplingOptions(**{"height": size, "width": size, **defaults, **_said(given)})
-    if not 0 <= options.eta <= 1:
-        raise UserError(f"eta {options.eta}: expected 0 (deterministic) to 1 (ancestral)")
+    check_options(model, options)
     return options
 
 

@@ -6,8 +6,14 @@ from ldm import tokenizer
 from ldm.errors import UserError
 from ldm.tokenizer import VOCAB_SIZE
 
-RARE_TOKENS = ("ktn", "pll", "ucd")
-"""Rare words of CLIP's vocabulary (ids 42170, 47629, 43514), the usual start of modifier tokens."""
+RARE_TOKENS = {"ktn": 42170, "pll": 47629, "ucd": 43514}
+"""Rare entries of CLIP's vocabulary, the usual start of modifier tokens.
+
+They are known by these ids: the first two are word beginnings, which the tokenizer makes of no
+word that stands alone.
+"""
+
+MAX_MODIFIERS = 3
 
 
 def modifier_names(number: int) -> tuple[str, ...]:
@@ -16,8 +22,8 @@ def modifier_names(number: int) -> tuple[str, ...]:
     Raises:
         UserError: another number.
     """
-    if not 1 <= number <= len(RARE_TOKENS):
-        raise UserError(f"{number} modifier tokens: expected 1 to {len(RARE_TOKENS)}")
+    if not 1 <= number <= MAX_MODIFIERS:
+        raise UserError(f"{number} modifier tokens: expected 1 to {MAX_MODIFIERS} words in concept.initial_words")
     return tuple(f"<new{i + 1}>" for i in range(number))
 
 
@@ -34,8 +40,11 @@ def initial_embeddings(words: list[str], token_table: Tensor) -> Tensor:
     """
     ids = []
     for word in words:
-        tokens = tokenizer.tokenize(word)
+        tokens = [RARE_TOKENS[word]] if word in RARE_TOKENS else tokenizer.tokenize(word)
         if len(tokens) != 1:
-            raise UserError(f"'{word}' is {len(tokens)} tokens: a modifier token starts from a word of one token, such as ktn")
+            raise UserError(
+                f"'{word}' is {len(tokens)} tokens: a modifier token starts from a word of one token, "
+                f"such as {', '.join(RARE_TOKENS)}"
+            )
         ids += tokens
     return token_table[ids].detach().clone().float()

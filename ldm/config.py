@@ -137,7 +137,8 @@ def build(schema: type[T], content: dict[str, Any], overrides: list[str] = (), s
         try:
             config = OmegaConf.merge(config, layer)
         except omegaconf.errors.OmegaConfBaseException as error:
-            raise UserError(f"{origin}: {str(error).splitlines()[0]} (key: {error.full_key})") from error
+            value, kind = OmegaConf.select(OmegaConf.create(layer), error.full_key), _type_name(schema, error.full_key)
+            raise UserError(f"{origin}: {error.full_key}={value}: expected a value of type {kind}") from error
     try:
         return OmegaConf.to_object(config)
     except omegaconf.errors.MissingMandatoryValue as error:
@@ -162,6 +163,14 @@ def key_names(schema: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(field.type):
             names += key_names(field.type, prefix + field.name + ".")
     return names
+
+
+def _type_name(schema: type, key: str) -> str:
+    """Return the declared type of a dotted key, as it is written in the dataclass."""
+    for name in key.split("."):
+        name = name.partition("[")[0]
+        schema = {field.name: field.type for field in dataclasses.fields(schema)}[name]
+    return getattr(schema, "__name__", "") if isinstance(schema, type) and not hasattr(schema, "__args__") else str(schema)
 
 
 def _reject_unknown(layer: dict, schema: type, known: list[str], origin: str, prefix: str = "") -> None:

@@ -4,8 +4,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError
-
 
 class PictureNoise:
     """Independent N(0, 1) streams, one for each picture of a batch.
@@ -25,8 +23,6 @@ class PictureNoise:
         device: torch.device | str = "cpu",
         stream: int = 0,
     ):
-        if seed < 0:
-            raise UserError(f"seed {seed}: expected a whole number from 0 on")
         self.shape, self.device = shape, device
         self.generators = [
             torch.Generator().manual_seed(int(np.random.SeedSequence((seed, index, stream)).generate_state(1)[0]))

@@ -8,6 +8,7 @@ from torch import Tensor
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.randomness import PictureNoise
+from ldm.schedule import leading_timesteps
 from ldm.solvers import DDIM, Callback, Denoise, guide, run, timestep_rows
 
 
@@ -23,12 +24,18 @@ class SamplingOptions:
     width: int = 512
 
 
-def check_size(model: LatentDiffusion, options: SamplingOptions) -> None:
-    """Raise UserError unless every level of the UNet divides the latent of the asked size."""
+def check_options(model: LatentDiffusion, options: SamplingOptions) -> None:
+    """Raise UserError for options that the model cannot be sampled with."""
+    # Every level of the UNet must divide the latent.
     multiple = model.config.autoencoder.downsampling * 2 ** (len(model.config.unet.channel_mult) - 1)
     for name, side in (("height", options.height), ("width", options.width)):
         if side < multiple or side % multiple:
             raise UserError(f"{name} {side}: expected a multiple of {multiple} pixels for the model '{model.config.name}'")
+    if not 0 <= options.eta <= 1:
+        raise UserError(f"eta {options.eta}: expected 0 (deterministic) to 1 (ancestral)")
+    if options.seed < 0:
+        raise UserError(f"seed {options.seed}: expected a whole number from 0 on")
+    leading_timesteps(options.steps, len(model.alphas_cumprod))
 
 
 def make_solver(model: LatentDiffusion, options: SamplingOptions) -> DDIM:
@@ -62,7 +69,7 @@ def text_to_image(
     callback: Callback | None = None,
 ) -> Tensor:
     """Draw the pictures numbered `indices` of a prompt: (b, 3, height, width) in [-1, 1]."""
-    check_size(model, options)
+    check_options(model, options)
     noise = PictureNoise(options.seed, indices, model.latent_shape(options.height, options.width), model.device)
     unconditional, conditional = model.text_encoder(["", prompt]).repeat_interleave(len(indices), 0).chunk(2)
     solver = make_solver(model, options)

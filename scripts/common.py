@@ -18,7 +18,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_args([_hyphenate(arg) for arg in args], namespace)
+        # Intermixed: key=value overrides may stand before, between and behind the options.
+        return super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (see --help)\n")

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.errors import UserError
 from ldm.pretraining.config import PretrainConfig
 
 
@@ -61,3 +62,13 @@ def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
     )
     last = folder / "last.ckpt"
     trainer.fit(module, loader, ckpt_path=last if last.is_file() else None, weights_only=False)
+
+
+def restore(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
+    """Put the last checkpoint of `folder` into the module, as `fit` would leave it; `dataset` is not used."""
+    last = folder / "last.ckpt"
+    if not last.is_file():
+        raise UserError(f"no checkpoint {last}: train first, without --export")
+    content = torch.load(last, map_location="cpu", weights_only=False)
+    module.load_state_dict(content["state_dict"])
+    print(f"{last}: step {content['global_step']}, {content['global_step'] * module.config.batch_size} samples seen")

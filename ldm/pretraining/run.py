@@ -1,5 +1,6 @@
 """Train one part of the embedded model and put its weights where the model's configuration expects them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,14 @@ from ldm.pretraining.cache import rendered_world
 from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
 from ldm.pretraining.latents import encoded_world, latent_scale
-from ldm.pretraining.loop import fit
+from ldm.pretraining.loop import PretrainingModule, fit, restore
 from ldm.pretraining.vae import VAEPretraining
 
 VAE_FILE, UNET_FILE, TEXT_FILE = "vae.safetensors", "unet.safetensors", "text.safetensors"
+
+
+Finish = Callable[[PretrainingModule, Dataset, Path], None]
+"""Brings a module to its last state: by training it, or from its last checkpoint."""
 
 
 class PictureDataset(Dataset):
@@ -35,8 +40,11 @@ class PictureDataset(Dataset):
         return torch.from_numpy(self.pictures[index].copy()).permute(2, 0, 1)
 
 
-def pretrain(config: PretrainConfig, root: Path) -> None:
+def pretrain(config: PretrainConfig, root: Path, export: bool = False) -> None:
     """Train the part that `config` names; its paths are relative to `root`.
+
+    Args:
+        export: do not train, but save the weights of the last checkpoint.
 
     Raises:
         UserError: an unknown part, missing artwork, or a diffusion model without its autoencoder.
@@ -47,17 +55,18 @@ def pretrain(config: PretrainConfig, root: Path) -> None:
     model_config = configuration.load(ModelConfig, root / config.model)
     pictures, captions = rendered_world(config.world, root / config.cache, root / config.world.artwork)
     torch.manual_seed(config.seed)
-    trainers[config.part](config, LatentDiffusion(model_config), pictures, captions, root)
+    finish = restore if export else fit
+    trainers[config.part](config, LatentDiffusion(model_config), pictures, captions, root, finish)
 
 
 def _pretrain_vae(
-    config: PretrainConfig, model: LatentDiffusion, pictures: np.ndarray, captions: list[str], root: Path
+    config: PretrainConfig, model: LatentDiffusion, pictures: np.ndarray, captions: list[str], root: Path, finish: Finish
 ) -> None:
     weights = root / model.config.checkpoint / VAE_FILE
     if config.decoder_only:
         _load_part(model.autoencoder, weights, "first_stage_model.")
     module = VAEPretraining(model.autoencoder, config)
-    fit(module, PictureDataset(pictures), root / config.cache / config.name)
+    finish(module, PictureDataset(pictures), root / config.cache / config.name)
     trained = module.average.module
     checkpoint.save_weights(_prefixed(trained.state_dict(), "first_stage_model."), weights)
     moments = encoded_world(trained, pictures, _latent_file(config, root), module.device)
@@ -65,7 +74,7 @@ def _pretrain_vae(
 
 
 def _pretrain_diffusion(
-    config: PretrainConfig, model: LatentDiffusion, pictures: np.ndarray, captions: list[str], root: Path
+    config: PretrainConfig, model: LatentDiffusion, pictures: np.ndarray, captions: list[str], root: Path, finish: Finish
 ) -> None:
     folder = root / model.config.checkpoint
     _load_part(model.autoencoder, folder / VAE_FILE, "first_stage_model.")
@@ -76,7 +85,7 @@ def _pretrain_diffusion(
     moments = encoded_world(model.autoencoder, pictures, _latent_file(config, root), torch.device("cpu"))
     network = TextToImage(model, table.token_ids)
     module = DiffusionPretraining(network, table, model, config)
-    fit(module, LatentDataset(moments, table), root / config.cache / config.name)
+    finish(module, LatentDataset(moments, table), root / config.cache / config.name)
     save_diffusion(module.average.module, table.token_ids, folder)
 
 

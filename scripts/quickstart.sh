@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Learn the demo concept with ICO and draw it in new places with DCI, on the embedded model.
+# From a fresh clone: bash scripts/quickstart.sh        (about five minutes on two cores, after installation)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+
+run=outputs/quickstart
+rm -rf "$run"
+echo "== 1/2 Learning the concept in data/concepts/cat with ICO"
+python scripts/train_ico.py --config configs/train/ico-tiny.yaml --name cat --logdir "$run/logs"
+concept=$(ls -d "$run"/logs/*_cat)/concept.safetensors
+
+echo "== 2/2 Drawing it in places that its pictures do not show, with DCI"
+for place in "on the beach" "in the snow" "in the forest" "at night"; do
+    echo "   a V* cat $place"
+    python scripts/sample_dci.py --concept "$concept" --prompt "a V* cat $place" --n-samples 4 --outdir "$run/pictures"
+done
+python scripts/contact_sheet.py "$run/pictures/samples" --columns 4 --scale 3 --out "$run/grid.png"
+
+echo
+echo "Done. Its reference pictures: data/concepts/cat"
+echo "The new pictures: $run/pictures/samples, together in $run/grid.png (a row for each place)"

@@ -1,0 +1,231 @@
+"""The programs as a user runs them: what they write, and one line for each mistake."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+
+def run(script, *args, cwd=ROOT):
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+
+
+def run_here(capfd, script, *args):
+    """Run a program within this process, which spares the imports: for the many ways to be refused."""
+    command = [str(ROOT / "scripts" / script), *map(str, args)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        patch.syspath_prepend(str(ROOT / "scripts"))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(command[0], run_name="__main__")
+    return subprocess.CompletedProcess(command, stop.value.code, *capfd.readouterr())
+
+
+def ok(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+def refused(result, *words):
+    """The program left with exit code 2 and one line that holds the words."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert str(word) in lines[0]
+
+
+def pixels(file):
+    return np.asarray(Image.open(file)).astype(int)
+
+
+CONFIG = ROOT / "configs/train/ico-tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def mixed_pictures(tmp_path_factory):
+    """Pictures of all sizes and kinds: a rotated JPEG, a transparent PNG, a WebP, a tiny palette picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = Image.effect_noise((300, 200), 80).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    noise.save(folder / "turned.jpg", exif=exif)
+    transparent = Image.new("RGBA", (90, 120), (0, 0, 0, 0))
+    transparent.paste((200, 30, 30, 255), (20, 20, 60, 90))
+    transparent.save(folder / "transparent.png")
+    noise.resize((1000, 40)).save(folder / "Wide.WEBP")
+    noise.convert("P").resize((20, 20)).save(folder / "palette.png")
+    (folder / "Thumbs.db").write_bytes(b"not a picture")
+    (folder / "notes.txt").write_text("not a picture either")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(mixed_pictures, tmp_path_factory):
+    """A short run on those pictures; returns (what it printed, its run folder)."""
+    logs = tmp_path_factory.mktemp("logs")
+    out = ok(
+        run(
+            "train_ico.py", "--config", CONFIG, "--name", "short", "--logdir", logs, f"data.images={mixed_pictures}",
+            "concept.class_noun=dog", "training.steps=4", "training.save_every=3", "validation.every=2",
+            "validation.steps=3", "validation.n_samples=2",
+        )
+    )  # fmt: skip
+    (run_folder,) = logs.iterdir()
+    return out, run_folder
+
+
+@pytest.fixture(scope="session")
+def concept(trained):
+    return trained[1] / "concept.safetensors"
+
+
+def test_a_run_folder_holds_everything(trained, mixed_pictures):
+    out, run_folder = trained
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_short", run_folder.name)
+    assert str(run_folder) in out
+    config = yaml.safe_load((run_folder / "configs/config.yaml").read_text())
+    assert config["concept"]["class_noun"] == "dog"
+    assert config["training"]["steps"] == 4
+    assert config["data"]["images"] == str(mixed_pictures)
+    assert sorted(f.name for f in (run_folder / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    assert (run_folder / "checkpoints/concept-000003.safetensors").is_file()
+    assert list(run_folder.glob("events.out.tfevents.*"))
+    assert load_file(run_folder / "concept.safetensors")["contexts.prefix"].shape == (4, 3, 128)
+
+
+def test_a_resolved_configuration_can_be_run_again(trained, tmp_path):
+    config = trained[1] / "configs/config.yaml"
+    ok(run("train_ico.py", "--config", config, "--logdir", tmp_path, "validation.every=0", cwd=tmp_path))
+    (again,) = tmp_path.glob("*_short/concept.safetensors")
+    first, second = load_file(trained[1] / "concept.safetensors"), load_file(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def sample(concept, outdir, *args):
+    common = ("--concept", concept, "--prompt", "a V* dog on the beach", "--steps", 6, "--outdir", outdir)
+    return run("sample_dci.py", *common, *args)
+
+
+def test_sampling_writes_pictures_grid_and_record(concept, tmp_path):
+    out = ok(sample(concept, tmp_path, "--n-samples", 3, "--agg_lambda", 0.5, "--verbose", "--batch-size", 2))
+    assert "'a <new1> <new2> dog on the beach', concept at [1, 2, 3], length 8" in out
+    assert "'a dog on the beach', noun at [1], length 6" in out
+    assert sorted(f.name for f in (tmp_path / "samples").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    assert pixels(tmp_path / "samples/00000.png").shape == (64, 64, 3)
+    assert pixels(tmp_path / "grid.png").shape == (130, 130, 3)
+    record = json.loads((tmp_path / "prompts.json").read_text())
+    entry = record["00002"]
+    assert entry["prompt"] == "a V* dog on the beach"
+    assert (entry["index"], entry["seed"], entry["steps"], entry["dci"]["agg_lambda"]) == (2, 0, 6, 0.5)
+
+    # The record makes the picture again; one at a time instead of two; earlier pictures are kept.
+    ok(sample(concept, tmp_path, "--n-samples", 3, "--agg-lambda", entry["dci"]["agg_lambda"], "--batch-size", 1))
+    assert len(list((tmp_path / "samples").iterdir())) == 6
+    for i in range(3):
+        difference = pixels(tmp_path / f"samples/0000{i}.png") - pixels(tmp_path / f"samples/0000{i + 3}.png")
+        assert np.abs(difference).max() <= 1
+
+
+def test_the_options_of_dci_have_an_effect(concept, tmp_path):
+    for name, args in {
+        "default": [],
+        "plain": ["--no-dci"],
+        "one": ["--agg-lambda=-1e6"],
+        "zero": ["--agg-time", 0],
+        "cat": ["--auxiliary-noun", "cat", "--agg-lambda", 2],
+        "separate": ["--separate-guidance", "--agg-lambda", 2],
+    }.items():
+        ok(sample(concept, tmp_path / name, "--n-samples", 1, "--steps", 12, *args))
+    pictures = {f.parent.parent.name: pixels(f) for f in tmp_path.glob("*/samples/00000.png")}
+    assert len(pictures) == 6
+    for name in ("one", "zero"):
+        assert np.abs(pictures[name] - pictures["plain"]).max() <= 1
+    for name in ("default", "cat", "separate"):
+        assert np.abs(pictures[name] - pictures["plain"]).max() > 8
+
+
+def test_txt2img(tmp_path):
+    ok(run("txt2img.py", "--prompt", "a dog on the beach", "--n-samples", 2, "--ddim_steps", 4, "--outdir", tmp_path))
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+    record = json.loads((tmp_path / "prompts.json").read_text())
+    assert record["00001"]["steps"] == 4
+
+
+def test_a_mistake_is_one_line_for_the_shell(tmp_path):
+    refused(run("train_ico.py", "--config", CONFIG, f"data.images={tmp_path}/none"), "error: no folder", f"{tmp_path}/none")
+
+
+def test_training_refuses_impossible_input(tmp_path, capfd):
+    def train(*args, config=CONFIG):
+        return run_here(capfd, "train_ico.py", "--config", config, "--logdir", tmp_path / "logs", *args)
+
+    (tmp_path / "empty").mkdir()
+    refused(train(f"data.images={tmp_path}/empty"), "no pictures in", "empty", ".jpg")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/text.jpg").write_text("this is text")
+    refused(train(f"data.images={tmp_path}/broken"), "text.jpg is not a readable picture")
+    refused(train("data.imags=x"), "unknown key 'data.imags'", "did you mean 'data.images'")
+    refused(train("trainig.steps=5"), "unknown key 'trainig'", "did you mean 'training'")
+    refused(train("training.steps=soon"), "the command line: training.steps=soon: expected a value of type int")
+    refused(train("concept.initial_words=3"), "concept.initial_words=3: expected a value of type list[str]")
+    refused(train("training.steps=0"), "training.steps=0")
+    refused(train("nonsense"), "'nonsense' is not an override")
+    refused(train("concept.initial_words=[]"), "0 modifier tokens")
+    refused(train("concept.class_noun=' '"), "noun is empty")
+    refused(train("data.regularization=/nowhere"), "no folder /nowhere")
+    refused(train("--frobnicate"), "--frobnicate")
+    refused(train(config=tmp_path / "none.yaml"), "no configuration file")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    refused(train(config=tmp_path / "bad.yaml"), "not readable as YAML")
+    (tmp_path / "short.yaml").write_text("data: {images: here}")
+    refused(train(config=tmp_path / "short.yaml"), "concept.class_noun must be given")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
+    def draw(file=concept, prompt="a V* dog", *args):
+        return run_here(
+            capfd, "sample_dci.py", "--concept", file, "--prompt", prompt, "--outdir", tmp_path / "out", *args
+        )
+
+    refused(draw(prompt="a dog on the beach"), "does not name the concept", "a V* dog on the beach")
+    refused(draw(tmp_path / "none.safetensors"), "no file")
+    (tmp_path / "text.safetensors").write_text("text")
+    refused(draw(tmp_path / "text.safetensors"), "not a whole .safetensors file")
+    refused(draw(ROOT / "data/tiny/vae.safetensors"), "not a concept file")
+    refused(draw(concept, "a V* dog", "--agg-time", 2), "agg_time 2.0")
+    refused(draw(concept, "a V* dog", "--H", 50), "height 50", "multiple of 16")
+    refused(draw(concept, "a V* dog", "--steps", 0), "--steps", "from 1 on")
+    refused(draw(concept, "a V* dog", "--use-dci"), "--use-dci")
+    refused(draw(concept, "a V* dog", "--seed", -1), "seed -1")
+    refused(draw(concept, "a V* dog", "--device", "nowhere"), "--device nowhere")
+
+    # Another base model: the same shapes, other weights.
+    base = tmp_path / "base"
+    base.mkdir()
+    for part in ("text", "vae", "unet"):
+        state = load_file(ROOT / f"data/tiny/{part}.safetensors")
+        if part == "unet":
+            state = {name: tensor * 1.01 for name, tensor in state.items()}
+        save_file(state, base / f"{part}.safetensors")
+    refused(draw(concept, "a V* dog", "--checkpoint", base), "learned on the base model 'tiny'")
+    (base / "unet.safetensors").unlink()
+    refused(draw(concept, "a V* dog", "--checkpoint", base), "lacks model.diffusion_model.")
+    refused(draw(concept, "a V* dog", "--model", ROOT / "configs/model/sd-v1.yaml"), "names no checkpoint")
+    assert not (tmp_path / "out").exists()

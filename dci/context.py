@@ -37,7 +37,8 @@ class LearnedTokens(nn.Module):
         used = len(modifiers) + prefixes.shape[1] + suffixes.shape[1] + len(self.noun_ids) + 2
         if used > tokenizer.MAX_LENGTH:
             raise UserError(
-                f"contexts, modifier tokens and class noun take {used} of {tokenizer.MAX_LENGTH} positions: shorten the contexts"
+                f"contexts, modifier tokens and class noun take {used} of {tokenizer.MAX_LENGTH} positions: "
+                "shorten the contexts"
             )
 
     def context_parameters(self) -> list[nn.Parameter]:

@@ -59,13 +59,14 @@ def parse_prompt(
     marker = " ".join(modifier_tokens)
     concept = _Row()
     auxiliary = _Row()
-    for text, noun in zip(texts, [*nouns, None], strict=True):
+    for text, noun in zip(texts, nouns, strict=False):
         concept.add_text(text)
-        auxiliary.add_text(text if noun is None else _fix_article(text, noun if auxiliary_noun == class_noun else auxiliary_noun))
-        if noun is not None:
-            concept.add_named(f"{marker} {noun}", [*modifier_ids(len(modifier_tokens)), *tokenizer.tokenize(noun)])
-            name = noun if auxiliary_noun == class_noun else auxiliary_noun
-            auxiliary.add_named(name, tokenizer.tokenize(name))
+        concept.add_named(f"{marker} {noun}", [*modifier_ids(len(modifier_tokens)), *tokenizer.tokenize(noun)])
+        name = noun if auxiliary_noun == class_noun else auxiliary_noun
+        auxiliary.add_text(_fix_article(text, name))
+        auxiliary.add_named(name, tokenizer.tokenize(name))
+    concept.add_text(texts[-1])
+    auxiliary.add_text(texts[-1])
     concept.check_length(prompt)
     auxiliary.check_length(prompt)
     return BranchPrompts(
@@ -122,7 +123,9 @@ def _split(prompt: str, modifier_tokens: tuple[str, ...], class_noun: str) -> tu
     texts, nouns, end = [], [], 0
     for match in matches:
         if re.search(r"\w$", prompt[: match.start()]) or re.match(r"\w", prompt[match.end() :]):
-            raise UserError(f"in '{_shorten(prompt)}' the concept is part of another word: put spaces around '{match.group()}'")
+            raise UserError(
+                f"in '{_shorten(prompt)}' the concept is part of another word: put spaces around '{match.group()}'"
+            )
         texts.append(prompt[end : match.start()])
         nouns.append(match["noun"] or class_noun)
         end = match.end()

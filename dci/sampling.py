@@ -58,9 +58,7 @@ def dual_guided(
         rows = state[branch_of_row].flatten(0, 1)
         output = model.predict(rows, timestep_rows(t, rows), context, attend).chunk(len(branch_of_row))
         unconditional_of_auxiliary = output[0] if dual.shared_guidance else output[2]
-        return torch.stack(
-            [guide(output[0], output[1], scale), guide(unconditional_of_auxiliary, output[-1], scale)]
-        )
+        return torch.stack([guide(output[0], output[1], scale), guide(unconditional_of_auxiliary, output[-1], scale)])
 
     return denoise
 

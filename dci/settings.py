@@ -68,7 +68,9 @@ def _defaults(model: LatentDiffusion, schema: type) -> dict[str, Any]:
     known = {f.name for f in dataclasses.fields(SamplingOptions)} | {f.name for f in dataclasses.fields(DualBranch)}
     unknown = sorted(set(section) - known)
     if unknown:
-        raise UserError(f"unknown key 'sampling.{unknown[0]}' in the model configuration: known are {', '.join(sorted(known))}")
+        raise UserError(
+            f"unknown key 'sampling.{unknown[0]}' in the model configuration: known are {', '.join(sorted(known))}"
+        )
     own = {f.name for f in dataclasses.fields(schema)}
     return {key: value for key, value in section.items() if key in own}
 

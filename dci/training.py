@@ -1,7 +1,6 @@
 """ICO fine-tuning (Sec. 3.2): the loss, what is trained, and its rates."""
 
 import dataclasses
-from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
@@ -15,7 +14,6 @@ from dci.data import REGULARIZATION, ConceptBatch
 from dci.tokens import initial_embeddings, modifier_names
 from ldm import attention, checkpoint
 from ldm.diffusion import LatentDiffusion
-from ldm.errors import UserError
 from ldm.schedule import q_sample, training_target
 
 

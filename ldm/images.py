@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ldm.errors import UserError
@@ -27,7 +27,9 @@ def read_picture(file: str | Path) -> Image.Image:
                 picture = Image.alpha_composite(ground, picture)
             return picture.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{file} is not a readable picture ({_reason(error)}): mend it or take it out of the folder") from error
+        raise UserError(
+            f"{file} is not a readable picture ({_reason(error)}): mend it or take it out of the folder"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -74,3 +76,15 @@ def grid(pictures: list[Image.Image], columns: int | None = None, gap: int = 2) 
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
+
+
+def captioned_grid(pictures: list[Image.Image], captions: list[str], columns: int, scale: int = 1) -> Image.Image:
+    """Put enlarged pictures of one size into a grid, each with its caption below."""
+    width, height = (scale * side for side in pictures[0].size)
+    cells = []
+    for picture, caption in zip(pictures, captions, strict=True):
+        cell = Image.new("RGB", (width, height + 14), "white")
+        cell.paste(picture.resize((width, height), Image.Resampling.LANCZOS))
+        ImageDraw.Draw(cell).text((2, height + 1), caption, fill="black", font_size=10)
+        cells.append(cell)
+    return grid(cells, columns, gap=4)

@@ -65,7 +65,9 @@ def frame(ids: list[int], length: int = MAX_LENGTH) -> list[int]:
 def _merges_file() -> Path:
     package = importlib.util.find_spec("open_clip")  # found, not imported: importing it takes seconds
     if package is None:
-        raise UserError("the package open_clip_torch, which holds CLIP's vocabulary, is missing: pip install open_clip_torch")
+        raise UserError(
+            "the package open_clip_torch, which holds CLIP's vocabulary, is missing: pip install open_clip_torch"
+        )
     return Path(package.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
 
 

@@ -38,9 +38,7 @@ def main() -> None:
 
     options = sampling_options(model, **sampling_arguments(args))
     shared = False if args.separate_guidance else None
-    dual = dual_branch(
-        model, agg_time=args.agg_time, agg_lambda=args.agg_lambda, gain=args.gain, shared_guidance=shared
-    )
+    dual = dual_branch(model, agg_time=args.agg_time, agg_lambda=args.agg_lambda, gain=args.gain, shared_guidance=shared)
     dual = None if args.no_dci else dual
 
     pictures = draw(

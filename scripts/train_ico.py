@@ -26,8 +26,10 @@ def main() -> None:
     print(f"Learning '{config.concept.class_noun}' from {config.data.images} on the model '{model.config.name}'")
     run_folder = finetune(model, config, Path(args.logdir))
     print(f"Run folder: {run_folder}")
-    print(f"Draw it with: python scripts/sample_dci.py --concept {run_folder / CONCEPT_FILE}"
-          f' --prompt "a V* {config.concept.class_noun} on the beach"')
+    print(
+        f"Draw it with: python scripts/sample_dci.py --concept {run_folder / CONCEPT_FILE}"
+        f' --prompt "a V* {config.concept.class_noun} on the beach"'
+    )
 
 
 if __name__ == "__main__":

@@ -58,9 +58,7 @@ def test_integration(golden, dbim):
     batch, rows = case["batch"], case["rows"]
     q, k, v = (rearrange(golden[f"{dbim}/{x}"], "b n (h d) -> b h n d", h=case["heads"]) for x in "qkv")
     dual = DualBranch(agg_lambda=case["lam"], shared_guidance=case["share_guidance"])
-    attend = integrating_attend(
-        masks_of(case, batch), dual, slice(batch, 2 * batch), slice(rows - batch, rows)
-    )
+    attend = integrating_attend(masks_of(case, batch), dual, slice(batch, 2 * batch), slice(rows - batch, rows))
     out = rearrange(attend(q, k, v), "b h n d -> b n (h d)")
     assert (out - golden[f"{dbim}/out"]).abs().max() <= 2e-6
 

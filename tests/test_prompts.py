@@ -88,7 +88,10 @@ def test_dreambench_prompts():
     for prompt, noun in cases:
         p = parse_prompt(prompt.format("V*", noun), TWO, noun)
         plain = prompt.format("", noun).replace("  ", " ")
-        assert open_clip.encode(p.auxiliary) in (open_clip.encode(plain), open_clip.encode(re.sub(r"\ba (?=[aeiou])", "an ", plain)))
+        assert open_clip.encode(p.auxiliary) in (
+            open_clip.encode(plain),
+            open_clip.encode(re.sub(r"\ba (?=[aeiou])", "an ", plain)),
+        )
         size = len(open_clip.encode(noun))
         start = p.auxiliary_positions[0]
         assert p.auxiliary_positions == tuple(range(start, start + size))
@@ -126,7 +129,8 @@ def test_an_empty_noun():
 
 
 @pytest.mark.parametrize(
-    "text", ["a photo of a dog", "It's 12 o'clock -- café ünïcödé!", "日本語 🐶 x", "<new1> V* {}", "tabs\tand\nlines", "(((("]
+    "text",
+    ["a photo of a dog", "It's 12 o'clock -- café ünïcödé!", "日本語 🐶 x", "<new1> V* {}", "tabs\tand\nlines", "(((("],
 )
 def test_tokenizer_equals_open_clip(text):
     open_clip = pytest.importorskip("open_clip")

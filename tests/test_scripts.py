@@ -200,9 +200,7 @@ def test_training_refuses_impossible_input(tmp_path, capfd):
 
 def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
     def draw(file=concept, prompt="a V* dog", *args):
-        return run_here(
-            capfd, "sample_dci.py", "--concept", file, "--prompt", prompt, "--outdir", tmp_path / "out", *args
-        )
+        return run_here(capfd, "sample_dci.py", "--concept", file, "--prompt", prompt, "--outdir", tmp_path / "out", *args)
 
     refused(draw(prompt="a dog on the beach"), "does not name the concept", "a V* dog on the beach")
     refused(draw(tmp_path / "none.safetensors"), "no file")

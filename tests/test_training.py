@@ -15,7 +15,6 @@ from ldm import tokenizer
 from ldm.attention import attend
 from ldm.checkpoint import fingerprint
 from ldm.errors import UserError
-from ldm.tokenizer import VOCAB_SIZE
 
 KEYS_VALUES = (".attn2.to_k.weight", ".attn2.to_v.weight")
 

@@ -46,7 +46,9 @@ def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
     """Train to `config.steps` steps; an interrupted run goes on from its last checkpoint in `folder`."""
     config = module.config
     pl.seed_everything(config.seed, verbose=False)
-    loader = DataLoader(dataset, config.batch_size, shuffle=True, drop_last=True, collate_fn=getattr(dataset, "collate", None))
+    loader = DataLoader(
+        dataset, config.batch_size, shuffle=True, drop_last=True, collate_fn=getattr(dataset, "collate", None)
+    )
     checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=config.checkpoint_every)
     trainer = pl.Trainer(
         accelerator=config.accelerator,

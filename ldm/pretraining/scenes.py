@@ -58,6 +58,7 @@ def _dots(rng: Generator, draw: ImageDraw.ImageDraw, number: int, colour: Colour
 
 
 def beach(rng: Generator) -> Image.Image:
+    """Sky, sea and sand, at times the sun."""
     picture = _gradient(rng, (90, 175, 240), (190, 230, 250))
     horizon = int(rng.integers(36, 56))
     shore = horizon + int(rng.integers(14, 28))
@@ -70,6 +71,7 @@ def beach(rng: Generator) -> Image.Image:
 
 
 def snow(rng: Generator) -> Image.Image:
+    """White ground, firs with snow on them, flakes."""
     picture = _gradient(rng, (165, 190, 220), (220, 230, 242))
     horizon = int(rng.integers(45, 72))
     draw = ImageDraw.Draw(picture)
@@ -77,14 +79,17 @@ def snow(rng: Generator) -> Image.Image:
         tall, wide = rng.uniform(22, 45), rng.uniform(8, 15)
         tree = _vary(rng, (70, 110, 105))
         draw.polygon([(x, horizon - tall), (x - wide, horizon + 4), (x + wide, horizon + 4)], fill=tree)
-        draw.polygon([(x, horizon - tall), (x - wide / 2, horizon - tall / 2), (x + wide / 2, horizon - tall / 2)],
-                     fill=(245, 250, 255))
+        draw.polygon(
+            [(x, horizon - tall), (x - wide / 2, horizon - tall / 2), (x + wide / 2, horizon - tall / 2)],
+            fill=(245, 250, 255),
+        )
     _ground(rng, picture, (240, 245, 252), horizon, 5)
     _dots(rng, draw, int(rng.integers(25, 60)), (255, 255, 255), (0.8, 2.2), (0, CANVAS))
     return picture
 
 
 def forest(rng: Generator) -> Image.Image:
+    """Dark trunks under a roof of leaves."""
     picture = _gradient(rng, (35, 85, 45), (70, 125, 60))
     draw = ImageDraw.Draw(picture)
     horizon = int(rng.integers(80, 100))
@@ -98,6 +103,7 @@ def forest(rng: Generator) -> Image.Image:
 
 
 def desert(rng: Generator) -> Image.Image:
+    """Dunes under a pale sky, at times cacti and the sun."""
     picture = _gradient(rng, (235, 190, 120), (250, 225, 170))
     horizon = int(rng.integers(40, 60))
     for i in range(3):
@@ -109,12 +115,16 @@ def desert(rng: Generator) -> Image.Image:
     for x in rng.uniform(0, CANVAS, rng.integers(0, 4)):
         base, tall, green = horizon + rng.uniform(8, 30), rng.uniform(18, 34), _vary(rng, (70, 125, 65))
         draw.line([(x, base), (x, base - tall)], fill=green, width=5)
-        draw.line([(x - 7, base - tall * 0.7), (x - 7, base - tall / 2), (x + 7, base - tall / 2), (x + 7, base - tall * 0.8)],
-                  fill=green, width=3)
+        draw.line(
+            [(x - 7, base - tall * 0.7), (x - 7, base - tall / 2), (x + 7, base - tall / 2), (x + 7, base - tall * 0.8)],
+            fill=green,
+            width=3,
+        )
     return picture
 
 
 def night(rng: Generator) -> Image.Image:
+    """A dark sky with stars and a full or crescent moon."""
     picture = _gradient(rng, (8, 10, 40), (30, 35, 85))
     draw = ImageDraw.Draw(picture)
     _dots(rng, draw, int(rng.integers(25, 55)), (255, 255, 230), (0.7, 1.7), (0, 95))
@@ -127,6 +137,7 @@ def night(rng: Generator) -> Image.Image:
 
 
 def city(rng: Generator) -> Image.Image:
+    """House fronts with windows, and a street with its line."""
     picture = _gradient(rng, (165, 190, 215), (215, 220, 225))
     draw = ImageDraw.Draw(picture)
     street = int(rng.integers(88, 102))
@@ -147,6 +158,7 @@ def city(rng: Generator) -> Image.Image:
 
 
 def grass(rng: Generator) -> Image.Image:
+    """A meadow with flowers under a blue sky with clouds."""
     picture = _gradient(rng, (110, 185, 245), (205, 232, 250))
     draw = ImageDraw.Draw(picture)
     horizon = int(rng.integers(46, 70))
@@ -161,6 +173,7 @@ def grass(rng: Generator) -> Image.Image:
 
 
 def underwater(rng: Generator) -> Image.Image:
+    """Deepening blue with rays of light, weeds and bubbles."""
     picture = _gradient(rng, (40, 170, 210), (5, 55, 120))
     rays = Image.new("L", picture.size)
     draw = ImageDraw.Draw(rays)
@@ -179,6 +192,7 @@ def underwater(rng: Generator) -> Image.Image:
 
 
 def table(rng: Generator) -> Image.Image:
+    """Wooden boards in front of a wall."""
     picture = _gradient(rng, *[((225, 212, 190), (205, 190, 165)), ((190, 205, 205), (170, 185, 188))][rng.integers(2)])
     edge = int(rng.integers(50, 70))
     wood = np.array(_vary(rng, (160, 100, 55), 20), dtype=np.float32)
@@ -194,6 +208,7 @@ def table(rng: Generator) -> Image.Image:
 
 
 def bricks(rng: Generator) -> Image.Image:
+    """A wall of bricks."""
     colour = [(175, 75, 55), (190, 100, 75), (160, 85, 70)][rng.integers(3)]
     picture = Image.new("RGB", (CANVAS, CANVAS), _vary(rng, (205, 195, 185)))
     draw = ImageDraw.Draw(picture)
@@ -206,6 +221,7 @@ def bricks(rng: Generator) -> Image.Image:
 
 
 def sunset(rng: Generator) -> Image.Image:
+    """Purple to orange, with a low sun over dark ground."""
     picture = Image.blend(_gradient(rng, (90, 50, 125), (255, 130, 60)), _gradient(rng, (220, 70, 95), (255, 190, 70)), 0.5)
     draw = ImageDraw.Draw(picture)
     horizon = int(rng.integers(74, 94))
@@ -215,6 +231,7 @@ def sunset(rng: Generator) -> Image.Image:
 
 
 def mountains(rng: Generator) -> Image.Image:
+    """Rocks with caps of snow above a green foot."""
     picture = _gradient(rng, (120, 180, 235), (215, 230, 245))
     draw = ImageDraw.Draw(picture)
     foot = int(rng.integers(84, 100))

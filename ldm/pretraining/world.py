@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageFilter
 
-from ldm.pretraining.artwork import COLOURS, Artwork, colourise
+from ldm.pretraining.artwork import COLOURS, NOUNS, Artwork, colourise
 from ldm.pretraining.scenes import CANVAS, PLACES, plain
 
 OPENINGS = ("a {}", "a photo of a {}", "photo of a {}", "a picture of a {}", "the {}")
@@ -78,3 +78,11 @@ def caption(described: str, phrase: str, rng: Generator) -> str:
 def with_article(noun: str) -> str:
     """Return "a car", "an owl"."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def all_prompts(number: int) -> list[str]:
+    """Return `number` prompts "a <noun> <place>" in which every noun and every place comes equally often."""
+    nouns, places = list(NOUNS), [phrases[0] for _, phrases in PLACES.values()]
+    # One step of the place more in each round of the nouns, so that the pairs differ.
+    pairs = [(nouns[i % len(nouns)], places[(i + i // len(nouns)) % len(places)]) for i in range(number)]
+    return [f"{with_article(noun)} {place}" for noun, place in pairs]

@@ -1,0 +1,35 @@
+"""Draw the embedded base model's contact sheet: "a <noun> <place>" for pairs that cover its world.
+
+python scripts/sheet_base.py --out docs/base-model.png
+"""
+
+from common import ROOT, Parser, pick_device, positive, run
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="the sheet's file")
+    parser.add_argument("--pictures", type=positive, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", default=str(ROOT / "configs/model/tiny.yaml"))
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+
+    from tqdm import trange
+
+    from dci.settings import sampling_options
+    from ldm.checkpoint import load_model
+    from ldm.images import captioned_grid, to_pictures
+    from ldm.pretraining.world import all_prompts
+    from ldm.sampling import text_to_image
+
+    model = load_model(args.model).to(pick_device(args.device))
+    options = sampling_options(model, seed=args.seed)
+    prompts = all_prompts(args.pictures)
+    pictures = [to_pictures(text_to_image(model, prompts[i], [i], options))[0] for i in trange(args.pictures)]
+    captioned_grid(pictures, prompts, columns=8, scale=2).save(args.out)
+    print(f"Sheet: {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -68,7 +68,7 @@ def read_safetensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         raise UserError(f"no file {file}: expected a .safetensors file")
     try:
         with safe_open(file, framework="pt") as content:
-            return {key: content.get_tensor(key) for key in content.keys()}, content.metadata() or {}
+            return {key: content.get_tensor(key) for key in list(content.keys())}, content.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a whole .safetensors file ({error}): fetch or make it anew") from error
 

@@ -115,11 +115,8 @@ def desert(rng: Generator) -> Image.Image:
     for x in rng.uniform(0, CANVAS, rng.integers(0, 4)):
         base, tall, green = horizon + rng.uniform(8, 30), rng.uniform(18, 34), _vary(rng, (70, 125, 65))
         draw.line([(x, base), (x, base - tall)], fill=green, width=5)
-        draw.line(
-            [(x - 7, base - tall * 0.7), (x - 7, base - tall / 2), (x + 7, base - tall / 2), (x + 7, base - tall * 0.8)],
-            fill=green,
-            width=3,
-        )
+        arms = [(x - 7, base - tall * 0.7), (x - 7, base - tall / 2), (x + 7, base - tall / 2), (x + 7, base - tall * 0.8)]
+        draw.line(arms, fill=green, width=3)
     return picture
 
 

@@ -55,7 +55,8 @@ def paste(picture: Image.Image, sprite: Image.Image, rng: Generator) -> None:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     sprite = sprite.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC, expand=True)
     alpha = sprite.getchannel("A")
-    sprite = sprite.convert("RGB").point(lambda value, gain=rng.uniform(0.9, 1.08): min(255, int(value * gain)))
+    gain = rng.uniform(0.9, 1.08)
+    sprite = sprite.convert("RGB").point(lambda value: min(255, int(value * gain)))
 
     # The subject stands in the lower half, around the middle.
     width, height = sprite.size

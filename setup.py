@@ -23,5 +23,5 @@ setup(
         "tensorboard",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "diffusers>=0.32", "scipy"]},
+    extras_require={"test": ["pytest", "diffusers>=0.32"]},
 )

@@ -1,6 +1,5 @@
 """A fine-tuning run: pictures in, run folder out."""
 
-import warnings
 from datetime import datetime
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from ldm import config as configuration
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.images import grid, list_pictures, to_pictures
+from ldm.lightning import quiet
 
 CONCEPT_FILE = "concept.safetensors"
 _ABOVE_ZERO = ("steps", "batch_size", "learning_rate", "context_learning_rate")
@@ -81,9 +81,7 @@ def make_run_folder(logdir: Path, name: str) -> Path:
 
 
 def _trainer(config: FinetuneConfig, run_folder: Path) -> pl.Trainer:
-    # A handful of pictures in memory need no loader processes.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    quiet()
     return pl.Trainer(
         accelerator=config.training.accelerator,
         devices=1,

@@ -3,7 +3,7 @@
 # From a fresh clone: bash scripts/quickstart.sh        (about five minutes on two cores, after installation)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh
+source scripts/environment.sh ""
 
 run=outputs/quickstart
 rm -rf "$run"

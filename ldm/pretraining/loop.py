@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.errors import UserError
+from ldm.lightning import quiet
 from ldm.pretraining.config import PretrainConfig
 
 
@@ -24,7 +25,7 @@ class PretrainingModule(pl.LightningModule):
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
 
     def configure_optimizers(self) -> dict:
-        parameters = [p for p in self.parameters() if p.requires_grad and p not in set(self.average.parameters())]
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, self.config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -44,6 +45,7 @@ class PretrainingModule(pl.LightningModule):
 
 def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
     """Train to `config.steps` steps; an interrupted run goes on from its last checkpoint in `folder`."""
+    quiet()
     config = module.config
     pl.seed_everything(config.seed, verbose=False)
     loader = DataLoader(

@@ -10,7 +10,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "torchvision",
-        "pytorch-lightning>=2.4",
+        "pytorch-lightning>=2.6",
         "omegaconf>=2.3",
         "pyyaml",
         "transformers>=4.48",

@@ -43,7 +43,6 @@ class TrainingConfig:
     weight_decay: float = 0.01
     seed: int = 0
     precision: str = "32-true"  # Lightning's name: 32-true, bf16-mixed, 16-mixed
-    accelerator: str = "auto"
     save_every: int | None = None  # steps between further concept files in checkpoints/; null: the last only
 
 

@@ -31,6 +31,7 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
     """Fine-tune a model on the pictures of a concept.
 
     Args:
+        model: the base model, on the device to train on; it is changed.
         config: its paths are absolute, or relative to the current folder.
         logdir: where the run folder is made.
 
@@ -50,7 +51,7 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
     generator = torch.Generator().manual_seed(config.training.seed)
     sampler = HalfAndHalf(dataset, config.training.batch_size, config.training.steps, generator)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch)
-    _trainer(config, run_folder).fit(module, loader)
+    _trainer(config, run_folder, model.device).fit(module, loader)
     module.concept().save(run_folder / CONCEPT_FILE)
     return run_folder
 
@@ -80,11 +81,11 @@ def make_run_folder(logdir: Path, name: str) -> Path:
     return folder
 
 
-def _trainer(config: FinetuneConfig, run_folder: Path) -> pl.Trainer:
+def _trainer(config: FinetuneConfig, run_folder: Path, device: torch.device) -> pl.Trainer:
     quiet()
     return pl.Trainer(
-        accelerator=config.training.accelerator,
-        devices=1,
+        accelerator=device.type,
+        devices=1 if device.index is None else [device.index],
         precision=config.training.precision,
         max_epochs=1,
         callbacks=[TQDMProgressBar(refresh_rate=10), ValidationPictures(config, run_folder)],

@@ -6,6 +6,8 @@ Whoever wants other vectors at some positions puts rows into `embed`'s extra tab
 embeddings between the two steps; the text transformer itself is never patched.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,8 +47,16 @@ class CLIPTextEncoder(nn.Module):
         return self.transformer.text_model.embeddings.token_embedding.weight
 
     def tokenize(self, prompts: list[str]) -> Tensor:
-        """Prompts -> token ids (b, 77) with start, end and padding, on the encoder's device."""
-        rows = [tokenizer.frame(tokenizer.tokenize(prompt), self.max_length) for prompt in prompts]
+        """Prompts -> token ids (b, 77) with start, end and padding, on the encoder's device.
+
+        What does not fit is cut, with a warning that shows it.
+        """
+        rows = []
+        for prompt in prompts:
+            ids = tokenizer.tokenize(prompt)
+            if cut := tokenizer.decode(ids[self.max_length - 2 :]):
+                warnings.warn(f"the prompt has {len(ids)} tokens, {self.max_length - 2} fit; cut off: '{cut}'", stacklevel=2)
+            rows.append(tokenizer.frame(ids, self.max_length))
         return torch.tensor(rows, device=self.token_table.device)
 
     def embed(self, ids: Tensor, extra: Tensor | None = None) -> Tensor:

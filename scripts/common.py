@@ -2,19 +2,26 @@
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from ldm.errors import UserError
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the programs of a clone run the packages of that clone, whatever is installed
+
+from ldm.errors import UserError  # noqa: E402
 
 
 class Parser(argparse.ArgumentParser):
     """argparse that takes --agg_time for --agg-time and says what is wrong in one line."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        # argparse takes -2 for a value but -1e6 for an unknown option.
+        self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
         args = sys.argv[1:] if args is None else args
@@ -38,15 +45,11 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(_fail(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def _fail(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
 
 
 def pick_device(name: str) -> str:
@@ -67,8 +70,8 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--n-samples", type=positive, default=4, help="pictures to make (default 4)")
     parser.add_argument("--batch-size", type=positive, default=8, help="pictures made at a time (default 8)")
     parser.add_argument("--steps", "--ddim-steps", type=positive, help="solver steps (default: the model's)")
-    parser.add_argument("--scale", type=float, help="classifier-free guidance (default: the model's)")
-    parser.add_argument("--eta", "--ddim-eta", type=float, help="0 deterministic DDIM, 1 ancestral (default: the model's)")
+    parser.add_argument("--scale", type=number, help="classifier-free guidance (default: the model's)")
+    parser.add_argument("--eta", "--ddim-eta", type=number, help="0 deterministic DDIM, 1 ancestral (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
     parser.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's)")
     parser.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's)")
@@ -76,6 +79,14 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--checkpoint", "--ckpt", help="weights, in place of the configuration's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--outdir", help="folder for the pictures (default: a new one in outputs/)")
+
+
+def number(text: str) -> float:
+    """Parse a finite number, for argparse."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
+    return value
 
 
 def positive(text: str) -> int:
@@ -110,7 +121,28 @@ def draw(args: argparse.Namespace, steps: int, sample: Callable) -> list:
     return pictures
 
 
-def save_pictures(args: argparse.Namespace, pictures: list, facts: dict) -> None:
+def open_outdir(args: argparse.Namespace) -> Path:
+    """Return the folder for the pictures; before drawing, so that nothing drawn is lost.
+
+    Raises:
+        UserError: pictures cannot be added there.
+    """
+    outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt)
+    if outdir.exists() and not outdir.is_dir():
+        raise UserError(f"--outdir {outdir} is a file: give a folder")
+    _read_record(outdir)
+    return outdir
+
+
+def _read_record(outdir: Path) -> dict:
+    record = outdir / "prompts.json"
+    try:
+        return json.loads(record.read_text()) if record.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{record} is not readable as JSON: mend it, or give another --outdir") from error
+
+
+def save_pictures(outdir: Path, pictures: list, facts: dict) -> None:
     """Write samples/NNNNN.png, a grid of them, and prompts.json; earlier pictures are kept.
 
     Args:
@@ -118,17 +150,15 @@ def save_pictures(args: argparse.Namespace, pictures: list, facts: dict) -> None
     """
     from ldm.images import grid
 
-    outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt)
     samples = outdir / "samples"
     samples.mkdir(parents=True, exist_ok=True)
     first = 1 + max((int(f.stem) for f in samples.glob("*.png") if f.stem.isdigit()), default=-1)
-    record = outdir / "prompts.json"
-    content = json.loads(record.read_text()) if record.is_file() else {}
+    record = _read_record(outdir)
     for index, picture in enumerate(pictures):
         stem = f"{first + index:05}"
         picture.save(samples / f"{stem}.png")
-        content[stem] = facts | {"index": index}
-    record.write_text(json.dumps(content, indent=2))
+        record[stem] = facts | {"index": index}
+    (outdir / "prompts.json").write_text(json.dumps(record, indent=2))
     sheet = outdir / (f"grid-{first:05}.png" if first else "grid.png")
     grid(pictures).save(sheet)
     print(f"Pictures: {samples}\nGrid: {sheet}")

@@ -5,7 +5,17 @@ python scripts/sample_dci.py --concept logs/RUN/concept.safetensors --prompt "a 
 
 import dataclasses
 
-from common import Parser, add_sampling_options, draw, pick_device, run, sampling_arguments, save_pictures
+from common import (
+    Parser,
+    add_sampling_options,
+    draw,
+    number,
+    open_outdir,
+    pick_device,
+    run,
+    sampling_arguments,
+    save_pictures,
+)
 
 
 def main() -> None:
@@ -13,15 +23,16 @@ def main() -> None:
     parser.add_argument("--concept", required=True, help="the concept.safetensors that train_ico.py wrote")
     parser.add_argument("--prompt", required=True, help="with V* (or {}) where the concept should be")
     parser.add_argument("--auxiliary-noun", help="a noun that the base model knows well (default: the class noun)")
-    parser.add_argument("--agg-time", type=float, help="T_a: share of the timesteps with both branches, 0 to 1")
-    parser.add_argument("--agg-lambda", type=float, help="weight of the auxiliary branch, typically -2 to 2")
-    parser.add_argument("--gain", type=float, help="gain of the integration (default: the model's)")
+    parser.add_argument("--agg-time", type=number, help="T_a: share of the timesteps with both branches, 0 to 1")
+    parser.add_argument("--agg-lambda", type=number, help="weight of the auxiliary branch, typically -2 to 2")
+    parser.add_argument("--gain", type=number, help="gain of the integration (default: the model's)")
     parser.add_argument("--separate-guidance", action="store_true", help="guide the auxiliary branch by itself")
     parser.add_argument("--no-dci", action="store_true", help="plain sampling of the fine-tuned model")
     parser.add_argument("--verbose", action="store_true", help="show the branches' prompts and token positions")
     add_sampling_options(parser)
     args = parser.parse_args()
 
+    from dci import __version__
     from dci.concept import Concept
     from dci.prompts import parse_prompt
     from dci.sampling import sample
@@ -41,6 +52,7 @@ def main() -> None:
     dual = dual_branch(model, agg_time=args.agg_time, agg_lambda=args.agg_lambda, gain=args.gain, shared_guidance=shared)
     dual = None if args.no_dci else dual
 
+    outdir = open_outdir(args)
     pictures = draw(
         args, options.steps, lambda batch, progress: sample(model, concept, prompt, batch, options, dual, progress)
     )
@@ -49,12 +61,13 @@ def main() -> None:
         "concept_prompt": prompt.concept,
         "auxiliary_prompt": prompt.auxiliary,
         "concept": args.concept,
+        "version": __version__,
         "model": args.model,
         "checkpoint": args.checkpoint,
         "dci": dual and dataclasses.asdict(dual),
         **dataclasses.asdict(options),
     }
-    save_pictures(args, pictures, facts)
+    save_pictures(outdir, pictures, facts)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the sheet's file")
     parser.add_argument("--pictures", type=positive, default=48)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
     parser.add_argument("--model", default=str(ROOT / "configs/model/tiny.yaml"))
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -24,7 +25,7 @@ def main() -> None:
     from ldm.sampling import text_to_image
 
     model = load_model(args.model).to(pick_device(args.device))
-    options = sampling_options(model, seed=args.seed)
+    options = sampling_options(model, seed=args.seed, steps=args.steps)
     prompts = all_prompts(args.pictures)
     pictures = [to_pictures(text_to_image(model, prompts[i], [i], options))[0] for i in trange(args.pictures)]
     captioned_grid(pictures, prompts, columns=8, scale=2).save(args.out)

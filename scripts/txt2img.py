@@ -5,7 +5,7 @@ python scripts/txt2img.py --prompt "a dog on the beach"
 
 import dataclasses
 
-from common import Parser, add_sampling_options, draw, pick_device, run, sampling_arguments, save_pictures
+from common import Parser, add_sampling_options, draw, open_outdir, pick_device, run, sampling_arguments, save_pictures
 
 
 def main() -> None:
@@ -20,9 +20,10 @@ def main() -> None:
 
     model = load_model(args.model, args.checkpoint).to(pick_device(args.device))
     options = sampling_options(model, **sampling_arguments(args))
+    outdir = open_outdir(args)
     pictures = draw(args, options.steps, lambda batch, progress: text_to_image(model, args.prompt, batch, options, progress))
     facts = {"prompt": args.prompt, "model": args.model, "checkpoint": args.checkpoint, **dataclasses.asdict(options)}
-    save_pictures(args, pictures, facts)
+    save_pictures(outdir, pictures, facts)
 
 
 if __name__ == "__main__":

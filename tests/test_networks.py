@@ -166,3 +166,11 @@ def test_full_sd_v1_equals_the_checked_in_list(request):
     assert size(model.unet) == 859_520_964
     assert size(model.autoencoder) == 83_653_863
     assert size(model.text_encoder) == 123_060_480
+
+
+def test_a_long_prompt_is_cut_with_a_warning():
+    encoder = CLIPTextEncoder(TextEncoderConfig(width=64, layers=1, heads=4, mlp_width=128))
+    with pytest.warns(UserWarning, match="has 80 tokens, 75 fit; cut off: 'dog in times square .'"):
+        ids = encoder.tokenize(["very " * 75 + "dog in times square."])
+    assert ids.shape == (1, 77)
+    assert ids[0, -1] == 49407

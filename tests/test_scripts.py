@@ -23,16 +23,21 @@ def run(script, *args, cwd=ROOT):
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
 
 
-def run_here(capfd, script, *args):
-    """Run a program within this process, which spares the imports: for the many ways to be refused."""
+def run_main(script, *args):
+    """Run a program within this process, which spares the imports."""
     command = [str(ROOT / "scripts" / script), *map(str, args)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         patch.syspath_prepend(str(ROOT / "scripts"))
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(command[0], run_name="__main__")
-    return subprocess.CompletedProcess(command, stop.value.code, *capfd.readouterr())
+        runpy.run_path(command[0], run_name="__main__")
+
+
+def run_here(capfd, script, *args):
+    """Run a program that will be refused within this process."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_main(script, *args)
+    return subprocess.CompletedProcess(args, stop.value.code, *capfd.readouterr())
 
 
 def ok(result):
@@ -146,7 +151,7 @@ def test_the_options_of_dci_have_an_effect(concept, tmp_path):
     for name, args in {
         "default": [],
         "plain": ["--no-dci"],
-        "one": ["--agg-lambda=-1e6"],
+        "one": ["--agg-lambda", "-1e6"],
         "zero": ["--agg-time", 0],
         "cat": ["--auxiliary-noun", "cat", "--agg-lambda", 2],
         "separate": ["--separate-guidance", "--agg-lambda", 2],
@@ -165,6 +170,20 @@ def test_txt2img(tmp_path):
     assert len(list((tmp_path / "samples").iterdir())) == 2
     record = json.loads((tmp_path / "prompts.json").read_text())
     assert record["00001"]["steps"] == 4
+
+
+def test_sheets_and_timing(tmp_path, capfd):
+    for i in range(3):
+        Image.new("RGB", (10, 8), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    sheet = tmp_path / "sheet.png"
+    run_main("contact_sheet.py", tmp_path, "--columns", 2, "--scale", 3, "--out", sheet)
+    assert pixels(sheet).shape == (54, 66, 3)
+    run_main("sheet_base.py", "--pictures", 2, "--steps", 2, "--out", sheet)
+    assert pixels(sheet).shape == (142, 1052, 3)
+    capfd.readouterr()
+    run_main("benchmark.py", "--rounds", 1, "--steps", 4, "--batch", 1)
+    timing = json.loads(capfd.readouterr().out)
+    assert timing["dci_over_plain_range"][0] == timing["dci_over_plain_median"] > 0
 
 
 def test_a_mistake_is_one_line_for_the_shell(tmp_path):
@@ -212,6 +231,7 @@ def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
     refused(draw(concept, "a V* dog", "--steps", 0), "--steps", "from 1 on")
     refused(draw(concept, "a V* dog", "--use-dci"), "--use-dci")
     refused(draw(concept, "a V* dog", "--seed", -1), "seed -1")
+    refused(draw(concept, "a V* dog", "--agg-lambda", "nan"), "--agg-lambda", "finite")
     refused(draw(concept, "a V* dog", "--device", "nowhere"), "--device nowhere")
 
     # Another base model: the same shapes, other weights.

@@ -7,7 +7,7 @@ import json
 import statistics
 import time
 
-from common import ROOT, Parser, pick_device, positive, run
+from common import TINY, Parser, pick_device, positive, run
 
 
 def main() -> None:
@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--batch", type=positive, default=4, help="pictures at a time (default 4)")
     parser.add_argument("--steps", type=positive, default=50)
     parser.add_argument("--agg-time", type=float, default=0.3)
-    parser.add_argument("--model", default=str(ROOT / "configs/model/tiny.yaml"))
+    parser.add_argument("--model", default=str(TINY))
     parser.add_argument("--checkpoint", "--ckpt")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "configs/model/tiny.yaml"
 sys.path.insert(0, str(ROOT))  # the programs of a clone run the packages of that clone, whatever is installed
 
 from ldm.errors import UserError  # noqa: E402
@@ -75,7 +76,7 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
     parser.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's)")
     parser.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's)")
-    parser.add_argument("--model", default=str(ROOT / "configs/model/tiny.yaml"), help="model configuration (YAML)")
+    parser.add_argument("--model", help="model configuration (default: the concept's own; without one, the embedded model)")
     parser.add_argument("--checkpoint", "--ckpt", help="weights, in place of the configuration's own")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--outdir", help="folder for the pictures (default: a new one in outputs/)")
@@ -95,6 +96,19 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
     return value
+
+
+def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[str, str | None]:
+    """Return the model configuration and the checkpoint that sampling should load.
+
+    Args:
+        trained: a concept's training configuration, whose model is taken where none is asked for.
+    """
+    if args.model:
+        return args.model, args.checkpoint
+    if trained and Path(trained["model"]).is_file():
+        return trained["model"], args.checkpoint or trained["checkpoint"]
+    return str(TINY), args.checkpoint
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict:

@@ -8,6 +8,7 @@ import dataclasses
 from common import (
     Parser,
     add_sampling_options,
+    base_model,
     draw,
     number,
     open_outdir,
@@ -43,7 +44,8 @@ def main() -> None:
     prompt = parse_prompt(args.prompt, concept.modifier_tokens, concept.class_noun, args.auxiliary_noun)
     if args.verbose:
         print(prompt.describe())
-    model = load_model(args.model, args.checkpoint)
+    base, checkpoint = base_model(args, concept.config)
+    model = load_model(base, checkpoint)
     concept.apply(model)
     model.to(pick_device(args.device))
 
@@ -62,8 +64,8 @@ def main() -> None:
         "auxiliary_prompt": prompt.auxiliary,
         "concept": args.concept,
         "version": __version__,
-        "model": args.model,
-        "checkpoint": args.checkpoint,
+        "model": base,
+        "checkpoint": checkpoint,
         "dci": dual and dataclasses.asdict(dual),
         **dataclasses.asdict(options),
     }

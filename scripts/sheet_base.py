@@ -3,7 +3,7 @@
 python scripts/sheet_base.py --out docs/base-model.png
 """
 
-from common import ROOT, Parser, pick_device, positive, run
+from common import TINY, Parser, pick_device, positive, run
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=positive, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
-    parser.add_argument("--model", default=str(ROOT / "configs/model/tiny.yaml"))
+    parser.add_argument("--model", default=str(TINY))
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
 

@@ -5,7 +5,17 @@ python scripts/txt2img.py --prompt "a dog on the beach"
 
 import dataclasses
 
-from common import Parser, add_sampling_options, draw, open_outdir, pick_device, run, sampling_arguments, save_pictures
+from common import (
+    Parser,
+    add_sampling_options,
+    base_model,
+    draw,
+    open_outdir,
+    pick_device,
+    run,
+    sampling_arguments,
+    save_pictures,
+)
 
 
 def main() -> None:
@@ -18,11 +28,12 @@ def main() -> None:
     from ldm.checkpoint import load_model
     from ldm.sampling import text_to_image
 
-    model = load_model(args.model, args.checkpoint).to(pick_device(args.device))
+    base, checkpoint = base_model(args)
+    model = load_model(base, checkpoint).to(pick_device(args.device))
     options = sampling_options(model, **sampling_arguments(args))
     outdir = open_outdir(args)
     pictures = draw(args, options.steps, lambda batch, progress: text_to_image(model, args.prompt, batch, options, progress))
-    facts = {"prompt": args.prompt, "model": args.model, "checkpoint": args.checkpoint, **dataclasses.asdict(options)}
+    facts = {"prompt": args.prompt, "model": base, "checkpoint": checkpoint, **dataclasses.asdict(options)}
     save_pictures(outdir, pictures, facts)
 
 

@@ -22,11 +22,14 @@ def test_a_checkpoint_in_one_file_loads_as_the_folder_does(tiny_base, state, tmp
     assert not loaded.training
 
 
+BESIDES = """
+betas alphas_cumprod alphas_cumprod_prev sqrt_alphas_cumprod log_one_minus_alphas_cumprod posterior_variance logvar
+model_ema.decay cond_stage_model.transformer.text_model.embeddings.position_ids
+"""
+
+
 def test_keys_that_sd_checkpoints_carry_besides_are_tolerated(tiny, state):
-    for extra in ("betas", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "log_one_minus_alphas_cumprod", "posterior_variance",
-                  "model_ema.decay", "cond_stage_model.transformer.text_model.embeddings.position_ids"):  # fmt: skip
-        state[extra] = torch.zeros(1)
-    load_weights(tiny, state, "x")
+    load_weights(tiny, {**state, **{name: torch.zeros(1) for name in BESIDES.split()}}, "x")
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.out.2.bias", "first_stage_model.quant_conv.weight"])

@@ -24,7 +24,13 @@ from ldm.images import grid, list_pictures, to_pictures
 from ldm.lightning import quiet
 
 CONCEPT_FILE = "concept.safetensors"
-_ABOVE_ZERO = ("steps", "batch_size", "learning_rate", "context_learning_rate")
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+_AT_LEAST = {
+    0: ("training.weight_decay", "training.seed", "validation.every", "validation.seed", "context.prefix_length",
+        "context.suffix_length"),
+    1: ("training.steps", "training.batch_size", "training.save_every", "validation.n_samples", "validation.steps"),
+}  # fmt: skip
+"""Options by the least value that they can have."""
 
 
 def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Path:
@@ -57,13 +63,19 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
 
 
 def check(config: FinetuneConfig) -> None:
-    """Raise UserError for numbers that no run could use, and for validation prompts without the concept."""
-    training = config.training
-    numbers = {f"training.{name}": getattr(training, name) for name in _ABOVE_ZERO}
-    numbers |= {"validation.n_samples": config.validation.n_samples, "validation.steps": config.validation.steps}
-    for name, value in numbers.items():
-        if value <= 0:
-            raise UserError(f"{name}={value}: expected a number above 0")
+    """Raise UserError for options that no run could use, and for validation prompts without the concept."""
+    for least, names in _AT_LEAST.items():
+        for name in names:
+            section, key = name.split(".")
+            value = getattr(getattr(config, section), key)
+            if value is not None and not value >= least:
+                raise UserError(f"{name}={value}: expected {least} or more")
+    for name in ("learning_rate", "context_learning_rate"):
+        value = getattr(config.training, name)
+        if not 0 < value < float("inf"):
+            raise UserError(f"training.{name}={value}: expected a number above 0")
+    if config.training.precision not in _PRECISIONS:
+        raise UserError(f"training.precision={config.training.precision}: expected one of {', '.join(_PRECISIONS)}")
     names = modifier_names(len(config.concept.initial_words))
     for prompt in ["a V*", *(config.validation.prompts if config.validation.every else [])]:
         parse_prompt(prompt, names, config.concept.class_noun)

@@ -34,6 +34,8 @@ def dual_branch(model: LatentDiffusion, **given: Any) -> DualBranch:
     dual = DualBranch(**{**_defaults(model, DualBranch), **_said(given)})
     if not 0 <= dual.agg_time <= 1:
         raise UserError(f"agg_time {dual.agg_time}: expected 0 (plain sampling) to 1 (both branches to the end)")
+    if dual.gain < 0:
+        raise UserError(f"gain {dual.gain}: expected 0 or more")
     return dual
 
 

@@ -42,11 +42,15 @@ def _hyphenate(arg: str) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call a program's main; a user's mistake becomes one line and exit code 2."""
+    """Call a program's main; a user's mistake, or a file that cannot be used, becomes one line and exit code 2."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"error: cannot read or write {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -5,8 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh ""
 
-run=outputs/quickstart
-rm -rf "$run"
+run=outputs/quickstart-$(date +%Y-%m-%dT%H-%M-%S)
 echo "== 1/2 Learning the concept in data/concepts/cat with ICO"
 python scripts/train_ico.py --config configs/train/ico-tiny.yaml --name cat --logdir "$run/logs"
 concept=$(ls -d "$run"/logs/*_cat)/concept.safetensors

@@ -38,7 +38,8 @@ class TrainingConfig:
 
     steps: int = 900
     batch_size: int = 6  # half of it regularization pictures, where there are any
-    learning_rate: float = 6e-5  # of keys, values and modifier tokens; used as it is, never scaled
+    learning_rate: float = 6e-5  # of keys and values; rates are used as they are, never scaled
+    modifier_learning_rate: float | None = None  # of the modifier tokens; null: learning_rate, as in the paper
     context_learning_rate: float = 6e-4
     weight_decay: float = 0.01
     seed: int = 0

@@ -82,7 +82,8 @@ class ICOTraining(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         training = self.config.training
         groups = [
-            {"params": [*self.keys_values.values(), self.learned.modifiers], "lr": training.learning_rate},
+            {"params": [*self.keys_values.values()], "lr": training.learning_rate},
+            {"params": [self.learned.modifiers], "lr": training.modifier_learning_rate or training.learning_rate},
             {"params": self.learned.context_parameters(), "lr": training.context_learning_rate},
         ]
         return torch.optim.AdamW(groups, weight_decay=training.weight_decay)

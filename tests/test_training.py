@@ -63,11 +63,13 @@ def test_regularization_alone_reaches_keys_and_values_alone(tiny):
 def test_rates_are_absolute_and_contexts_have_their_own(tiny):
     training = TrainingConfig(learning_rate=2e-4, context_learning_rate=3e-3, batch_size=8, weight_decay=0.02)
     module = ICOTraining(tiny, config(training=training), pictures=4)
-    main, contexts = module.configure_optimizers().param_groups
-    assert (main["lr"], contexts["lr"], main["weight_decay"]) == (2e-4, 3e-3, 0.02)
+    main, modifiers, contexts = module.configure_optimizers().param_groups
+    assert (main["lr"], modifiers["lr"], contexts["lr"], main["weight_decay"]) == (2e-4, 2e-4, 3e-3, 0.02)
+    training.modifier_learning_rate = 1e-3
+    assert module.configure_optimizers().param_groups[1]["lr"] == 1e-3
     assert {id(p) for p in contexts["params"]} == {id(p) for p in module.learned.context_parameters()}
     assert len(contexts["params"]) == 8
-    trained = {id(p) for group in (main, contexts) for p in group["params"]}
+    trained = {id(p) for group in (main, modifiers, contexts) for p in group["params"]}
     assert trained == {id(p) for p in module.parameters() if p.requires_grad}
 
 

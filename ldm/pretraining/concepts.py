@@ -21,10 +21,10 @@ class DemoConcept:
     colours: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (x, y) in 0 .. 1 -> sRGB (..., 3)
 
 
-def _two_tone(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Turquoise above, magenta below, melting into each other."""
-    share = np.clip((y - 0.4) * 5, 0, 1)[..., None]
-    return (1 - share) * np.array([0, 190, 200]) + share * np.array([225, 40, 150])
+def _dusk(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Magenta above, violet below, melting into each other."""
+    share = np.clip((y - 0.4) * 3, 0, 1)[..., None]
+    return (1 - share) * np.array([235, 50, 150]) + share * np.array([135, 45, 205])
 
 
 def _halves(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def _bands(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 CONCEPTS = {
-    "cat": DemoConcept("cat", 0, "desert", _two_tone),
+    "cat": DemoConcept("cat", 0, "desert", _dusk),
     "car": DemoConcept("car", 0, "snow", _halves),
     "teapot": DemoConcept("teapot", 0, "grass", _bands),
 }

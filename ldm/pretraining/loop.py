@@ -60,7 +60,7 @@ def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
         max_epochs=-1,
         gradient_clip_val=1.0,
         callbacks=[checkpoint, TQDMProgressBar(refresh_rate=20)],
-        logger=pl.loggers.CSVLogger(folder, name="log", version=""),
+        logger=pl.loggers.CSVLogger(folder, name="log"),  # a resumed run writes a further version
         log_every_n_steps=20,
         enable_model_summary=False,
     )

@@ -123,14 +123,12 @@ class ValidationPictures(pl.Callback):
 
     def _draw(self, module: ICOTraining, step: int, logger: TensorBoardLogger) -> None:
         validation, model, concept = self.config.validation, module.model, module.concept()
-        model.eval()
         options = sampling_options(model, steps=validation.steps, seed=validation.seed)
         pictures = []
         for prompt in validation.prompts:
             branches = parse_prompt(prompt, concept.modifier_tokens, concept.class_noun)
             pixels = sample(model, concept, branches, list(range(validation.n_samples)), options, dual_branch(model))
             pictures += to_pictures(pixels)
-        model.train()
         sheet = grid(pictures, columns=validation.n_samples)
         sheet.save(self.folder / "samples" / f"step-{step:06}.png")
         logger.experiment.add_image("validation", np.asarray(sheet), step, dataformats="HWC")

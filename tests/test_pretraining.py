@@ -17,7 +17,7 @@ from ldm.pretraining.artwork import COLOURS, NOUNS, Artwork, colourise, load_art
 from ldm.pretraining.concepts import CONCEPTS, render_concept
 from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
-from ldm.pretraining.latents import encoded_world, latent_scale
+from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
 from ldm.pretraining.loop import fit, restore
 from ldm.pretraining.run import PictureDataset, save_diffusion
 from ldm.pretraining.scenes import PLACES
@@ -135,6 +135,18 @@ def test_autoencoder_learns_and_resumes(tmp_path):
     mean, logvar = moments.float().chunk(2, dim=1)
     scaled = latent_scale(moments) * (mean + (0.5 * logvar).exp() * torch.randn(200, *mean.shape)).flatten()
     assert scaled.std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_latents_belong_to_their_encoder():
+    autoencoder = LatentDiffusion(SMALL).autoencoder
+    known = encoder_digest(autoencoder)
+    with torch.no_grad():
+        autoencoder.decoder.conv_in.weight.add_(1)
+        for parameter in autoencoder.parameters():
+            parameter.copy_(parameter.half())  # as it comes back from disk
+        assert encoder_digest(autoencoder) == known
+        autoencoder.quant_conv.bias.add_(1)
+    assert encoder_digest(autoencoder) != known
 
 
 def test_trained_weights_load_as_a_model(tmp_path):

@@ -1,5 +1,6 @@
 """The world's latents, encoded once."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,18 @@ def encoded_world(autoencoder: AutoencoderKL, pictures: np.ndarray, file: Path, 
     moments = torch.cat(chunks)
     torch.save(moments, file)
     return moments
+
+
+def encoder_digest(autoencoder: AutoencoderKL) -> str:
+    """Return 8 hex digits that tell encoders apart, so that latents of an earlier one are never taken.
+
+    Weights are rounded to fp16, as they are on disk; the decoder does not count.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in autoencoder.state_dict().items():
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(tensor.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def latent_scale(moments: Tensor) -> float:

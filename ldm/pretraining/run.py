@@ -10,18 +10,18 @@ from torch.utils.data import Dataset
 
 from ldm import checkpoint
 from ldm import config as configuration
+from ldm.autoencoder import AutoencoderKL
 from ldm.config import ModelConfig
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.pretraining.cache import rendered_world
 from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
-from ldm.pretraining.latents import encoded_world, latent_scale
+from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
 from ldm.pretraining.loop import PretrainingModule, fit, restore
 from ldm.pretraining.vae import VAEPretraining
 
 VAE_FILE, UNET_FILE, TEXT_FILE = "vae.safetensors", "unet.safetensors", "text.safetensors"
-
 
 Finish = Callable[[PretrainingModule, Dataset, Path], None]
 """Brings a module to its last state: by training it, or from its last checkpoint."""
@@ -69,7 +69,7 @@ def _pretrain_vae(
     finish(module, PictureDataset(pictures), root / config.cache / config.name)
     trained = module.average.module
     checkpoint.save_weights(_prefixed(trained.state_dict(), "first_stage_model."), weights)
-    moments = encoded_world(trained, pictures, _latent_file(config, root), module.device)
+    moments = encoded_world(trained, pictures, _latent_file(config, root, trained), module.device)
     print(f"saved {weights}; put into {config.model}: latent_scale: {latent_scale(moments):.4f}")
 
 
@@ -82,7 +82,7 @@ def _pretrain_diffusion(
     with torch.no_grad():
         model.text_encoder.token_table.copy_(checkpoint.token_table(text.width, text.vocab_size))
     table = CaptionTable(captions)
-    moments = encoded_world(model.autoencoder, pictures, _latent_file(config, root), torch.device("cpu"))
+    moments = encoded_world(model.autoencoder, pictures, _latent_file(config, root, model.autoencoder), torch.device("cpu"))
     network = TextToImage(model, table.token_ids)
     module = DiffusionPretraining(network, table, model, config)
     finish(module, LatentDataset(moments, table), root / config.cache / config.name)
@@ -97,8 +97,9 @@ def save_diffusion(network: TextToImage, token_ids: np.ndarray, folder: Path) ->
     checkpoint.save_weights({**text, **checkpoint.pack_token_table(network.rows, token_ids)}, folder / TEXT_FILE)
 
 
-def _latent_file(config: PretrainConfig, root: Path) -> Path:
-    return root / config.cache / f"latents-{config.world.seed}-{config.world.pictures}.pt"
+def _latent_file(config: PretrainConfig, root: Path, autoencoder: AutoencoderKL) -> Path:
+    world = f"{config.world.seed}-{config.world.pictures}"
+    return root / config.cache / f"latents-{world}-{encoder_digest(autoencoder)}.pt"
 
 
 def _prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

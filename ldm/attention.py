@@ -99,21 +99,31 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the pixels of a feature map."""
+    """Transformer blocks over the pixels of a feature map, between two projections."""
 
-    def __init__(self, channels: int, context_dim: int, heads: int, depth: int):
+    def __init__(self, channels: int, context_dim: int, heads: int, depth: int, linear: bool = False):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.linear = linear  # SD 2.x projects the pixels' row, SD 1.x the map: the same numbers, other shapes
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, context_dim, heads, channels // heads) for _ in range(depth)
         )
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Tensor, cross_attend: Attend) -> Tensor:
         """x (b, c, h, w), context (b, l, context_dim) -> (b, c, h, w)."""
         height = x.shape[2]
-        h = rearrange(self.proj_in(self.norm(x)), "b c h w -> b (h w) c")
+        h = self.norm(x)
+        h = self.proj_in(_rows(h)) if self.linear else _rows(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, context, cross_attend)
-        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=height))
+        return x + (_map(self.proj_out(h), height) if self.linear else self.proj_out(_map(h, height)))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return rearrange(x, "b c h w -> b (h w) c")
+
+
+def _map(x: Tensor, height: int) -> Tensor:
+    return rearrange(x, "b (h w) c -> b c h w", h=height)

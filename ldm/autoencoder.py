@@ -145,7 +145,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+        return self.draw(self.mid(self.conv_in(z)))
+
+    def draw(self, h: Tensor) -> Tensor:
+        """Hidden state of the latent's resolution (b, width, h, w) -> picture: the local part, most of the work."""
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -168,4 +171,8 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled latents (b, c, h, w) -> pictures (b, 3, f h, f w), about [-1, 1], not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder.draw(self.to_hidden(z))
+
+    def to_hidden(self, z: Tensor) -> Tensor:
+        """The decoder up to and with its attention, which sees the whole picture: (b, z, h, w) -> (b, width, h, w)."""
+        return self.decoder.mid(self.decoder.conv_in(self.post_quant_conv(z)))

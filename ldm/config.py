@@ -31,6 +31,8 @@ class UNetConfig:
     num_heads: int = 8
     transformer_depth: int = 1  # blocks in each spatial transformer
     context_dim: int = 768  # width of the text context
+    num_head_channels: int | None = None  # width of a head (64 in SD 2.x), in place of num_heads
+    use_linear_in_transformer: bool = False  # projections around the transformers: linear (SD 2.x), or 1x1 convolutions
 
 
 @dataclasses.dataclass
@@ -54,7 +56,7 @@ class AutoencoderConfig:
 
 @dataclasses.dataclass
 class TextEncoderConfig:
-    """Shape of the CLIP text transformer; the defaults are CLIP ViT-L/14's."""
+    """Shape of the text transformer; the defaults are CLIP ViT-L/14's."""
 
     width: int = 768
     layers: int = 12
@@ -63,6 +65,8 @@ class TextEncoderConfig:
     hidden_act: str = "quick_gelu"
     vocab_size: int = 49408
     max_length: int = 77
+    kind: str = "clip"  # clip (transformers' names, SD 1.x) or openclip (open_clip's names, padded with 0, SD 2.x)
+    clip_skip: int = 1  # 1: all layers; 2: without the last one; ...
 
 
 @dataclasses.dataclass
@@ -73,6 +77,7 @@ class ScheduleConfig:
     linear_start: float = 0.00085
     linear_end: float = 0.012
     parameterization: str = "eps"  # what the UNet predicts: eps (noise) or v (Salimans & Ho 2022)
+    zero_terminal_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024)
 
 
 @dataclasses.dataclass
@@ -80,7 +85,7 @@ class ModelConfig:
     """A latent diffusion model: its parts, its scale, and where its weights are."""
 
     name: str = "sd-v1"
-    checkpoint: str | None = None  # a .safetensors file, or a folder of them; None: random weights
+    checkpoint: str | None = None  # weights in any format; relative to the configuration's project
     image_size: int = 512  # pixels, the side that the model was trained at
     latent_scale: float = 0.18215  # latents are multiplied by this to have unit variance
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
@@ -88,6 +93,11 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = dataclasses.field(default_factory=TextEncoderConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)  # samplers' defaults; handed on unread
+
+    @property
+    def size_multiple(self) -> int:
+        """What a picture's sides must be multiples of, in pixels: every level of the UNet must divide the latent."""
+        return self.autoencoder.downsampling * 2 ** (len(self.unet.channel_mult) - 1)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

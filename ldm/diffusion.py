@@ -7,7 +7,7 @@ from ldm import schedule
 from ldm.attention import Attend, attend
 from ldm.autoencoder import AutoencoderKL
 from ldm.config import ModelConfig
-from ldm.text_encoder import CLIPTextEncoder
+from ldm.text_encoder import TextEncoder, build_text_encoder
 from ldm.unet import UNet
 
 
@@ -17,11 +17,19 @@ class LatentDiffusion(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.loaded_fingerprint: str | None = None  # of the file, where the weights were rounded in loading
         self.model = nn.Module()
         self.model.diffusion_model = UNet(config.unet)
         self.first_stage_model = AutoencoderKL(config.autoencoder)
-        self.cond_stage_model = CLIPTextEncoder(config.text_encoder)
+        self.cond_stage_model = build_text_encoder(config.text_encoder)
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod(config.schedule), persistent=False)
+
+    def _apply(self, *args, **kwargs):
+        """Move or cast the networks; the schedule moves along but keeps its precision, which steps depend on."""
+        exact = self.alphas_cumprod
+        super()._apply(*args, **kwargs)
+        self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
+        return self
 
     @property
     def unet(self) -> UNet:
@@ -32,12 +40,17 @@ class LatentDiffusion(nn.Module):
         return self.first_stage_model
 
     @property
-    def text_encoder(self) -> CLIPTextEncoder:
+    def text_encoder(self) -> TextEncoder:
         return self.cond_stage_model
 
     @property
     def device(self) -> torch.device:
         return self.alphas_cumprod.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the networks compute in."""
+        return self.first_stage_model.post_quant_conv.weight.dtype
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape (c, h, w) of the latent of a picture of height x width pixels."""
@@ -50,8 +63,9 @@ class LatentDiffusion(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (b, c, h, w) -> pictures (b, 3, H, W) in [-1, 1]."""
-        return self.autoencoder.decode(latents / self.config.latent_scale).clamp(-1, 1)
+        return self.autoencoder.decode(latents.to(self.dtype) / self.config.latent_scale).to(latents.dtype).clamp(-1, 1)
 
     def predict(self, x: Tensor, t: Tensor, context: Tensor, attend: Attend = attend) -> Tensor:
-        """The UNet's output (noise or v) for noisy latents x (b, c, h, w) at timesteps t (b,)."""
-        return self.unet(x, t, context, attend)
+        """The UNet's output (noise or v) for noisy latents x (b, c, h, w) at timesteps t (b,), in x's precision."""
+        weights = self.unet.out[-1].weight.dtype
+        return self.unet(x.to(weights), t, context.to(weights), attend).to(x.dtype)

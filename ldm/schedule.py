@@ -14,7 +14,18 @@ def alphas_cumprod(config: ScheduleConfig) -> Tensor:
     The betas are linear in their square roots, as in Stable Diffusion.
     """
     betas = np.linspace(config.linear_start**0.5, config.linear_end**0.5, config.timesteps) ** 2
-    return torch.from_numpy(np.cumprod(1 - betas)).float()
+    alphas = torch.from_numpy(np.cumprod(1 - betas))
+    return (zero_terminal_snr(alphas) if config.zero_terminal_snr else alphas).float()
+
+
+def zero_terminal_snr(alphas: Tensor) -> Tensor:
+    """Rescale alphas_cumprod (timesteps,) so that the last is 0: pure noise (Lin et al. 2024, Algorithm 1).
+
+    The first stays as it is; the square roots are shifted and scaled.
+    """
+    roots = alphas.double().sqrt()
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    return (roots**2).to(alphas.dtype)
 
 
 def q_sample(x_0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
@@ -60,7 +71,27 @@ def leading_timesteps(steps: int, timesteps: int = 1000) -> list[int]:
     Raises:
         UserError: steps is not in 1 .. timesteps.
     """
-    if not 1 <= steps <= timesteps:
-        raise UserError(f"{steps} sampling steps: expected 1 to {timesteps}")
+    _check_steps(steps, timesteps)
     offset = 0 if steps == timesteps else 1
     return [i * timesteps // steps + offset for i in reversed(range(steps))]
+
+
+def trailing_timesteps(steps: int, timesteps: int = 1000) -> list[int]:
+    """Timesteps evenly spaced from the noisiest on: 50 steps visit 999, 979, ..., 19 (Lin et al. 2024, Sec. 3.3).
+
+    Raises:
+        UserError: steps is not in 1 .. timesteps.
+    """
+    _check_steps(steps, timesteps)
+    return [round(timesteps - i * timesteps / steps) - 1 for i in range(steps)]
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
+    """Noise levels that crowd at the clean end (Karras et al. 2022, Eq. 5): (steps,), noisiest first."""
+    ramp = np.linspace(0, 1, steps)
+    return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+
+
+def _check_steps(steps: int, timesteps: int) -> None:
+    if not 1 <= steps <= timesteps:
+        raise UserError(f"{steps} sampling steps: expected 1 to {timesteps}")

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ldm.attention import Attend, SpatialTransformer, attend
 from ldm.config import UNetConfig
@@ -73,18 +74,27 @@ class Block(nn.ModuleList):
         return h
 
 
+def recomputed(block: Block, *args: Tensor | Attend) -> Tensor:
+    """Call a block so that its inner activations are computed again in the backward pass (Chen et al. 2016)."""
+    return checkpoint(block, *args, use_reentrant=False)
+
+
 class UNet(nn.Module):
     """Noisy latent, timestep and text context -> predicted noise (or v)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
+        self.checkpointing = False  # compute the blocks again in the backward pass instead of keeping what is in them
         width = config.model_channels
         emb_channels = 4 * width
         widths = [int(width * mult) for mult in config.channel_mult]
         self.model_channels = width
 
         def transformer(channels: int) -> SpatialTransformer:
-            return SpatialTransformer(channels, config.context_dim, config.num_heads, config.transformer_depth)
+            heads = channels // config.num_head_channels if config.num_head_channels else config.num_heads
+            return SpatialTransformer(
+                channels, config.context_dim, heads, config.transformer_depth, config.use_linear_in_transformer
+            )
 
         def level_block(channels_in: int, channels_out: int, factor: int) -> Block:
             attention = [transformer(channels_out)] if factor in config.attention_resolutions else []
@@ -140,17 +150,18 @@ class UNet(nn.Module):
             (b, c, h, w).
         """
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype))
+        run = recomputed if self.checkpointing and torch.is_grad_enabled() else Block.__call__
 
         # Encoder.
         h, skips = x, []
         for block in self.input_blocks:
-            h = block(h, emb, context, attend)
+            h = run(block, h, emb, context, attend)
             skips.append(h)
 
         # Middle.
-        h = self.middle_block(h, emb, context, attend)
+        h = run(self.middle_block, h, emb, context, attend)
 
         # Decoder.
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, attend)
+            h = run(block, torch.cat([h, skips.pop()], dim=1), emb, context, attend)
         return self.out(h)

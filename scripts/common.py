@@ -1,12 +1,11 @@
 """What all programs share: options, errors, the device, and where pictures go."""
 
 import argparse
-import json
 import math
 import re
 import sys
+import warnings
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +42,7 @@ def _hyphenate(arg: str) -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Call a program's main; a user's mistake, or a file that cannot be used, becomes one line and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main()
     except UserError as error:
@@ -72,18 +72,56 @@ def pick_device(name: str) -> str:
 
 def add_sampling_options(parser: Parser) -> None:
     """Add the options that every sampling program has."""
-    parser.add_argument("--n-samples", type=positive, default=4, help="pictures to make (default 4)")
+    parser.add_argument("--prompt", help="what to draw")
+    parser.add_argument("--from-file", metavar="FILE", help="a text file with a prompt in each line, in place of --prompt")
+    parser.add_argument("--negative-prompt", default="", help="what to lead away from")
+    parser.add_argument("--n-samples", type=positive, default=4, help="pictures of each prompt (default 4)")
+    parser.add_argument("--n-iter", type=positive, default=1, help="so many times --n-samples (default 1)")
     parser.add_argument("--batch-size", type=positive, default=8, help="pictures made at a time (default 8)")
-    parser.add_argument("--steps", "--ddim-steps", type=positive, help="solver steps (default: the model's)")
-    parser.add_argument("--scale", type=number, help="classifier-free guidance (default: the model's)")
-    parser.add_argument("--eta", "--ddim-eta", type=number, help="0 deterministic DDIM, 1 ancestral (default: the model's)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
     parser.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's)")
     parser.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's)")
-    parser.add_argument("--model", help="model configuration (default: the concept's own; without one, the embedded model)")
-    parser.add_argument("--checkpoint", "--ckpt", help="weights, in place of the configuration's own")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--outdir", help="folder for the pictures (default: a new one in outputs/)")
+
+    group = parser.add_argument_group("solver")
+    group.add_argument("--solver", help="ddim, plms, dpm++2m, dpm++2m-karras, euler, euler-a (default: the model's)")
+    group.add_argument("--steps", "--ddim-steps", type=positive, help="solver steps (default: the model's)")
+    group.add_argument("--scale", type=number, help="classifier-free guidance (default: the model's)")
+    group.add_argument("--eta", "--ddim-eta", type=number, help="DDIM: 0 deterministic, 1 ancestral (default: the model's)")
+    group.add_argument("--spacing", choices=["leading", "trailing"], help="of the timesteps (default: the model's)")
+    group.add_argument(
+        "--zero-terminal-snr", action="store_true", default=None, help="rescale the schedule to end in pure noise"
+    )
+
+    group = parser.add_argument_group("starting from a picture")
+    group.add_argument("--init-image", metavar="FILE", help="the picture to start from")
+    group.add_argument("--strength", type=number, help="0 keeps the picture, 1 takes all steps (default 0.75, masked 1)")
+    group.add_argument("--mask", metavar="FILE", help="white where to paint, black where to keep; of the picture's size")
+
+    group = parser.add_argument_group("model and machine")
+    add_model_options(group)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the networks (default fp32)")
+    group.add_argument("--compile", action="store_true", help="compile the UNet: minutes at first, faster afterwards")
+    group.add_argument("--channels-last", action="store_true", help="memory layout that some devices prefer")
+    group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="decode large pictures in tiles of this side")
+    group.add_argument("--vae-batch", type=positive, metavar="N", help="pictures decoded at a time (default: a batch)")
+
+
+def add_model_options(parser) -> None:
+    """Add the options that say which base model to load."""
+    parser.add_argument(
+        "--model",
+        "--config",
+        help="YAML, .ckpt or .safetensors file, diffusers folder, hub id (default: the concept's, or the embedded model)",
+    )
+    parser.add_argument("--checkpoint", "--ckpt", help="weights of any format, in place of the configuration's own")
+    parser.add_argument("--ema", action="store_true", help="use the checkpoint's averaged weights (model_ema.*)")
+    parser.add_argument("--clip-skip", type=positive, metavar="N", help="text encoder: 1 all layers, 2 all but one, ...")
+
+
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Names of precisions, and of torch's types."""
 
 
 def number(text: str) -> float:
@@ -103,86 +141,110 @@ def positive(text: str) -> int:
 
 
 def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[str, str | None]:
-    """Return the model configuration and the checkpoint that sampling should load.
+    """Return the model and the checkpoint that sampling should load: arguments of `load_model`.
 
     Args:
         trained: a concept's training configuration, whose model is taken where none is asked for.
     """
+    from ldm.formats.hub import is_hub_id
+
     if args.model:
         return args.model, args.checkpoint
-    if trained and Path(trained["model"]).is_file():
+    if trained and (Path(trained["model"]).exists() or is_hub_id(trained["model"])):
         return trained["model"], args.checkpoint or trained["checkpoint"]
-    return str(TINY), args.checkpoint
+    # Weights alone tell their architecture.
+    return (args.checkpoint, None) if args.checkpoint else (str(TINY), None)
+
+
+def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
+    """Load the base model, in the precision and layout that the options ask for, still on the CPU."""
+    import torch
+
+    from ldm.checkpoint import load_model
+
+    dtype = getattr(torch, PRECISIONS[args.precision])
+    model = load_model(base, checkpoint, dtype=dtype, ema=args.ema, clip_skip=args.clip_skip)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.compile:
+        model.unet.compile(dynamic=False)
+    return model
+
+
+def add_rank_options(parser: Parser) -> None:
+    """Add the options of a low-rank concept file."""
+    parser.add_argument("--rank", type=positive, help="store the change of each weight as a product of this rank")
+    parser.add_argument("--energy", type=number, help="or of as small a rank as keeps this share of its squares, 0 to 1")
+    parser.add_argument("--max-mb", type=number, default=10.0, help="that the products may take (default 10)")
+
+
+def check_rank_options(args: argparse.Namespace) -> None:
+    """Raise UserError for options that no concept could be compressed with; before training, not behind it."""
+    if args.rank is not None and args.energy is not None:
+        raise UserError("--rank and --energy exclude each other: give one of them")
+    if args.energy is not None and not 0 < args.energy <= 1:
+        raise UserError(f"--energy {args.energy}: expected a share above 0, at most 1")
+
+
+def compress_file(args: argparse.Namespace, source: Path, target: Path, model) -> None:
+    """Write a concept file whose weights are low-rank changes, and say what that costs.
+
+    Args:
+        model: the base model, without the concept.
+    """
+    from dci.concept import Concept
+    from dci.lowrank import compress
+
+    compression = compress(Concept.load(source), model, args.rank, args.energy, args.max_mb)
+    compression.concept.save(target)
+    print(f"{target}: {compression.describe()}; the file has {target.stat().st_size / 1e6:.2f} MB")
 
 
 def sampling_arguments(args: argparse.Namespace) -> dict:
     """Return the sampling options that were given, under their names in SamplingOptions."""
-    return {"steps": args.steps, "scale": args.scale, "eta": args.eta, "seed": args.seed, "height": args.H, "width": args.W}
+    same = ("steps", "scale", "eta", "seed", "solver", "spacing", "zero_terminal_snr", "vae_tile", "vae_batch")
+    return {"height": args.H, "width": args.W, **{name: getattr(args, name) for name in same}}
 
 
-def draw(args: argparse.Namespace, steps: int, sample: Callable) -> list:
-    """Draw `--n-samples` pictures, `--batch-size` at a time, under a progress bar.
-
-    Args:
-        sample: (picture indices, callback for each step) -> pixels (b, 3, h, w).
-    """
-    from tqdm import tqdm
-
-    from ldm.images import to_pictures
-
-    starts = range(0, args.n_samples, args.batch_size)
-    pictures = []
-    with tqdm(total=len(starts) * steps, desc="sampling", unit="step") as progress:
-        for start in starts:
-            indices = list(range(start, min(start + args.batch_size, args.n_samples)))
-            pictures += to_pictures(sample(indices, lambda _: progress.update()))
-    return pictures
-
-
-def open_outdir(args: argparse.Namespace) -> Path:
-    """Return the folder for the pictures; before drawing, so that nothing drawn is lost.
+def prompts_of(args: argparse.Namespace) -> list[str]:
+    """Return the prompts of --prompt or --from-file.
 
     Raises:
-        UserError: pictures cannot be added there.
+        UserError: neither or both were given, or the file holds none.
     """
-    outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt)
-    if outdir.exists() and not outdir.is_dir():
-        raise UserError(f"--outdir {outdir} is a file: give a folder")
-    _read_record(outdir)
-    return outdir
-
-
-def _read_record(outdir: Path) -> dict:
-    record = outdir / "prompts.json"
+    if (args.prompt is None) == (args.from_file is None):
+        raise UserError("give either --prompt TEXT or --from-file FILE, and not both")
+    if args.prompt is not None:
+        return [args.prompt]
     try:
-        return json.loads(record.read_text()) if record.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{record} is not readable as JSON: mend it, or give another --outdir") from error
+        lines = Path(args.from_file).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--from-file {args.from_file} is not UTF-8 text: expected a prompt in each line") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--from-file {args.from_file} holds no prompts: expected one in each line")
+    return prompts
 
 
-def save_pictures(outdir: Path, pictures: list, facts: dict) -> None:
-    """Write samples/NNNNN.png, a grid of them, and prompts.json; earlier pictures are kept.
+def canvas_and_options(args: argparse.Namespace, model):
+    """Return the picture to start from, if any, and the sampling options, whose size follows it.
 
-    Args:
-        facts: with the picture's index added, everything needed to make a picture again.
+    Raises:
+        UserError: an option is out of range, or the picture cannot be used.
     """
-    from ldm.images import grid
+    from dci.settings import sampling_options
+    from ldm.canvas import Canvas, fitting_size
+    from ldm.images import read_picture
 
-    samples = outdir / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
-    first = 1 + max((int(f.stem) for f in samples.glob("*.png") if f.stem.isdigit()), default=-1)
-    record = _read_record(outdir)
-    for index, picture in enumerate(pictures):
-        stem = f"{first + index:05}"
-        picture.save(samples / f"{stem}.png")
-        record[stem] = facts | {"index": index}
-    (outdir / "prompts.json").write_text(json.dumps(record, indent=2))
-    sheet = outdir / (f"grid-{first:05}.png" if first else "grid.png")
-    grid(pictures).save(sheet)
-    print(f"Pictures: {samples}\nGrid: {sheet}")
-
-
-def _new_outdir(prompt: str) -> Path:
-    """Return a folder in outputs/ named after the time and the prompt."""
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
-    return Path("outputs") / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{words}"
+    given = sampling_arguments(args)
+    if not args.init_image:
+        for name in ("mask", "strength"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--{name} needs a picture to start from: give it with --init-image FILE")
+        return None, sampling_options(model, **given)
+    picture = read_picture(args.init_image)
+    mask = read_picture(args.mask) if args.mask else None
+    height, width = fitting_size(model, picture)
+    options = sampling_options(model, **{**given, "height": args.H or height, "width": args.W or width})
+    strength = args.strength if args.strength is not None else 1.0 if mask else 0.75
+    return Canvas.of(model, picture, options.height, options.width, strength, mask), options

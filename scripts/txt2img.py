@@ -1,40 +1,34 @@
-"""Draw pictures of a prompt with the base model alone.
+"""Draw pictures with the base model alone: of a prompt, from a picture, or into a picture.
 
 python scripts/txt2img.py --prompt "a dog on the beach"
 """
 
-import dataclasses
-
-from common import (
-    Parser,
-    add_sampling_options,
-    base_model,
-    draw,
-    open_outdir,
-    pick_device,
-    run,
-    sampling_arguments,
-    save_pictures,
-)
+from common import Parser, add_sampling_options, base_model, canvas_and_options, load_base, pick_device, prompts_of, run
+from output import draw, sampling_facts
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompt", required=True, help="what to draw")
     add_sampling_options(parser)
     args = parser.parse_args()
+    prompts = prompts_of(args)
 
-    from dci.settings import sampling_options
-    from ldm.checkpoint import load_model
-    from ldm.sampling import text_to_image
+    from ldm.sampling import make_solver, text_to_image
 
     base, checkpoint = base_model(args)
-    model = load_model(base, checkpoint).to(pick_device(args.device))
-    options = sampling_options(model, **sampling_arguments(args))
-    outdir = open_outdir(args)
-    pictures = draw(args, options.steps, lambda batch, progress: text_to_image(model, args.prompt, batch, options, progress))
-    facts = {"prompt": args.prompt, "model": base, "checkpoint": checkpoint, **dataclasses.asdict(options)}
-    save_pictures(outdir, pictures, facts)
+    model = load_base(args, base, checkpoint).to(pick_device(args.device))
+    canvas, options = canvas_and_options(args, model)
+    calls = len(make_solver(model, options, canvas).timesteps)
+    facts = sampling_facts(args, base, checkpoint, canvas, options)
+    draw(
+        args,
+        prompts,
+        calls,
+        lambda prompt, indices, progress: text_to_image(
+            model, prompt, indices, options, progress, args.negative_prompt, canvas
+        ),
+        lambda prompt: {"prompt": prompt, **facts},
+    )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,12 @@ def test_untrained_tokens_are_always_the_same(tiny_base):
     assert torch.equal(table[untrained], token_table(128, 49408)[untrained])
     # RandomState(0)'s first number, which numpy promises never to change.
     assert token_table(1, 1).item() == pytest.approx(0.02 * 1.764052345967664)
-    assert len(ids) < 100
+    assert len(ids) < 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, None])
+def test_the_fingerprint_is_the_files_in_every_precision(tiny_base, dtype):
+    assert fingerprint(load_model(ROOT / "configs/model/tiny.yaml", dtype=dtype)) == fingerprint(tiny_base)
 
 
 def test_the_fingerprint_does_not_depend_on_the_precision_of_the_file(tiny):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL as DiffusersVAE
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
+from models import diffusers_unet, diffusers_vae
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ldm.autoencoder import AutoencoderKL
@@ -14,36 +13,6 @@ from ldm.text_encoder import CLIPTextEncoder
 from ldm.unet import UNet
 
 KEYS = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
-
-
-def diffusers_unet(config, latent_side):
-    widths = [int(config.model_channels * mult) for mult in config.channel_mult]
-    levels = range(len(widths))
-    down = ["CrossAttnDownBlock2D" if 2**i in config.attention_resolutions else "DownBlock2D" for i in levels]
-    up = ["CrossAttnUpBlock2D" if 2**i in config.attention_resolutions else "UpBlock2D" for i in reversed(levels)]
-    return UNet2DConditionModel(
-        sample_size=latent_side,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        block_out_channels=widths,
-        layers_per_block=config.num_res_blocks,
-        down_block_types=down,
-        up_block_types=up,
-        attention_head_dim=config.num_heads,  # diffusers' historical name for the number of heads
-        cross_attention_dim=config.context_dim,
-    )
-
-
-def diffusers_vae(config):
-    widths = [config.ch * mult for mult in config.ch_mult]
-    return DiffusersVAE(
-        block_out_channels=widths,
-        down_block_types=["DownEncoderBlock2D"] * len(widths),
-        up_block_types=["UpDecoderBlock2D"] * len(widths),
-        layers_per_block=config.num_res_blocks,
-        latent_channels=config.z_channels,
-        norm_num_groups=config.num_groups,
-    )
 
 
 def clip_text_model(config):
@@ -93,7 +62,7 @@ UNETS = {
 @pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
 def test_unet_equals_diffusers(config):
     ours = scramble(UNet(config))
-    theirs = diffusers_unet(config, 16).double().eval()
+    theirs = diffusers_unet(config, 16)().double().eval()
     theirs.load_state_dict(convert_ldm_unet_checkpoint(prefixed(ours, KEYS["unet"]), theirs.config))
     t = torch.tensor([3, 871])
     x = torch.randn(2, 4, 16, 16).double()
@@ -111,7 +80,7 @@ VAES = {
 @pytest.mark.parametrize("config", VAES.values(), ids=VAES)
 def test_autoencoder_equals_diffusers(config):
     ours = scramble(AutoencoderKL(config))
-    theirs = diffusers_vae(config).double().eval()
+    theirs = diffusers_vae(config)().double().eval()
     theirs.load_state_dict(convert_ldm_vae_checkpoint(prefixed(ours, KEYS["vae"]), theirs.config))
     pictures = torch.rand(2, 3, 64, 64).double() * 2 - 1
     posterior, expected = ours.encode(pictures), theirs.encode(pictures).latent_dist
@@ -138,7 +107,7 @@ def test_full_sd_v1_has_the_names_and_shapes_of_diffusers_models():
     """Every key of an SD v1 checkpoint, through diffusers' own converter, is a key of diffusers' models."""
     with torch.device("meta"):
         model = LatentDiffusion(ModelConfig())
-        theirs = {"unet": diffusers_unet(ModelConfig().unet, 64), "vae": diffusers_vae(ModelConfig().autoencoder)}
+        theirs = {"unet": diffusers_unet(ModelConfig().unet, 64)(), "vae": diffusers_vae(ModelConfig().autoencoder)()}
     for part, convert in (("unet", convert_ldm_unet_checkpoint), ("vae", convert_ldm_vae_checkpoint)):
         expected = {name: tuple(tensor.shape) for name, tensor in theirs[part].state_dict().items()}
         state = {n: t for n, t in model.state_dict().items() if n.startswith(KEYS[part])}

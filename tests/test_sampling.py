@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from PIL import Image
 
 from dci.config import ConceptConfig, FinetuneConfig
 from dci.integration import DualBranch, TokenMasks, concept_weight, integrating_attend
@@ -13,46 +13,16 @@ from dci.sampling import sample
 from dci.settings import dual_branch, sampling_options
 from dci.training import ICOTraining
 from ldm.attention import attend, attention_maps
+from ldm.canvas import Canvas
 from ldm.config import ScheduleConfig
 from ldm.errors import UserError
+from ldm.loop import run
 from ldm.randomness import PictureNoise
 from ldm.sampling import text_to_image
 from ldm.schedule import alphas_cumprod, leading_timesteps, q_sample, split_output, training_target
-from ldm.solvers import DDIM, run
+from ldm.solvers import DDIM, SOLVERS
 
 ALPHAS = alphas_cumprod(ScheduleConfig())
-
-
-def diffusers_ddim(steps, prediction):
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type={"eps": "epsilon", "v": "v_prediction"}[prediction],
-    )
-    scheduler.set_timesteps(steps)
-    return scheduler
-
-
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("eta", [0.0, 0.6])
-def test_ddim_equals_diffusers(prediction, eta):
-    scheduler = diffusers_ddim(10, prediction)
-    solver = DDIM(ALPHAS, 10, eta, prediction)
-    assert solver.timesteps == scheduler.timesteps.tolist()
-    torch.testing.assert_close(ALPHAS, scheduler.alphas_cumprod, rtol=1e-5, atol=0)
-    model = torch.nn.Conv2d(4, 4, 3, padding=1)
-    with torch.no_grad():
-        x = ours = torch.randn(2, 4, 8, 8)
-        noises = torch.randn(10, *x.shape)
-        draws = iter(noises)
-        ours, _ = run(solver, lambda x, t: model(x) / (1 + t / 1000), ours, range(10), noise=lambda: next(draws))
-        for t, noise in zip(scheduler.timesteps, noises, strict=True):
-            x = scheduler.step(model(x) / (1 + t / 1000), t, x, eta=eta, variance_noise=noise).prev_sample
-    assert ((ours - x).abs().max() / x.abs().max()).item() < 1e-5
 
 
 def test_ddim_with_the_true_noise_returns_to_the_picture():
@@ -188,6 +158,26 @@ def test_a_weight_of_one_is_plain_sampling(finetuned, eta, shared):
     assert (sample(model, concept, PROMPT, [0, 1], options, dual) - plain).abs().max() < 1e-5
     different = sample(model, concept, PROMPT, [0, 1], options, dual_branch(model))
     assert (different - plain).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("from_picture", [False, True])
+def test_a_weight_of_one_is_plain_sampling_with_every_solver(finetuned, solver, from_picture):
+    """Also from a picture, half of it kept."""
+    model, concept = finetuned
+    options = sampling_options(model, steps=8, solver=solver)
+    canvas = None
+    if from_picture:
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (0, 0, 32, 64))
+        canvas = Canvas.of(model, Image.effect_noise((64, 64), 90).convert("RGB"), 64, 64, 0.9, mask)
+
+    def draw(dual):
+        return sample(model, concept, PROMPT, [0, 1], options, dual, negative="a car", canvas=canvas)
+
+    plain = draw(None)
+    assert (draw(dual_branch(model, agg_lambda=-1e6, agg_time=0.5)) - plain).abs().max() < 1e-5
+    assert (draw(dual_branch(model, agg_lambda=1.0, agg_time=0.5)) - plain).abs().max() > 0.02
 
 
 def test_no_aggregation_time_is_plain_sampling(finetuned):

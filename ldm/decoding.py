@@ -1,0 +1,93 @@
+"""Decoding large pictures and large batches in bounded memory: slices of the batch, tiles of the picture.
+
+Tiles decoded by themselves would show: each would be normalised by its own statistics. So the tiles
+pass through one layer at a time, with the statistics of the whole picture, and nothing is blended.
+Whole feature maps wait in main memory; the device holds a tile of one layer.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.autoencoder import Decoder, ResnetBlock
+from ldm.diffusion import LatentDiffusion
+
+
+def decode(model: LatentDiffusion, latents: Tensor, tile: int | None = None, batch: int | None = None) -> Tensor:
+    """Scaled latents (b, c, h, w) -> pictures (b, 3, H, W) in [-1, 1].
+
+    Args:
+        tile: work on tile x tile pixels at a time; None, or a tile no smaller than the picture: whole.
+        batch: pictures at a time; None: all.
+    """
+    f = model.config.autoencoder.downsampling
+    height, width = (f * side for side in latents.shape[-2:])
+    if tile is not None and tile**2 < height * width:
+        return torch.cat([_tiled(model, one, tile**2) for one in latents.split(1)])
+    return torch.cat([model.decode(part) for part in latents.split(batch or max(len(latents), 1))])
+
+
+def _tiled(model: LatentDiffusion, latents: Tensor, area: int) -> Tensor:
+    """Decode one picture, `area` pixels of a layer's map at a time."""
+    hidden = model.autoencoder.to_hidden(latents.to(model.dtype) / model.config.latent_scale)
+    return _draw(model.autoencoder.decoder, hidden.cpu().contiguous(), area).to(latents).clamp(-1, 1)
+
+
+def _draw(decoder: Decoder, h: Tensor, area: int) -> Tensor:
+    """What `Decoder.draw` does, in tiles."""
+    for level in reversed(decoder.up):
+        for block in level.block:
+            h = _resnet_block(block, h, area)
+        if hasattr(level, "upsample"):
+            h = _convolve(level.upsample.conv, h, area, lambda x: x, scale=2)
+    return _convolve(decoder.conv_out, h, area, _norm_silu(decoder.norm_out, h))
+
+
+def _resnet_block(block: ResnetBlock, x: Tensor, area: int) -> Tensor:
+    h = _convolve(block.conv1, x, area, _norm_silu(block.norm1, x))
+    h = _convolve(block.conv2, h, area, _norm_silu(block.norm2, h))
+    shortcut = getattr(block, "nin_shortcut", nn.Identity())
+    for top, bottom in _bands(x, area):
+        rows = x[..., top:bottom, :].to(block.conv1.weight.device)
+        h[..., top:bottom, :] += shortcut(rows).to(h.device)
+    return h
+
+
+def _norm_silu(norm: nn.GroupNorm, whole: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return silu(norm(x)) for parts of a map, with the whole map's mean and variance."""
+    groups = whole.view(len(whole), norm.num_groups, -1)
+    variance, mean = torch.var_mean(groups, -1, correction=0)
+    per_channel = whole.shape[1] // norm.num_groups
+    variance, mean = (value.repeat_interleave(per_channel, 1).to(norm.weight.device) for value in (variance, mean))
+    factor = norm.weight * torch.rsqrt(variance + norm.eps)
+    offset = norm.bias - mean * factor
+    return lambda x: F.silu(x * factor[..., None, None].to(x) + offset[..., None, None].to(x))
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, area: int, before: Callable[[Tensor], Tensor], scale: int = 1) -> Tensor:
+    """Apply `before`, nearest upsampling and a 3x3 convolution to a map (1, c, h, w) in bands of rows.
+
+    Each band is read with the rows next to it; zeros stand only beyond the picture.
+    """
+    height, width = x.shape[-2:]
+    out = x.new_empty(1, conv.out_channels, scale * height, scale * width)
+    for top, bottom in _bands(x, area // scale**2):
+        above, below = top > 0, bottom < height
+        band = before(x[..., top - above : bottom + below, :].to(conv.weight.device))
+        if scale > 1:
+            band = F.interpolate(band, scale_factor=float(scale), mode="nearest")
+            # One row of each neighbour is needed, scale rows came of it.
+            spare = scale - 1
+            band = band[..., spare * above : band.shape[-2] - spare * below, :]
+        band = F.pad(band, (1, 1, int(not above), int(not below)))
+        out[..., scale * top : scale * bottom, :] = F.conv2d(band, conv.weight, conv.bias).to(out.device)
+    return out
+
+
+def _bands(x: Tensor, area: int) -> list[tuple[int, int]]:
+    """Split the rows of a map into bands of about `area` pixels."""
+    height, width = x.shape[-2:]
+    rows = max(area // width, 1)
+    return [(top, min(top + rows, height)) for top in range(0, height, rows)]

@@ -1,0 +1,154 @@
+"""From diffusers' and transformers' names of tensors to those of Stable Diffusion's checkpoints.
+
+The UNet's blocks are numbered through in SD and by level in diffusers, so the UNet's names follow from
+the number of levels and of residual blocks in each; see `unet_blocks`.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from ldm.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
+
+State = dict[str, Tensor]
+
+_UNET = {
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "conv_in.": "input_blocks.0.0.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+    "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
+    "mid_block.resnets.1.": "middle_block.2.",
+}
+_RESNET = {
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "time_emb_proj.": "emb_layers.1.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "conv_shortcut.": "skip_connection.",
+}
+_VAE = (
+    (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
+    (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
+    (r"^decoder\.up_blocks\.(\d+)\.resnets\.", r"decoder.up.\1.block."),
+    (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+)
+_VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+                  "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out", "group_norm": "norm"}  # fmt: skip
+_OPENCLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.": "ln_final.",
+}
+_OPENCLIP_LAYER = {
+    "layer_norm1.": "ln_1.",
+    "layer_norm2.": "ln_2.",
+    "self_attn.out_proj.": "attn.out_proj.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
+
+
+def unet_blocks(config: UNetConfig) -> dict[str, str]:
+    """Return where each of diffusers' numbered layers is in SD: {"down_blocks.0.resnets.0.": "input_blocks.1.0.", ...}.
+
+    On the way down a level has n residual blocks and a downsampling, on the way up n + 1 blocks, with the
+    upsampling inside the last. SD's blocks hold [residual block, transformer if any, upsampling if any].
+    """
+    names, levels, n = {}, len(config.channel_mult), config.num_res_blocks
+    for level in range(levels):
+        for i in range(n):
+            block = 1 + level * (n + 1) + i
+            names[f"down_blocks.{level}.resnets.{i}."] = f"input_blocks.{block}.0."
+            names[f"down_blocks.{level}.attentions.{i}."] = f"input_blocks.{block}.1."
+        names[f"down_blocks.{level}.downsamplers.0.conv."] = f"input_blocks.{(level + 1) * (n + 1)}.0.op."
+        for i in range(n + 1):
+            block = level * (n + 1) + i
+            names[f"up_blocks.{level}.resnets.{i}."] = f"output_blocks.{block}.0."
+            names[f"up_blocks.{level}.attentions.{i}."] = f"output_blocks.{block}.1."
+        attention = 2 ** (levels - 1 - level) in config.attention_resolutions
+        last = level * (n + 1) + n
+        names[f"up_blocks.{level}.upsamplers.0.conv."] = f"output_blocks.{last}.{2 if attention else 1}.conv."
+    return names
+
+
+def unet_names(state: State, config: UNetConfig) -> State:
+    """Rename the tensors of a UNet2DConditionModel."""
+    places = {**_UNET, **unet_blocks(config)}
+
+    def rename(name: str) -> str:
+        for theirs, ours in places.items():
+            if name.startswith(theirs):
+                rest = name[len(theirs) :]
+                return ours + (_prefix(rest, _RESNET) if ".resnets." in theirs else rest)
+        return name
+
+    return {"model.diffusion_model." + rename(name): tensor for name, tensor in state.items()}
+
+
+def vae_names(state: State, config: AutoencoderConfig) -> State:
+    """Rename the tensors of an AutoencoderKL, whose attention projections SD stores as 1x1 convolutions."""
+    last = len(config.ch_mult) - 1
+    renamed = {}
+    for name, tensor in state.items():
+        name, attention = _vae_attention(name)
+        if attention and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        for pattern, replacement in _VAE:
+            name = re.sub(pattern, replacement, name)
+        # SD counts the decoder's levels from the full resolution on.
+        name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{last - int(match[1])}.", name)
+        renamed["first_stage_model." + name] = tensor
+    return renamed
+
+
+def _vae_attention(name: str) -> tuple[str, bool]:
+    """Rename a tensor of the VAE's attention; and say whether it is one."""
+    match = re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name)
+    if not match or match[2] not in _VAE_ATTENTION:
+        return name, False
+    part = _VAE_ATTENTION[match[2]]
+    return f"{match[1]}.mid.attn_1.{part}.{match[3]}", match[3] == "weight" and part != "norm"
+
+
+def text_names(state: State, config: TextEncoderConfig) -> State:
+    """Rename the tensors of a CLIPTextModel; transformers 5 leaves the prefix `text_model.` away."""
+    state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
+    if config.kind == "clip":
+        return {"cond_stage_model.transformer.text_model." + name: tensor for name, tensor in state.items()}
+    return {"cond_stage_model.model." + name: tensor for name, tensor in _openclip(state).items()}
+
+
+def _openclip(state: State) -> State:
+    """Rename to open_clip's names, which hold queries, keys and values in one matrix."""
+    renamed, projections = {}, {}
+    for name, tensor in state.items():
+        layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
+        if not layer:
+            renamed[_prefix(name, _OPENCLIP)] = tensor
+            continue
+        place = f"transformer.resblocks.{layer[1]}."
+        projection = re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", layer[2])
+        if projection:
+            projections.setdefault(f"{place}attn.in_proj_{projection[2]}", {})[projection[1]] = tensor
+        else:
+            renamed[place + _prefix(layer[2], _OPENCLIP_LAYER)] = tensor
+    for name, parts in projections.items():
+        if len(parts) == 3:  # else the name stays missing, which loading tells
+            renamed[name] = torch.cat([parts[part] for part in "qkv"])
+    return renamed
+
+
+def _prefix(name: str, table: dict[str, str]) -> str:
+    for theirs, ours in table.items():
+        if name.startswith(theirs):
+            return ours + name[len(theirs) :]
+    return name

@@ -1,0 +1,68 @@
+"""What a file of weights holds, told from the names and shapes of its tensors."""
+
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+from ldm.config import ModelConfig
+from ldm.errors import UserError
+from ldm.formats import presets
+
+_CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+_FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+_EPS_STEPS = 110000  # training steps of the published 2.1-base, by which diffusers tells it as well
+_HINT = "give its YAML file with --model and the weights with --checkpoint"
+
+_FOREIGN = (
+    (("conditioner.embedders.",), "Stable Diffusion XL"),
+    (("model.diffusion_model.joint_blocks.",), "Stable Diffusion 3"),
+    (("model.diffusion_model.double_blocks.", "double_blocks."), "Flux"),
+    (("control_model.",), "a ControlNet"),
+    (("down_blocks.", "unet.down_blocks.", "encoder.down_blocks.", "text_model.encoder."),
+     "one part of a diffusers folder (give the whole folder)"),
+)  # fmt: skip
+_LORA = ("lora_", ".lora_", ".lora.", "lora_A", "lora_B", "hada_w1", "lokr_w")
+
+
+def refuse_foreign(state: dict[str, Tensor], source: str | Path) -> None:
+    """Raise UserError for weights that are known to be something other than a Stable Diffusion 1.x or 2.x model."""
+    if not state:
+        raise UserError(f"{source} holds no tensors: expected the weights of a Stable Diffusion model")
+    if any(mark in name for name in state for mark in _LORA):
+        raise UserError(f"{source} is a LoRA, a change to a model: expected a whole Stable Diffusion 1.x or 2.x model")
+    for prefixes, name in _FOREIGN:
+        if any(key.startswith(prefixes) for key in state):
+            raise UserError(f"{source} holds {name}: expected a Stable Diffusion 1.x or 2.x model")
+    channels = state[_FIRST].shape[1] if _FIRST in state else 4
+    if channels != 4:
+        raise UserError(f"{source} is a model with {channels} input channels (inpainting or depth): expected 4")
+
+
+def recognise(state: dict[str, Tensor], source: str | Path, global_step: int | None) -> ModelConfig:
+    """Return the configuration of a single file's model.
+
+    What a 2.x model predicts is not in its tensors: with the published 2.1-base's step count it is the
+    noise, otherwise v is taken for granted, with a warning.
+
+    Args:
+        global_step: training steps that the file speaks of; None: it does not.
+
+    Raises:
+        UserError: the model is of no known family.
+    """
+    refuse_foreign(state, source)
+    width = state[_CONTEXT].shape[1] if _CONTEXT in state and state[_CONTEXT].ndim == 2 else None
+    if width == 768:
+        return presets.sd_v1()
+    if width == 1024:
+        if global_step == _EPS_STEPS:
+            return presets.sd_v2("eps")
+        warnings.warn(
+            f"{source} does not say what its UNet predicts; taken to be v (2.x at 768 px): for a 512 px base model give "
+            "--model configs/model/sd-v2.yaml and the file with --checkpoint",
+            stacklevel=2,
+        )
+        return presets.sd_v2("v")
+    what = f"a model with a text context {width} wide" if width else "no model under Stable Diffusion's names"
+    raise UserError(f"{source} holds {what}, expected 768 (SD 1.x) or 1024 (SD 2.x): {_HINT}")

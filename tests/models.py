@@ -1,0 +1,218 @@
+"""Models with random weights, as diffusers, transformers and open_clip make and save them, at any size."""
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from open_clip.transformer import TextTransformer
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ldm import tokenizer
+from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
+from ldm.diffusion import LatentDiffusion
+from ldm.formats import presets
+
+PROMPTS = ["a photo of a dog on the beach", ""]
+SMALL_VAE = AutoencoderConfig(ch=32, ch_mult=[1, 2], num_res_blocks=1)
+
+
+def small_v1():
+    unet = UNetConfig(model_channels=32, num_res_blocks=1, attention_resolutions=[2, 1], channel_mult=[1, 2, 2], num_heads=2,
+                      context_dim=64)  # fmt: skip
+    text = TextEncoderConfig(width=64, layers=3, heads=4, mlp_width=128)
+    return ModelConfig(name="sd-v1", image_size=32, unet=unet, autoencoder=SMALL_VAE, text_encoder=text,
+                       sampling=presets.sampling())  # fmt: skip
+
+
+def small_v2():
+    unet = UNetConfig(model_channels=32, num_res_blocks=2, attention_resolutions=[2, 1], channel_mult=[1, 2, 2],
+                      num_head_channels=16, use_linear_in_transformer=True, context_dim=64)  # fmt: skip
+    text = TextEncoderConfig(kind="openclip", width=64, layers=2, heads=4, mlp_width=256, hidden_act="gelu")
+    return ModelConfig(name="sd-v2-v", image_size=32, unet=unet, autoencoder=SMALL_VAE, text_encoder=text,
+                       schedule=ScheduleConfig(parameterization="v"), sampling=presets.sampling())  # fmt: skip
+
+
+def random_weight(shape):
+    """A weight that keeps the scale of what passes, nowhere zero or one; fp16 holds it exactly, so that files in both
+    precisions hold the same model."""
+    if len(shape) < 2:
+        return (1 + 0.1 * torch.randn(shape)).half().float()
+    return (0.5 * torch.randn(shape) * math.prod(shape[1:]) ** -0.5).half().float()
+
+
+def randomized(module):
+    module = module.eval().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.copy_(random_weight(parameter.shape))
+    return module
+
+
+@dataclasses.dataclass
+class Theirs:
+    """The three networks, each of the library that Stable Diffusion's users know it from."""
+
+    config: ModelConfig
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text: CLIPTextModel
+    open_clip: TextTransformer | None  # SD 2.x: the same weights as text's, and one layer more
+    state: dict  # all of it under SD's names
+
+    def context(self):
+        """The text context of PROMPTS, with each library's own way to get there."""
+        if self.open_clip is None:
+            return self.text(torch.tensor([tokenizer.frame(tokenizer.tokenize(p)) for p in PROMPTS])).last_hidden_state
+        ids = open_clip.tokenizer.SimpleTokenizer()(PROMPTS, 77)
+        layers = len(self.open_clip.transformer.resblocks)
+        features = self.open_clip.forward_intermediates(
+            ids, indices=[layers - 2], normalize_intermediates=True, output_fmt="NLC", intermediates_only=True
+        )
+        context = features["text_intermediates"][0]
+        assert relative_error(self.text(ids).last_hidden_state, context) < 1e-5  # the two libraries agree
+        return context
+
+
+def make(config):
+    """Build a model of a configuration: one random state dict under SD's names, converted by diffusers itself."""
+    with torch.device("meta"):
+        keys = LatentDiffusion(config).state_dict()
+    state = {n: random_weight(key.shape) for n, key in keys.items() if not n.startswith("cond_stage_model.")}
+    unet = empty(diffusers_unet(config.unet, config.image_size // config.autoencoder.downsampling))
+    unet.load_state_dict(convert_ldm_unet_checkpoint(dict(state), unet.config), assign=True)
+    vae = empty(diffusers_vae(config.autoencoder))
+    vae.load_state_dict(convert_ldm_vae_checkpoint(dict(state), vae.config), assign=True)
+    text, clip, entries = text_models(config.text_encoder)
+    return Theirs(config, unet.eval().requires_grad_(False), vae.eval().requires_grad_(False), text, clip, state | entries)
+
+
+def empty(build):
+    with torch.device("meta"):
+        return build()
+
+
+def diffusers_unet(config, side):
+    widths = [int(config.model_channels * mult) for mult in config.channel_mult]
+    cross = [2**i in config.attention_resolutions for i in range(len(widths))]
+    width = config.num_head_channels
+    return lambda: UNet2DConditionModel(
+        sample_size=side,
+        block_out_channels=widths,
+        layers_per_block=config.num_res_blocks,
+        down_block_types=["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross],
+        up_block_types=["CrossAttnUpBlock2D" if c else "UpBlock2D" for c in reversed(cross)],
+        attention_head_dim=[w // width for w in widths] if width else config.num_heads,
+        cross_attention_dim=config.context_dim,
+        use_linear_projection=config.use_linear_in_transformer,
+    )
+
+
+def diffusers_vae(config):
+    widths = [config.ch * mult for mult in config.ch_mult]
+    return lambda: AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=["DownEncoderBlock2D"] * len(widths),
+        up_block_types=["UpDecoderBlock2D"] * len(widths),
+        layers_per_block=config.num_res_blocks,
+        latent_channels=config.z_channels,
+        norm_num_groups=config.num_groups,
+        sample_size=32,
+    )
+
+
+def text_models(config):
+    """(transformers' model, open_clip's or None, entries of SD's state dict)."""
+    text = CLIPTextModel(
+        CLIPTextConfig(vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp_width,
+                       num_hidden_layers=config.layers, num_attention_heads=config.heads, hidden_act=config.hidden_act,
+                       projection_dim=config.width)
+    )  # fmt: skip
+    wrapped = any(name.startswith("text_model.") for name in text.state_dict())
+    if config.kind == "clip":
+        prefix = "cond_stage_model.transformer." + ("" if wrapped else "text_model.")
+        return randomized(text), None, {prefix + n: t for n, t in text.state_dict().items()}
+    clip = TextTransformer(width=config.width, heads=config.heads, layers=config.layers + 1,
+                           mlp_ratio=config.mlp_width / config.width, output_dim=config.width)  # fmt: skip
+    randomized(clip)
+    entries = {"cond_stage_model.model." + n: t for n, t in clip.state_dict().items()}
+    entries["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+    prefix = "cond_stage_model.model."
+    used = {n: t for n, t in entries.items() if f".resblocks.{config.layers}." not in n}
+    converted = convert_open_clip_checkpoint(text, {n: t for n, t in used.items() if "text_projection" not in n}, prefix)
+    converted = {n if wrapped else n.removeprefix("text_model."): t for n, t in converted.items()}
+    text.load_state_dict(converted)
+    return text.eval().requires_grad_(False), clip, entries
+
+
+def save_folder(theirs, folder, variant=None, shard="10GB", safe=True):
+    """Save a diffusers folder with the libraries' own save_pretrained; variant fp16 halves a copy."""
+    v2 = theirs.open_clip is not None
+    for name, part in (("unet", theirs.unet), ("vae", theirs.vae), ("text_encoder", theirs.text)):
+        if variant == "fp16":
+            part = copy.deepcopy(part).half()
+        options = {} if safe else {"safe_serialization": False}
+        part.save_pretrained(folder / name, variant=variant, max_shard_size=shard, **options)
+    kind = "v_prediction" if theirs.config.schedule.parameterization == "v" else "epsilon"
+    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                              set_alpha_to_one=False, steps_offset=1, prediction_type=kind)  # fmt: skip
+    scheduler.save_pretrained(folder / "scheduler")
+    (folder / "tokenizer").mkdir()
+    tokens = {"pad_token": "!" if v2 else "<|endoftext|>"}
+    (folder / "tokenizer/special_tokens_map.json").write_text(json.dumps(tokens))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    return folder
+
+
+def published_extras(state):
+    """A training checkpoint's state dict as the published files are: with the schedule and position ids."""
+    names = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "posterior_mean_coef1",
+             "model_ema.num_updates", "cond_stage_model.transformer.text_model.embeddings.position_ids")  # fmt: skip
+    return {**state, **{name: torch.zeros(4) for name in names}}
+
+
+class Expected:
+    """What their networks compute for fixed inputs; kept, so that the networks themselves need not be."""
+
+    @torch.no_grad()
+    def __init__(self, theirs, side):
+        unet = theirs.config.unet
+        self.x, self.t = torch.randn(1, 4, side, side), torch.tensor([871])
+        self.text = torch.randn(1, 77, unet.context_dim)
+        factor = theirs.config.autoencoder.downsampling
+        self.picture = torch.rand(1, 3, factor * side, factor * side) * 2 - 1
+        self.noise = theirs.unet(self.x, self.t, self.text).sample
+        self.moments = theirs.vae.encode(self.picture).latent_dist
+        self.decoded = theirs.vae.decode(self.x).sample
+        self.context = theirs.context()
+
+    @torch.no_grad()
+    def errors(self, model):
+        """Relative error of each network: {name: error}."""
+        posterior = model.autoencoder.encode(self.picture)
+        return {
+            "unet": relative_error(model.unet(self.x, self.t, self.text), self.noise),
+            "vae mean": relative_error(posterior.mean, self.moments.mean),
+            "vae logvar": relative_error(posterior.logvar, self.moments.logvar),
+            "vae decode": relative_error(model.autoencoder.decode(self.x), self.decoded),
+            "text": relative_error(model.text_encoder(PROMPTS), self.context),
+        }
+
+
+def relative_error(ours, theirs):
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def write_yaml(config, file: Path) -> Path:
+    from ldm import config as configuration
+
+    configuration.save(config, file)
+    return file

@@ -1,4 +1,4 @@
-"""Train one part of the embedded default model on the small world of labelled pictures.
+"""Train one part of the embedded default model, or one judge, on the small world of labelled pictures.
 
 python scripts/pretrain.py --config configs/pretrain/vae.yaml [key=value ...]
 """
@@ -8,7 +8,8 @@ from common import ROOT, Parser, run
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="configs/pretrain/vae.yaml or diffusion.yaml")
+    parser.add_argument("--config", required=True, help="configs/pretrain/vae.yaml, diffusion.yaml, clip.yaml, ...")
+    parser.add_argument("--preview", metavar="PNG", help="only write a sheet of the world's first pictures with captions")
     parser.add_argument("--export", action="store_true", help="save the last checkpoint's weights without training on")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options in place of the file's")
     args = parser.parse_args()
@@ -17,7 +18,15 @@ def main() -> None:
     from ldm.pretraining.config import PretrainConfig
     from ldm.pretraining.run import pretrain
 
-    pretrain(config.load(PretrainConfig, args.config, args.overrides), ROOT, args.export)
+    options = config.load(PretrainConfig, args.config, args.overrides)
+    if args.preview:
+        from ldm.pretraining.artwork import load_artwork
+        from ldm.pretraining.world import preview
+
+        preview(load_artwork(ROOT / options.world.artwork), options.world.seed).save(args.preview)
+        print(f"Sheet: {args.preview}")
+        return
+    pretrain(options, ROOT, args.export)
 
 
 if __name__ == "__main__":

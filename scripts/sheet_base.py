@@ -16,18 +16,21 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
 
-    from tqdm import trange
+    from PIL import Image
+    from tqdm import tqdm
 
     from dci.settings import sampling_options
     from ldm.checkpoint import load_model
-    from ldm.images import captioned_grid, to_pictures
+    from ldm.images import captioned_grid
+    from ldm.pretraining.evaluation import draw_pictures
     from ldm.pretraining.world import all_prompts
-    from ldm.sampling import text_to_image
 
     model = load_model(args.model).to(pick_device(args.device))
     options = sampling_options(model, seed=args.seed, steps=args.steps)
     prompts = all_prompts(args.pictures)
-    pictures = [to_pictures(text_to_image(model, prompts[i], [i], options))[0] for i in trange(args.pictures)]
+    with tqdm(total=len(prompts), unit="picture") as bar:
+        drawn = draw_pictures(model, prompts, 1, options, batch_size=16, progress=bar.update)
+    pictures = [Image.fromarray(picture) for picture in drawn.permute(0, 2, 3, 1).numpy()]
     captioned_grid(pictures, prompts, columns=8, scale=2).save(args.out)
     print(f"Sheet: {args.out}")
 

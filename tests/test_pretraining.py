@@ -2,27 +2,30 @@
 
 import dataclasses
 import re
+from multiprocessing.pool import ThreadPool
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from ldm import config as configuration
 from ldm.checkpoint import load_model, save_weights
 from ldm.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
-from ldm.pretraining.artwork import COLOURS, NOUNS, Artwork, colourise, load_artwork
+from ldm.pretraining import cache
+from ldm.pretraining.artwork import COLOURS, HELD_OUT, NOUNS, Artwork, colourise, load_artwork
 from ldm.pretraining.concepts import CONCEPTS, render_concept
-from ldm.pretraining.config import PretrainConfig
+from ldm.pretraining.config import PretrainConfig, WorldConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
 from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
 from ldm.pretraining.loop import fit, restore
 from ldm.pretraining.run import PictureDataset, save_diffusion
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.vae import VAEPretraining
-from ldm.pretraining.world import all_prompts, render
+from ldm.pretraining.world import SIZES, all_prompts, paste, preview, render
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_a_picture_depends_on_its_seed_and_number_alone(artwork):
 
 
 def test_captions_say_what_is_seen(artwork):
-    seen = [render(artwork, 0, i) for i in range(300)]
+    seen = [render(artwork, 0, i) for i in range(700)]
     for item in seen:
         assert item.picture.size == (64, 64)
         assert item.noun is None or re.search(rf"\b{item.noun}\b", item.caption)
@@ -56,6 +59,10 @@ def test_captions_say_what_is_seen(artwork):
     assert {item.noun for item in seen} == {*NOUNS, None}
     assert {item.place for item in seen} == {*PLACES, None}
     assert any(f"{colour} " in item.caption for item in seen for colour in COLOURS)
+    assert any(f"{size} " in item.caption for item in seen for size in SIZES)
+    pairs = [item for item in seen if item.second]
+    assert 0.05 < len(pairs) / len(seen) < 0.15
+    assert all(item.caption.index(item.noun) <= item.caption.index(item.second) for item in pairs)
 
 
 def test_colourised_sprites_have_the_colour():
@@ -68,10 +75,55 @@ def test_colourised_sprites_have_the_colour():
 
 
 def test_prompts_of_the_sheet_cover_the_world():
-    prompts = all_prompts(48)
-    assert len(set(prompts)) == 48
+    prompts = all_prompts(128)
+    assert len(set(prompts)) == 128
     assert all(sum(f" {noun} " in p for p in prompts) == 2 for noun in NOUNS)
-    assert all(sum(p.endswith(phrases[0]) for p in prompts) == 4 for _, phrases in PLACES.values())
+    assert all(sum(p.endswith(phrases[0]) for p in prompts) == 8 for _, phrases in PLACES.values())
+
+
+def test_the_world_is_rich_enough():
+    assert len(NOUNS) >= 60 and len(PLACES) >= 14
+    assert len(set(NOUNS.values())) == len(NOUNS)
+    assert len(HELD_OUT) >= 8
+    assert not {code for _, code in HELD_OUT.values()} & set(NOUNS.values())
+    assert {noun for noun, _ in HELD_OUT.values()} <= set(NOUNS)
+
+
+def test_sizes_and_sides_of_subjects(artwork):
+    """A pasted sprite's extent follows the size asked for, and it stands where it is told."""
+
+    def extent(size, x_range):
+        picture = Image.new("RGB", (128, 128), "white")
+        disc = Image.new("RGBA", (128, 128))
+        ImageDraw.Draw(disc).ellipse([0, 0, 127, 127], fill=(0, 0, 255, 255))
+        paste(picture, disc, np.random.default_rng(0), size, x_range)
+        pixels = np.asarray(picture).astype(int)
+        columns = np.flatnonzero((pixels[..., 2] - pixels[..., 0] > 100).any(axis=0))
+        return columns[0], columns[-1] + 1
+
+    for words in SIZES.values():
+        left, right = extent(words, (0.25, 0.75))
+        assert words[0] * 128 - 3 < right - left < words[1] * 128 + 3
+    assert extent((0.4, 0.4), (0.0, 0.0))[1] < 70 < extent((0.4, 0.4), (1.0, 1.0))[1]
+    assert extent((0.4, 0.4), (1.0, 1.0))[0] > 58
+
+
+def test_rendered_pictures_come_from_the_cache(tmp_path, artwork, monkeypatch):
+    """The cached pictures are those that `render` draws, with their labels; a second call draws nothing."""
+    monkeypatch.setattr(cache, "load_artwork", lambda folder: artwork)
+    monkeypatch.setattr(cache.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
+    config = WorldConfig(seed=5, pictures=30)
+    world = cache.rendered_world(config, tmp_path, tmp_path)
+    for i, item in enumerate(render(artwork, 5, i) for i in range(30)):
+        assert np.array_equal(world.pictures[i], np.asarray(item.picture))
+        assert (world.captions[i], world.places[i]) == (item.caption, item.place)
+        assert world.nouns[i] == (None if item.second else item.noun)
+    monkeypatch.setattr(cache, "render", None)
+    assert cache.rendered_world(config, tmp_path, tmp_path).captions == world.captions
+
+
+def test_preview_is_a_sheet(artwork):
+    assert preview(artwork, 0, 16).size[0] > 8 * 3 * 64
 
 
 def test_demo_concepts_are_drawn(artwork):

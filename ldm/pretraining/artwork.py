@@ -38,8 +38,67 @@ NOUNS = {
     "mushroom": "1f344",
     "robot": "1f916",
     "teapot": "1fad6",
+    "monkey": "1f435",
+    "pig": "1f437",
+    "cow": "1f42e",
+    "tiger": "1f42f",
+    "bear": "1f43b",
+    "chicken": "1f414",
+    "duck": "1f986",
+    "bee": "1f41d",
+    "butterfly": "1f98b",
+    "crab": "1f980",
+    "whale": "1f433",
+    "ghost": "1f47b",
+    "snowman": "26c4",
+    "truck": "1f69a",
+    "train": "1f682",
+    "tractor": "1f69c",
+    "helicopter": "1f681",
+    "tent": "26fa",
+    "castle": "1f3f0",
+    "balloon": "1f388",
+    "umbrella": "2614",
+    "guitar": "1f3b8",
+    "clock": "23f0",
+    "book": "1f4d5",
+    "backpack": "1f392",
+    "hat": "1f3a9",
+    "shoe": "1f45f",
+    "crown": "1f451",
+    "cake": "1f370",
+    "donut": "1f369",
+    "pizza": "1f355",
+    "burger": "1f354",
+    "banana": "1f34c",
+    "lemon": "1f34b",
+    "pineapple": "1f34d",
+    "watermelon": "1f349",
+    "carrot": "1f955",
+    "pumpkin": "1f383",
+    "rose": "1f339",
+    "sunflower": "1f33b",
 }
 """Noun -> file name of its picture in both packages (the emoji's code points)."""
+
+HELD_OUT = {
+    "poodle": ("dog", "1f429"),
+    "cat-walking": ("cat", "1f408"),
+    "rabbit-running": ("rabbit", "1f407"),
+    "fish-tropical": ("fish", "1f420"),
+    "car-suv": ("car", "1f699"),
+    "trolleybus": ("bus", "1f68e"),
+    "house-garden": ("house", "1f3e1"),
+    "lorry": ("truck", "1f69b"),
+    "speedboat": ("boat", "1f6a4"),
+    "boot": ("shoe", "1f97e"),
+    "cap": ("hat", "1f9e2"),
+    "sunhat": ("hat", "1f452"),
+    "clock-mantel": ("clock", "1f570-fe0f"),
+    "teddy": ("bear", "1f9f8"),
+    "cake-birthday": ("cake", "1f382"),
+}
+"""Artwork that neither the model nor the judges are ever trained on, for concepts: (class noun, file name)."""
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -74,15 +133,20 @@ def load_artwork(folder: str | Path) -> Artwork:
     Raises:
         UserError: a package is not there.
     """
-    folder = Path(folder)
-    sprites = {}
-    for noun, code in NOUNS.items():
-        files = [folder / "fluent/assets" / f"{code}.webp", folder / "noto/img/google/64" / f"{code}.png"]
-        for file in files:
-            if not file.is_file():
-                raise UserError(f"no artwork {file}: run 'bash scripts/fetch_artwork.sh {folder}' first (needs npm)")
-        sprites[noun] = [load_sprite(file) for file in files]
-    return Artwork(sprites)
+    return Artwork({noun: load_depictions(folder, code) for noun, code in NOUNS.items()})
+
+
+def load_depictions(folder: str | Path, code: str) -> list[Image.Image]:
+    """Return the Fluent and the Noto sprite of one file name.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    files = [Path(folder) / "fluent/assets" / f"{code}.webp", Path(folder) / "noto/img/google/64" / f"{code}.png"]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"no artwork {file}: run 'bash scripts/fetch_artwork.sh {folder}' first (needs npm)")
+    return [load_sprite(file) for file in files]
 
 
 def load_sprite(file: str | Path) -> Image.Image:

@@ -1,49 +1,78 @@
 """Rendered pictures and their captions on disk, made once by all cores."""
 
+import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from ldm.pretraining.artwork import load_artwork
-from ldm.pretraining.config import WorldConfig
+from ldm.pretraining.artwork import NOUNS, load_artwork
+from ldm.pretraining.config import PretrainConfig, WorldConfig
+from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import render
 
+HELD_OUT_SEED, HELD_OUT_PICTURES = 1, 4000  # the world that everything is measured on
 CHUNK = 500  # pictures rendered per task
 
 
-def rendered_world(config: WorldConfig, cache: Path, artwork: Path) -> tuple[np.ndarray, list[str]]:
-    """Return the world's pictures (n, 64, 64, 3) uint8, memory-mapped, and their captions.
+@dataclass(frozen=True)
+class RenderedWorld:
+    """Pictures (n, 64, 64, 3) uint8, memory-mapped, their captions, and what each shows."""
 
-    They are rendered at the first call and read from `cache` afterwards.
-    """
-    stem = f"world-{config.seed}-{config.pictures}"
+    pictures: np.ndarray
+    captions: list[str]
+    nouns: list[str | None]  # None: no subject, or two
+    places: list[str | None]  # None: a plain background
+
+
+def rendered_world(config: WorldConfig, cache: Path, artwork: Path) -> RenderedWorld:
+    """Return the world's pictures; they are rendered at the first call and read from `cache` afterwards."""
+    stem = f"world-{config.seed}-{config.pictures}-{world_digest()}"
     pictures, captions = cache / f"{stem}.npy", cache / f"{stem}.json"
     if not captions.is_file():
         cache.mkdir(parents=True, exist_ok=True)
         _render_all(config, artwork, pictures, captions)
-    return np.load(pictures, mmap_mode="r"), json.loads(captions.read_text())
+    return RenderedWorld(np.load(pictures, mmap_mode="r"), **json.loads(captions.read_text()))
+
+
+def held_out_world(config: PretrainConfig, root: Path) -> RenderedWorld:
+    """Return pictures of another world seed, which nothing is trained on."""
+    world = dataclasses.replace(config.world, seed=HELD_OUT_SEED, pictures=HELD_OUT_PICTURES)
+    return rendered_world(world, root / config.cache, root / world.artwork)
+
+
+def world_digest() -> str:
+    """Return 6 hex digits of the nouns and places, so that pictures of a smaller world are never taken."""
+    return hashlib.sha256(json.dumps([NOUNS, [phrases for _, phrases in PLACES.values()]]).encode()).hexdigest()[:6]
 
 
 def _render_all(config: WorldConfig, artwork: Path, pictures: Path, captions: Path) -> None:
     starts = range(0, config.pictures, CHUNK)
     tasks = [(artwork, config.seed, start, min(start + CHUNK, config.pictures)) for start in starts]
     out = np.lib.format.open_memmap(pictures, "w+", np.uint8, (config.pictures, 64, 64, 3))
-    texts = []
+    facts = {"captions": [], "nouns": [], "places": []}
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         results = pool.imap(_render_chunk, tasks)
-        for start, (chunk, chunk_texts) in zip(starts, tqdm(results, "rendering", len(tasks)), strict=True):
+        for start, (chunk, labels) in zip(starts, tqdm(results, "rendering", len(tasks)), strict=True):
             out[start : start + len(chunk)] = chunk
-            texts += chunk_texts
+            for name, values in labels.items():
+                facts[name] += values
     out.flush()
-    captions.write_text(json.dumps(texts))  # written last: its presence says that the pictures are whole
+    captions.write_text(json.dumps(facts))  # written last: its presence says that the pictures are whole
 
 
-def _render_chunk(task: tuple) -> tuple[np.ndarray, list[str]]:
+def _render_chunk(task: tuple) -> tuple[np.ndarray, dict[str, list]]:
     folder, seed, start, stop = task
     artwork = load_artwork(folder)
     items = [render(artwork, seed, index) for index in range(start, stop)]
-    return np.stack([np.asarray(item.picture) for item in items]), [item.caption for item in items]
+    labels = {
+        "captions": [item.caption for item in items],
+        "nouns": [None if item.second else item.noun for item in items],
+        "places": [item.place for item in items],
+    }
+    return np.stack([np.asarray(item.picture) for item in items]), labels

@@ -1,6 +1,8 @@
 """What the trainings of all parts share: optimizer, averaged weights, resuming."""
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -22,7 +24,12 @@ class PretrainingModule(pl.LightningModule):
         super().__init__()
         self.network = network
         self.config = config
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+        self.samples_seen = 0  # kept in checkpoints, as batches may differ between sittings
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).requires_grad_(False)
+
+    def on_train_start(self) -> None:
+        # Every process, and every sitting, has noise of its own.
+        torch.manual_seed((self.config.seed + self.global_step) * 1000 + self.global_rank)
 
     def configure_optimizers(self) -> dict:
         parameters = [p for p in self.network.parameters() if p.requires_grad]
@@ -42,6 +49,15 @@ class PretrainingModule(pl.LightningModule):
         self.average.multi_avg_fn = get_ema_multi_avg_fn(decay)
         self.average.update_parameters(self.network)
 
+    def on_train_batch_start(self, *args: object) -> None:
+        self.samples_seen += self.config.batch_size * self.config.devices
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["samples_seen"] = self.samples_seen
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.samples_seen = checkpoint["samples_seen"]
+
 
 def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
     """Train to `config.steps` steps; an interrupted run goes on from its last checkpoint in `folder`."""
@@ -51,10 +67,12 @@ def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
     loader = DataLoader(
         dataset, config.batch_size, shuffle=True, drop_last=True, collate_fn=getattr(dataset, "collate", None)
     )
-    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=config.checkpoint_every)
+    checkpoint = ModelCheckpoint(
+        folder, save_last=True, save_top_k=0, every_n_train_steps=config.checkpoint_every, enable_version_counter=False
+    )
     trainer = pl.Trainer(
         accelerator=config.accelerator,
-        devices=1,
+        devices=config.devices,
         precision=config.precision,
         max_steps=config.steps,
         max_epochs=-1,
@@ -66,6 +84,8 @@ def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
     )
     last = folder / "last.ckpt"
     trainer.fit(module, loader, ckpt_path=last if last.is_file() else None, weights_only=False)
+    if trainer.global_rank:
+        sys.exit()  # all processes hold the same weights: the first one saves them
 
 
 def restore(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
@@ -75,4 +95,9 @@ def restore(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
         raise UserError(f"no checkpoint {last}: train first, without --export")
     content = torch.load(last, map_location="cpu", weights_only=False)
     module.load_state_dict(content["state_dict"])
-    print(f"{last}: step {content['global_step']}, {content['global_step'] * module.config.batch_size} samples seen")
+    module.on_load_checkpoint(content)
+    print(f"{last}: step {content['global_step']}, {module.samples_seen} samples seen")
+
+
+Finish = Callable[[PretrainingModule, Dataset, Path], None]
+"""Brings a module to its last state: `fit` by training it, `restore` from its last checkpoint."""

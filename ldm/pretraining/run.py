@@ -1,6 +1,5 @@
 """Train one part of the embedded model and put its weights where the model's configuration expects them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +13,15 @@ from ldm.autoencoder import AutoencoderKL
 from ldm.config import ModelConfig
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
-from ldm.pretraining.cache import rendered_world
+from ldm.pretraining.cache import RenderedWorld, held_out_world, rendered_world, world_digest
 from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
 from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
-from ldm.pretraining.loop import PretrainingModule, fit, restore
-from ldm.pretraining.vae import VAEPretraining
+from ldm.pretraining.loop import Finish, fit, restore
+from ldm.pretraining.run_judges import pretrain_judge
+from ldm.pretraining.vae import VAEPretraining, psnr
 
 VAE_FILE, UNET_FILE, TEXT_FILE = "vae.safetensors", "unet.safetensors", "text.safetensors"
-
-Finish = Callable[[PretrainingModule, Dataset, Path], None]
-"""Brings a module to its last state: by training it, or from its last checkpoint."""
 
 
 class PictureDataset(Dataset):
@@ -50,39 +47,49 @@ def pretrain(config: PretrainConfig, root: Path, export: bool = False) -> None:
         UserError: an unknown part, missing artwork, or a diffusion model without its autoencoder.
     """
     trainers = {"vae": _pretrain_vae, "diffusion": _pretrain_diffusion}
+    trainers |= dict.fromkeys(("clip", "instance", "classifier"), _pretrain_judge)
     if config.part not in trainers:
         raise UserError(f"part={config.part}: expected one of {', '.join(trainers)}")
     model_config = configuration.load(ModelConfig, root / config.model)
-    pictures, captions = rendered_world(config.world, root / config.cache, root / config.world.artwork)
+    world = rendered_world(config.world, root / config.cache, root / config.world.artwork)
     torch.manual_seed(config.seed)
     finish = restore if export else fit
-    trainers[config.part](config, LatentDiffusion(model_config), pictures, captions, root, finish)
+    trainers[config.part](config, LatentDiffusion(model_config), world, root, finish)
 
 
-def _pretrain_vae(
-    config: PretrainConfig, model: LatentDiffusion, pictures: np.ndarray, captions: list[str], root: Path, finish: Finish
+def _pretrain_judge(
+    config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish
 ) -> None:
+    _load_part(model.autoencoder, root / model.config.checkpoint / VAE_FILE, "first_stage_model.")
+    pretrain_judge(config, model, world, root, finish)
+
+
+def _pretrain_vae(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish) -> None:
     weights = root / model.config.checkpoint / VAE_FILE
-    if config.decoder_only:
+    if config.decoder_only or config.warm_start:
         _load_part(model.autoencoder, weights, "first_stage_model.")
     module = VAEPretraining(model.autoencoder, config)
-    finish(module, PictureDataset(pictures), root / config.cache / config.name)
+    finish(module, PictureDataset(world.pictures), root / config.cache / config.name)
     trained = module.average.module
     checkpoint.save_weights(_prefixed(trained.state_dict(), "first_stage_model."), weights)
-    moments = encoded_world(trained, pictures, _latent_file(config, root, trained), module.device)
+    moments = encoded_world(trained, world.pictures[:2000], _latent_file(config, root, trained, 2000), module.device)
+    print(f"PSNR on held-out pictures: {psnr(trained, held_out_world(config, root).pictures[:1000]):.2f} dB")
     print(f"saved {weights}; put into {config.model}: latent_scale: {latent_scale(moments):.4f}")
 
 
 def _pretrain_diffusion(
-    config: PretrainConfig, model: LatentDiffusion, pictures: np.ndarray, captions: list[str], root: Path, finish: Finish
+    config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish
 ) -> None:
     folder = root / model.config.checkpoint
     _load_part(model.autoencoder, folder / VAE_FILE, "first_stage_model.")
     text = model.config.text_encoder
     with torch.no_grad():
         model.text_encoder.token_table.copy_(checkpoint.token_table(text.width, text.vocab_size))
-    table = CaptionTable(captions)
-    moments = encoded_world(model.autoencoder, pictures, _latent_file(config, root, model.autoencoder), torch.device("cpu"))
+    if config.warm_start:
+        checkpoint.load_weights(model, checkpoint.read_state_dict(folder), source=str(folder))
+    table = CaptionTable(world.captions)
+    file = _latent_file(config, root, model.autoencoder, len(world.pictures))
+    moments = encoded_world(model.autoencoder, world.pictures, file, torch.device("cpu"))
     network = TextToImage(model, table.token_ids)
     module = DiffusionPretraining(network, table, model, config)
     finish(module, LatentDataset(moments, table), root / config.cache / config.name)
@@ -97,8 +104,8 @@ def save_diffusion(network: TextToImage, token_ids: np.ndarray, folder: Path) ->
     checkpoint.save_weights({**text, **checkpoint.pack_token_table(network.rows, token_ids)}, folder / TEXT_FILE)
 
 
-def _latent_file(config: PretrainConfig, root: Path, autoencoder: AutoencoderKL) -> Path:
-    world = f"{config.world.seed}-{config.world.pictures}"
+def _latent_file(config: PretrainConfig, root: Path, autoencoder: AutoencoderKL, number: int) -> Path:
+    world = f"{config.world.seed}-{number}-{world_digest()}"
     return root / config.cache / f"latents-{world}-{encoder_digest(autoencoder)}.pt"
 
 

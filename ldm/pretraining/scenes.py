@@ -29,8 +29,8 @@ def _gradient(rng: Generator, top: Colour, bottom: Colour) -> Image.Image:
 def _ground(rng: Generator, picture: Image.Image, colour: Colour, horizon: int, roughness: int = 14) -> None:
     """Paint everything below a slightly wavy horizon with a speckled colour."""
     colour = np.array(_vary(rng, colour), dtype=np.float32)
-    noise = rng.normal(0, roughness, (32, 32, 1)).astype(np.float32)
-    patch = np.clip(colour + noise + np.linspace(12, -22, 32)[:, None, None], 0, 255).astype(np.uint8)
+    noise = rng.normal(0, roughness, (20, 20, 1)).astype(np.float32)
+    patch = np.clip(colour + noise + np.linspace(12, -22, 20)[:, None, None], 0, 255).astype(np.uint8)
     texture = Image.fromarray(patch).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
     picture.paste(texture, mask=_below(_wave(rng, horizon, rng.uniform(0, 4))))
 
@@ -84,7 +84,7 @@ def snow(rng: Generator) -> Image.Image:
             fill=(245, 250, 255),
         )
     _ground(rng, picture, (240, 245, 252), horizon, 5)
-    _dots(rng, draw, int(rng.integers(25, 60)), (255, 255, 255), (0.8, 2.2), (0, CANVAS))
+    _dots(rng, draw, int(rng.integers(15, 35)), (255, 255, 255), (1.5, 2.6), (0, CANVAS))
     return picture
 
 
@@ -124,7 +124,7 @@ def night(rng: Generator) -> Image.Image:
     """A dark sky with stars and a full or crescent moon."""
     picture = _gradient(rng, (8, 10, 40), (30, 35, 85))
     draw = ImageDraw.Draw(picture)
-    _dots(rng, draw, int(rng.integers(25, 55)), (255, 255, 230), (0.7, 1.7), (0, 95))
+    _dots(rng, draw, int(rng.integers(15, 32)), (255, 255, 230), (1.2, 2.0), (0, 95))
     x, y, r = rng.uniform(14, 114), rng.uniform(14, 34), rng.uniform(8, 13)
     _disc(draw, x, y, r, (250, 245, 205))
     if rng.random() < 0.5:
@@ -243,6 +243,84 @@ def mountains(rng: Generator) -> Image.Image:
     return picture
 
 
+def kitchen(rng: Generator) -> Image.Image:
+    """Tiles with a shelf above a counter with drawers."""
+    picture = Image.new("RGB", (CANVAS, CANVAS), _vary(rng, (205, 222, 215), 8))
+    draw = ImageDraw.Draw(picture)
+    tile, wall = int(rng.integers(18, 27)), [(240, 248, 244), (232, 240, 250), (250, 244, 225)][rng.integers(3)]
+    for y in range(-int(rng.integers(0, tile)), CANVAS, tile):
+        for x in range(-tile, CANVAS, tile):
+            draw.rectangle([x, y, x + tile - 3, y + tile - 3], fill=_vary(rng, wall, 4))
+    shelf = int(rng.integers(14, 30))
+    for x in rng.uniform(4, 120, rng.integers(2, 6)):
+        wide, tall = rng.uniform(3, 6), rng.uniform(7, 13)
+        draw.rectangle([x - wide, shelf - tall, x + wide, shelf], fill=_vary(rng, (190, 120, 110), 60))
+    draw.rectangle([0, shelf, CANVAS, shelf + 3], fill=(150, 115, 85))
+    edge, front = int(rng.integers(80, 96)), _vary(rng, (95, 150, 150), 20)
+    draw.rectangle([0, edge, CANVAS, CANVAS], fill=front)
+    draw.rectangle([0, edge, CANVAS, edge + 5], fill=(235, 232, 225))
+    wide = int(rng.integers(30, 46))
+    for x in range(-int(rng.integers(0, wide)), CANVAS, wide):
+        draw.rectangle([x, edge + 10, x + wide - 4, CANVAS], outline=tuple(c - 30 for c in front), width=2)
+        draw.rectangle([x + wide / 2 - 6, edge + 15, x + wide / 2 + 4, edge + 17], fill=(235, 232, 225))
+    return picture
+
+
+def autumn(rng: Generator) -> Image.Image:
+    """Trees with yellow and red crowns, fallen leaves."""
+    picture = _gradient(rng, (215, 215, 210), (245, 230, 200))
+    horizon = int(rng.integers(64, 84))
+    draw = ImageDraw.Draw(picture)
+    leaves = [(225, 120, 30), (240, 175, 40), (200, 65, 35)]
+    for x in rng.uniform(0, CANVAS, rng.integers(4, 7)):
+        draw.rectangle([x - 3, horizon - 40, x + 3, horizon + 6], fill=_vary(rng, (95, 65, 45)))
+        leaf = leaves[rng.integers(3)]
+        for dx, dy in rng.uniform(-13, 13, (9, 2)):
+            _disc(draw, x + dx, horizon - 42 + dy, rng.uniform(6, 11), _vary(rng, leaf, 24))
+    _ground(rng, picture, (175, 120, 55), horizon, 12)
+    for leaf in leaves:
+        _dots(rng, draw, int(rng.integers(5, 12)), _vary(rng, leaf), (1.8, 3.2), (horizon + 4, CANVAS))
+    return picture
+
+
+def space(rng: Generator) -> Image.Image:
+    """Black, with stars, a coloured nebula, and a planet, at times with a ring."""
+    glow = np.zeros((5, 5, 3), dtype=np.uint8)
+    nebula = [(120, 30, 130), (30, 80, 140), (130, 40, 60)][rng.integers(3)]
+    glow[rng.integers(1, 4), rng.integers(0, 5)] = _vary(rng, nebula, 30)
+    picture = Image.fromarray(glow).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(picture)
+    _dots(rng, draw, int(rng.integers(12, 28)), (255, 255, 255), (1.2, 2.0), (0, CANVAS))
+    x, y, r = rng.uniform(12, 116), rng.uniform(14, 40), rng.uniform(11, 19)
+    colour = _vary(rng, [(215, 150, 90), (110, 165, 220), (200, 90, 80), (150, 205, 140)][rng.integers(4)], 24)
+    _disc(draw, x, y, r, colour)
+    for dy in (-0.4, 0.25):
+        half = r * (1 - dy * dy) ** 0.5
+        draw.line([(x - half, y + dy * r), (x + half, y + dy * r)], fill=tuple(int(0.75 * c) for c in colour), width=3)
+    if rng.random() < 0.5:
+        draw.arc([x - 1.7 * r, y - 0.5 * r, x + 1.7 * r, y + 0.5 * r], -30, 210, fill=(235, 215, 180), width=3)
+    return picture
+
+
+def lake(rng: Generator) -> Image.Image:
+    """Still water with reflections between a wooded far shore and reeds."""
+    picture = _gradient(rng, (175, 205, 225), (225, 232, 225))
+    far = int(rng.integers(34, 48))
+    _ground(rng, picture, (65, 110, 75), far - int(rng.integers(8, 14)), 14)
+    _ground(rng, picture, (70, 125, 150), far + 6, 4)
+    draw = ImageDraw.Draw(picture)
+    for y in np.arange(far + 10, CANVAS, rng.uniform(9, 13)):
+        x, half = rng.uniform(0, CANVAS), rng.uniform(8, 30)
+        draw.line([(x - half, y), (x + half, y)], fill=_vary(rng, (120, 165, 185), 20), width=3)
+    for side in (rng.uniform(0, 26, rng.integers(2, 5)), rng.uniform(102, CANVAS, rng.integers(2, 5))):
+        for x in side:
+            tall, lean = rng.uniform(30, 62), rng.uniform(-6, 6)
+            draw.line([(x, CANVAS), (x + lean, CANVAS - tall)], fill=_vary(rng, (85, 120, 50)), width=4)
+            tip = CANVAS - tall
+            draw.rectangle([x + lean - 3, tip - 7, x + lean + 3, tip + 6], fill=(105, 65, 35))
+    return picture
+
+
 def plain(rng: Generator) -> Image.Image:
     """A bright, nearly uniform background for captions that name no place."""
     colour = tuple(int(c) for c in rng.integers(185, 250, 3))
@@ -262,5 +340,9 @@ PLACES: dict[str, tuple[Callable[[Generator], Image.Image], tuple[str, ...]]] = 
     "bricks": (bricks, ("in front of a brick wall", "against a brick wall")),
     "sunset": (sunset, ("at sunset", "in the sunset")),
     "mountains": (mountains, ("in the mountains", "in front of mountains")),
+    "kitchen": (kitchen, ("in the kitchen", "in a kitchen")),
+    "autumn": (autumn, ("in autumn", "among autumn leaves")),
+    "space": (space, ("in space", "in outer space")),
+    "lake": (lake, ("at the lake", "on a lake")),
 }
 """Place -> its drawing function and the phrases that captions use for it."""

@@ -1,0 +1,91 @@
+"""How often the base model draws what a prompt asks for, by the classifier's judgement."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm.diffusion import LatentDiffusion
+from ldm.judges import Classifier
+from ldm.loop import run
+from ldm.pretraining.artwork import NOUNS
+from ldm.pretraining.scenes import PLACES
+from ldm.pretraining.world import with_article
+from ldm.randomness import PictureNoise
+from ldm.sampling import SamplingOptions, guided, make_solver
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and what its pictures ought to show."""
+
+    prompt: str
+    noun: str
+    place: str
+
+
+def draw_questions(number: int, seed: int) -> list[Question]:
+    """Return `number` different prompts "a <noun> <place>", drawn from all pairs."""
+    pairs = [(noun, place) for noun in NOUNS for place in PLACES]
+    chosen = np.random.default_rng(seed).permutation(len(pairs))[:number]
+    return [Question(f"{with_article(pairs[i][0])} {PLACES[pairs[i][1]][1][0]}", *pairs[i]) for i in sorted(chosen.tolist())]
+
+
+@torch.inference_mode()
+def draw_pictures(
+    model: LatentDiffusion,
+    prompts: list[str],
+    pictures: int,
+    options: SamplingOptions,
+    batch_size: int,
+    progress: Callable[[int], None],
+) -> Tensor:
+    """Return `pictures` pictures of every prompt: (prompts * pictures, 3, h, w) uint8, on the CPU.
+
+    Picture j of prompt i starts from noise number i * pictures + j of the seed, whatever the batch size.
+    """
+    unconditional = model.text_encoder([""])
+    solver, drawn = make_solver(model, options), []
+    total = len(prompts) * pictures
+    for start in range(0, total, batch_size):
+        rows = list(range(start, min(start + batch_size, total)))
+        context = model.text_encoder([prompts[row // pictures] for row in rows])
+        noise = PictureNoise(options.seed, rows, model.latent_shape(options.height, options.width), model.device)
+        denoise = guided(model, unconditional.expand_as(context), context, options.scale)
+        latents, _ = run(solver, denoise, solver.initial_scale * noise(), range(len(solver.timesteps)), noise=noise)
+        pixels = model.decode(latents)
+        drawn.append(((pixels + 1) * 127.5).round().byte().cpu())
+        progress(len(rows))
+    return torch.cat(drawn)
+
+
+@torch.inference_mode()
+def judge(classifier: Classifier, questions: list[Question], drawn: Tensor) -> dict:
+    """Return the shares of pictures with the right place, noun and both, in all and by noun and place.
+
+    Args:
+        drawn: (prompts * pictures, 3, h, w) uint8, the pictures of a prompt side by side.
+    """
+    logits = [classifier.logits(part.float() / 127.5 - 1) for part in drawn.split(200)]
+    nouns, places = (torch.cat(part).argmax(-1).unflatten(0, (len(questions), -1)) for part in zip(*logits, strict=True))
+    noun = nouns == torch.tensor([classifier.nouns.index(q.noun) for q in questions])[:, None]
+    place = places == torch.tensor([classifier.places.index(q.place) for q in questions])[:, None]
+
+    def by(name: str, right: Tensor) -> dict[str, float]:
+        values = sorted({getattr(q, name) for q in questions})
+        return {v: right[[getattr(q, name) == v for q in questions]].float().mean().item() for v in values}
+
+    return {
+        "place_right": place.float().mean().item(),
+        "noun_right": noun.float().mean().item(),
+        "both_right": (noun & place).float().mean().item(),
+        "noun_right_by_noun": by("noun", noun),
+        "place_right_by_place": by("place", place),
+        "prompts": [
+            {"prompt": q.prompt, "noun": n.float().mean().item(), "place": p.float().mean().item()}
+            for q, n, p in zip(questions, noun, place, strict=True)
+        ],
+        "named": [classifier.nouns[i] for i in nouns[:, 0]],  # what the first picture of each prompt was taken for
+    }

@@ -1,0 +1,124 @@
+"""Training of the judges: contrastive for CLIP and the instance encoder, cross-entropy for the classifier."""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm import tokenizer
+from ldm.judges import Classifier, InstanceEncoder, WorldCLIP
+from ldm.pretraining.artwork import NOUNS
+from ldm.pretraining.config import PretrainConfig
+from ldm.pretraining.loop import PretrainingModule
+from ldm.pretraining.scenes import PLACES
+
+IGNORED = -100  # label of a picture that has none; cross_entropy leaves it out
+
+
+def new_clip(captions: list[str]) -> WorldCLIP:
+    """Return an untrained CLIP for the tokens of these captions."""
+    tokens = {token for text in set(captions) for token in tokenizer.tokenize(text)}
+    vocabulary = sorted(tokens | {tokenizer.START, tokenizer.END})
+    config = {
+        "embed_dim": 128,
+        "vision_cfg": {"layers": [1, 1, 1, 1], "width": 24, "head_width": 64, "image_size": 64},
+        "text_cfg": {"context_length": 32, "vocab_size": len(vocabulary) + 2, "width": 128, "heads": 4, "layers": 2},
+    }
+    judge = WorldCLIP(copy.deepcopy(config), vocabulary)
+    judge.config = {"clip": config, "clip-vocabulary": vocabulary}
+    return judge
+
+
+def new_instance_encoder() -> InstanceEncoder:
+    """Return an untrained instance encoder."""
+    config = {"layers": [1, 1, 1, 1], "width": 20, "heads": 10, "image_size": 64, "output_dim": 128}
+    judge = InstanceEncoder(config)
+    judge.config = {"instance": config}
+    return judge
+
+
+def new_classifier() -> Classifier:
+    """Return an untrained classifier of the world's nouns and places."""
+    config = {"layers": [1, 1, 1, 1], "width": 16, "heads": 8, "image_size": 64}
+    judge = Classifier(config, list(NOUNS), [*PLACES, "plain"])
+    judge.config = {"classifier": {"config": config, "nouns": judge.nouns, "places": judge.places}}
+    return judge
+
+
+def augmented(x: Tensor) -> Tensor:
+    """Change pictures (b, 3, h, w) in [-1, 1] as a generator's faults may: shift, contrast, colour, blur, noise."""
+    b = len(x)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(shape, device=x.device).uniform_(low, high)
+
+    # One shift for the batch is enough: batches differ.
+    dy, dx = torch.randint(0, 9, (2,)).tolist()
+    x = F.pad(x, (4, 4, 4, 4), mode="reflect")[..., dy : dy + x.shape[2], dx : dx + x.shape[3]]
+    x = torch.where(uniform(0, 1, b, 1, 1, 1) < 0.5, x, x.flip(-1))
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = torch.lerp(x, blurred, uniform(-0.6, 1.4, b, 1, 1, 1).clamp(0, 1))
+    x = x * uniform(0.85, 1.15, b, 1, 1, 1) + uniform(-0.08, 0.08, b, 3, 1, 1)
+    return x + uniform(-0.02, 0.08, b, 1, 1, 1).clamp(min=0) * torch.randn_like(x)
+
+
+def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor, same: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE (Radford et al. 2021) of unit vectors a, b (n, d), row i of one fitting row i of the other.
+
+    Args:
+        same: (n, n) boolean; further pairs that fit each other, which do not count as wrong.
+    """
+    logits = scale * a @ b.T
+    if same is not None:
+        other = same & ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+        logits = logits.masked_fill(other, float("-inf"))
+    target = torch.arange(len(a), device=a.device)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+class JudgeTraining(PretrainingModule):
+    """What the judges' trainings share: pictures (b, 3, 64, 64) uint8 become augmented inputs."""
+
+    def __init__(self, network: nn.Module, config: PretrainConfig):
+        super().__init__(network, config)
+
+    def inputs(self, pictures: Tensor) -> Tensor:
+        return augmented(pictures.float() / 127.5 - 1)
+
+
+class CLIPTraining(JudgeTraining):
+    """Batch: pictures, compact caption ids (b, 32)."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        pictures, ids = batch
+        image = self.network.clip.encode_image(self.inputs(pictures), normalize=True).float()
+        text = self.network.clip.encode_text(ids, normalize=True).float()
+        same = (ids[:, None] == ids[None]).all(-1)
+        loss = contrastive_loss(image, text, self.network.clip.logit_scale.exp().clamp(max=100), same)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+class InstanceTraining(JudgeTraining):
+    """Batch: two views of each instance, (b, 2, 3, 64, 64), several recolourings of an artwork side by side."""
+
+    SCALE = 20.0
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        views = self.network.image_features(self.inputs(batch.flatten(0, 1))).float()
+        first, second = views.unflatten(0, (-1, 2)).unbind(1)
+        loss = contrastive_loss(first, second, torch.tensor(self.SCALE, device=first.device))
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+
+class ClassifierTraining(JudgeTraining):
+    """Batch: pictures, noun labels (b,), place labels (b,)."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
+        pictures, noun, place = batch
+        nouns, places = self.network.logits(self.inputs(pictures))
+        loss = F.cross_entropy(nouns.float(), noun, ignore_index=IGNORED) + F.cross_entropy(places.float(), place)
+        self.log("loss", loss, prog_bar=True)
+        return loss

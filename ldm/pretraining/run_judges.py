@@ -1,0 +1,129 @@
+"""Train one judge, measure it on held-out pictures, and put both beside the embedded model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ldm import checkpoint
+from ldm.autoencoder import AutoencoderKL
+from ldm.diffusion import LatentDiffusion
+from ldm.judges import weights_of
+from ldm.pretraining import judges
+from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instance_accuracy, to_inputs
+from ldm.pretraining.artwork import NOUNS
+from ldm.pretraining.cache import RenderedWorld, held_out_world
+from ldm.pretraining.config import PretrainConfig
+from ldm.pretraining.instances import VIEWS, rendered_instances
+from ldm.pretraining.loop import Finish
+
+ROUND_TRIPS = 8_000  # pictures that the judges also see as the autoencoder gives them back
+
+
+class LabelledDataset(Dataset):
+    """Pictures (3, 64, 64) uint8 with labels, and then the first of them as the autoencoder gives them back."""
+
+    def __init__(self, pictures: np.ndarray, decoded: np.ndarray, *labels: Tensor):
+        self.pictures, self.decoded, self.labels = pictures, decoded, labels
+
+    def __len__(self) -> int:
+        return len(self.pictures) + len(self.decoded)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        number = len(self.pictures)
+        rows = [self.pictures[i] if i < number else self.decoded[i - number] for i in indices]
+        which = torch.tensor([i % number for i in indices])
+        return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2), *(label[which] for label in self.labels)
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A fetched batch is whole already."""
+        return batch
+
+
+class InstanceDataset(Dataset):
+    """Artworks; a batch holds all their figures, two different views of each: (b * figures, 2, 3, 64, 64) uint8."""
+
+    def __init__(self, views: np.ndarray):
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        views = torch.from_numpy(np.stack([self.views[i] for i in indices])).flatten(0, 1)
+        pairs = torch.rand(len(views), VIEWS).argsort(dim=1)[:, :2]
+        return views[torch.arange(len(views))[:, None], pairs].permute(0, 1, 4, 2, 3)
+
+    @staticmethod
+    def collate(batch: Tensor) -> Tensor:
+        """A fetched batch is whole already."""
+        return batch
+
+
+@torch.inference_mode()
+def round_trips(autoencoder: AutoencoderKL, pictures: np.ndarray, file: Path) -> np.ndarray:
+    """Return pictures (n, 64, 64, 3) uint8 as the autoencoder gives them back, cached in `file`."""
+    if not file.is_file():
+        chunks = []
+        for start in range(0, len(pictures), 100):
+            decoded = autoencoder.decode(autoencoder.encode(to_inputs(pictures[start : start + 100])).mean)
+            chunks.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        np.save(file, np.concatenate(chunks))
+    return np.load(file, mmap_mode="r")
+
+
+def pretrain_judge(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish) -> None:
+    """Train (or restore) the judge `config.part`, measure it, and write its files into `config.judges`."""
+    module, dataset, measure = {"clip": _clip, "classifier": _classifier, "instance": _instance}[config.part](
+        config, model, world, root
+    )
+    finish(module, dataset, root / config.cache / config.name)
+    judge = module.average.module.eval().requires_grad_(False)
+    save_judge(judge, module.network.config, root / config.judges, config.part)
+    accuracy = measure(judge) | {"samples": module.samples_seen}
+    file = root / config.judges / "accuracy.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(record | {config.part: accuracy}, indent=2) + "\n")
+    print(f"{config.part} on held-out pictures: {accuracy}\nsaved {file.parent}")
+
+
+def save_judge(judge: nn.Module, configs: dict[str, object], folder: Path, name: str) -> None:
+    """Write NAME.safetensors (fp16) and its JSON files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save_weights(weights_of(judge).state_dict(), folder / f"{name}.safetensors")
+    for stem, content in configs.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content) + "\n")
+
+
+def _decoded(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> np.ndarray:
+    file = root / config.cache / f"round-trips-{config.world.seed}-{len(world.pictures)}.npy"
+    return round_trips(model.autoencoder, world.pictures[:ROUND_TRIPS], file)
+
+
+def _clip(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
+    judge = judges.new_clip(world.captions)
+    unique = {text: i for i, text in enumerate(dict.fromkeys(world.captions))}
+    rows = judge.tokenize(list(unique))
+    ids = rows[torch.tensor([unique[text] for text in world.captions])]
+    dataset = LabelledDataset(world.pictures, _decoded(config, model, world, root), ids)
+    measure = lambda trained: clip_accuracy(trained, held_out_world(config, root), list(NOUNS))  # noqa: E731
+    return judges.CLIPTraining(judge, config), dataset, measure
+
+
+def _classifier(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
+    judge = judges.new_classifier()
+    noun = torch.tensor([judge.nouns.index(n) if n else judges.IGNORED for n in world.nouns])
+    place = torch.tensor([judge.places.index(p or "plain") for p in world.places])
+    dataset = LabelledDataset(world.pictures, _decoded(config, model, world, root), noun, place)
+    measure = lambda trained: classifier_accuracy(trained, held_out_world(config, root))  # noqa: E731
+    return judges.ClassifierTraining(judge, config), dataset, measure
+
+
+def _instance(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
+    instances = rendered_instances(config.world.seed, root / config.cache, root / config.world.artwork)
+    measure = lambda trained: instance_accuracy(trained, instances.held_out)  # noqa: E731
+    return judges.InstanceTraining(judges.new_instance_encoder(), config), InstanceDataset(instances.training), measure

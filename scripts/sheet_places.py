@@ -1,0 +1,86 @@
+"""Draw fine-tuned concepts in every place of the small world, and count the places that are still obeyed.
+
+python scripts/sheet_places.py --concept EARLY.safetensors --concept LATE.safetensors --out docs/overfitting
+"""
+
+import json
+from pathlib import Path
+
+from common import Parser, add_model_options, base_model, number, pick_device, positive, run
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--concept", required=True, action="append", help="a concept file; repeat it to compare several")
+    parser.add_argument("--prompt", default="a V* {noun} {place}", help="with V*, {noun} and {place}")
+    parser.add_argument("--dci", action="store_true", help="with DCI (default: plain sampling)")
+    parser.add_argument("--out", required=True, help="stem of the sheet (.png) and the figures (.json)")
+    parser.add_argument("--n-samples", type=positive, default=4, help="pictures of each place (default 4)")
+    parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
+    parser.add_argument("--scale", type=number, help="classifier-free guidance (default: the model's)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add_model_options(parser)
+    args = parser.parse_args()
+
+    results, pictures, captions = {}, [], []
+    for file in args.concept:
+        drawn, result = judge_places(args, file)
+        results[file] = result
+        pictures += [row[0] for row in drawn.values()]
+        captions += list(drawn)
+        print(
+            f"{file}: place right {result['place_right']:.1%} of {result['pictures']} pictures, "
+            f"likeness to the references {result['likeness']:.3f}; " + json.dumps(result["seen"])
+        )
+
+    from ldm.images import captioned_grid
+
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    captioned_grid(pictures, captions, columns=len(captions) // len(args.concept), scale=1).save(out.with_suffix(".png"))
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"Sheet: {out.with_suffix('.png')}, a row for each concept file\nFigures: {out.with_suffix('.json')}")
+
+
+def judge_places(args, file: str) -> tuple[dict, dict]:
+    """Return the pictures of every place, and the classifier's judgement of them."""
+    import torch
+    from tqdm import tqdm
+
+    from dci.concept import Concept
+    from dci.prompts import parse_prompt
+    from dci.sampling import sample
+    from dci.settings import dual_branch, sampling_options
+    from ldm.checkpoint import load_model
+    from ldm.images import list_pictures, read_picture, square, to_pictures, to_tensor
+    from ldm.judges import SIZE, load_classifier, load_instance_encoder
+    from ldm.pretraining.scenes import PLACES
+
+    concept = Concept.load(file)
+    model = load_model(*base_model(args, concept.config), ema=args.ema, clip_skip=args.clip_skip)
+    concept.apply(model)
+    model.to(pick_device(args.device))
+    options = sampling_options(model, steps=args.steps, scale=args.scale, seed=args.seed)
+    dual = dual_branch(model) if args.dci else None
+    classifier, instance, drawn, seen, likeness = load_classifier(), load_instance_encoder(), {}, {}, []
+    folder = concept.config["data"]["images"]
+    pictures = torch.stack([to_tensor(square(read_picture(file), SIZE)) for file in list_pictures(folder)])
+    with torch.inference_mode():
+        references = instance.image_features(pictures)
+    for place, (_, phrases) in tqdm(PLACES.items(), "places"):
+        text = args.prompt.replace("{noun}", concept.class_noun).replace("{place}", phrases[0])
+        prompt = parse_prompt(text, concept.modifier_tokens, concept.class_noun, None)
+        pixels = sample(model, concept, prompt, list(range(args.n_samples)), options, dual, None).clamp(-1, 1).cpu()
+        with torch.inference_mode():
+            likeness.append((instance.image_features(pixels) @ references.T).mean())
+            answers = [classifier.places[i] for i in classifier.logits(pixels)[1].argmax(-1)]
+        drawn[phrases[0]] = to_pictures(pixels)
+        seen[place] = {name: answers.count(name) / len(answers) for name in sorted(set(answers))}
+    right = sum(shares.get(place, 0) for place, shares in seen.items()) / len(seen)
+    like = float(torch.stack(likeness).mean())
+    return drawn, {"place_right": right, "likeness": like, "pictures": len(seen) * args.n_samples, "seen": seen}
+
+
+if __name__ == "__main__":
+    run(main)

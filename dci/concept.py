@@ -2,40 +2,61 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dci import __version__
+from dci.files import safetensors_bytes, write_atomically
+from dci.tokens import Subject
 from ldm.checkpoint import fingerprint, read_safetensors
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 
 FORMAT = "dci-concept"
 _MODIFIERS, _PREFIXES, _SUFFIXES = "modifier_tokens", "contexts.prefix", "contexts.suffix"
+_U, _V = ".u", ".v"  # endings of the names of a low-rank change's factors
+
+_LEARNED = {"modifiers": _MODIFIERS, "prefixes": _PREFIXES, "suffixes": _SUFFIXES}
+
+
+class LowRank(NamedTuple):
+    """A change of a weight: W = W_base + u v."""
+
+    u: Tensor  # (rows, r)
+    v: Tensor  # (r, columns)
 
 
 @dataclass(frozen=True)
 class Concept:
-    """A learned concept."""
+    """A learned concept, or several learned together or merged."""
 
-    keys_values: dict[str, Tensor]  # SD name -> weight of every cross-attention to_k and to_v
+    keys_values: dict[str, Tensor]  # SD name -> cross-attention weight that was trained (to_k and to_v, as a rule)
     modifiers: Tensor  # embeddings of the modifier tokens (k, d)
     prefixes: Tensor  # image-specific contexts (pictures, p, d); of use for study, not for sampling
     suffixes: Tensor  # (pictures, s, d)
     modifier_tokens: tuple[str, ...]  # their names, such as ("<new1>", "<new2>")
-    class_noun: str
+    class_noun: str  # of the first concept
     base: str  # fingerprint of the base model
     base_name: str
     config: dict  # the resolved configuration of the run that made it
     version: str = __version__  # of this package
+    low_rank: dict[str, LowRank] = field(default_factory=dict)  # SD name -> change, in place of a whole weight
+    several: tuple[Subject, ...] = ()  # the concepts, where the file holds more than one
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """The concepts in the file, one or several."""
+        return self.several or (Subject(self.modifier_tokens, self.class_noun),)
 
     def save(self, path: str | Path) -> None:
-        """Write one .safetensors file; tensors keep their precision."""
+        """Write one .safetensors file, whole or not at all; tensors keep their precision."""
         tensors = {**self.keys_values, _MODIFIERS: self.modifiers, _PREFIXES: self.prefixes, _SUFFIXES: self.suffixes}
+        for name, change in self.low_rank.items():
+            tensors |= {name + _U: change.u, name + _V: change.v}
         metadata = {
             "format": FORMAT,
             "version": self.version,
@@ -44,9 +65,9 @@ class Concept:
             "base": self.base,
             "base_name": self.base_name,
             "config": json.dumps(self.config),
+            "subjects": json.dumps(self.several),
         }
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        write_atomically(path, safetensors_bytes(tensors, metadata))
 
     @staticmethod
     def load(path: str | Path) -> "Concept":
@@ -58,10 +79,11 @@ class Concept:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path} is not a concept file: give the concept.safetensors that scripts/train_ico.py wrote")
+        learned = {name: tensors.pop(key) for name, key in _LEARNED.items()}
+        changed = [name.removesuffix(_U) for name in tensors if name.endswith(_U)]
         return Concept(
-            modifiers=tensors.pop(_MODIFIERS),
-            prefixes=tensors.pop(_PREFIXES),
-            suffixes=tensors.pop(_SUFFIXES),
+            **learned,
+            low_rank={name: LowRank(tensors.pop(name + _U), tensors.pop(name + _V)) for name in changed},
             keys_values=tensors,
             modifier_tokens=tuple(json.loads(metadata["modifier_tokens"])),
             class_noun=metadata["class_noun"],
@@ -69,7 +91,18 @@ class Concept:
             base_name=metadata["base_name"],
             config=json.loads(metadata["config"]),
             version=metadata["version"],
+            several=tuple(Subject(tuple(tokens), noun) for tokens, noun in json.loads(metadata.get("subjects", "[]"))),
         )
+
+    def weights(self, model: LatentDiffusion) -> dict[str, Tensor]:
+        """Return the whole weights that the concept sets, in fp32 on the CPU.
+
+        Args:
+            model: the base model, without the concept.
+        """
+        base = model.state_dict()
+        changed = {n: base[n].float().cpu() + c.u.float() @ c.v.float() for n, c in self.low_rank.items()}
+        return {name: weight.float() for name, weight in self.keys_values.items()} | changed
 
     def apply(self, model: LatentDiffusion) -> Callable[[], None]:
         """Put the concept's keys and values into its base model.
@@ -87,8 +120,9 @@ class Concept:
                 f"but '{model.config.name}' ({found}) is loaded: give the right one with --model and --checkpoint"
             )
         parameters = dict(model.named_parameters())
-        before = {name: parameters[name].detach().clone() for name in self.keys_values}
-        _copy(self.keys_values, parameters)
+        weights = self.weights(model)
+        before = {name: parameters[name].detach().clone() for name in weights}
+        _copy(weights, parameters)
         return lambda: _copy(before, parameters)
 
 

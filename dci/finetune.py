@@ -1,36 +1,36 @@
 """A fine-tuning run: pictures in, run folder out."""
 
-from datetime import datetime
+import dataclasses
+import hashlib
+import json
+import signal
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 
-from dci.config import FinetuneConfig
-from dci.data import ConceptDataset, HalfAndHalf
-from dci.prompts import parse_prompt
-from dci.sampling import sample
-from dci.settings import dual_branch, sampling_options
-from dci.tokens import modifier_names
+from dci import processes
+from dci.augment import LARGEST
+from dci.checkpoints import Checkpoints
+from dci.config import GENERATE, FinetuneConfig, subjects
+from dci.data import BatchOrder, ConceptDataset
+from dci.generation import generate
+from dci.gradients import ProcessesInStep, largest_over_processes
+from dci.interruption import Interrupted, Interruption
+from dci.pictures import Picture, captioned_files, read_references, read_regularization
+from dci.precision import check_device, lightning_name
+from dci.runs import CONCEPT_FILE, CONFIG_FILE, Run, find_run, new_run
+from dci.settings import check
 from dci.training import ICOTraining
+from dci.watching import ValidationPictures, Watching, loggers
 from ldm import config as configuration
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
-from ldm.images import grid, list_pictures, to_pictures
 from ldm.lightning import quiet
 
-CONCEPT_FILE = "concept.safetensors"
-_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-_AT_LEAST = {
-    0: ("training.weight_decay", "training.seed", "validation.every", "validation.seed", "context.prefix_length",
-        "context.suffix_length"),
-    1: ("training.steps", "training.batch_size", "training.save_every", "validation.n_samples", "validation.steps"),
-}  # fmt: skip
-"""Options by the least value that they can have."""
+_FAILED = 1000  # above every signal's number
 
 
 def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Path:
@@ -42,93 +42,223 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
         logdir: where the run folder is made.
 
     Returns:
-        The run folder: configs/config.yaml, concept.safetensors, samples/, checkpoints/, TensorBoard logs.
+        The run folder: configs/config.yaml, concept.safetensors, metrics.csv, samples/, checkpoints/,
+        TensorBoard logs.
 
     Raises:
-        UserError: pictures or options that training cannot use.
+        UserError: pictures or options that training cannot use, a loss that is not a number, a full disk.
+        Interrupted: a signal asked to stop; a checkpoint is written.
     """
     check(config)
+    check_device(config.training.precision, model.device)
+    run = find_run(config, logdir)
+    try:
+        if run is not None and run.finished and run.step == config.training.steps:
+            processes.say(f"{run.folder} is finished")
+            return run.folder
+        with Interruption() as interruption:
+            module, dataset, order = _prepare(model, config, logdir)
+            run = run or new_run(config, logdir)
+            order.steps = range(run.step, config.training.steps)
+            if processes.rank() == 0:
+                configuration.save(dataclasses.replace(config, resume=None), run.folder / CONFIG_FILE)
+            processes.say(dataset.describe())
+            loader = DataLoader(dataset, batch_sampler=order, collate_fn=_as_it_is)
+            _fit(module, loader, run, interruption, _digest(dataset))
+        return run.folder
+    finally:
+        if run is not None:
+            run.release()
+
+
+def _prepare(
+    model: LatentDiffusion, config: FinetuneConfig, logdir: Path
+) -> tuple[ICOTraining, ConceptDataset, BatchOrder]:
+    """Read, make and encode the pictures; nothing is written but generated ones."""
     pl.seed_everything(config.training.seed, verbose=False)
-    module = ICOTraining(model, config, len(list_pictures(config.data.images)))
-    dataset = ConceptDataset(model, config.data.images, config.data.regularization)
-    run_folder = make_run_folder(logdir, config.name)
-    configuration.save(config, run_folder / "configs" / "config.yaml")
-
-    generator = torch.Generator().manual_seed(config.training.seed)
-    sampler = HalfAndHalf(dataset, config.training.batch_size, config.training.steps, generator)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=lambda batch: batch)
-    _trainer(config, run_folder, model.device).fit(module, loader)
-    module.concept().save(run_folder / CONCEPT_FILE)
-    return run_folder
+    references = [_references(model, config, subject.images) for subject in subjects(config)]
+    module = ICOTraining(model, config, [len(pictures) for pictures in references])
+    _order(config, 1, int(any(s.regularization for s in subjects(config))))  # before anything that takes long
+    others = [p for s in subjects(config) if s.regularization for p in _regularization(model, config, s, logdir)]
+    pictures = [picture for part in references for picture in part]
+    dataset = ConceptDataset(model, pictures, others, config.data, config.training.seed)
+    return module, dataset, _order(config, len(pictures), len(others))
 
 
-def check(config: FinetuneConfig) -> None:
-    """Raise UserError for options that no run could use, and for validation prompts without the concept."""
-    for least, names in _AT_LEAST.items():
-        for name in names:
-            section, key = name.split(".")
-            value = getattr(getattr(config, section), key)
-            if value is not None and not value >= least:
-                raise UserError(f"{name}={value}: expected {least} or more")
-    for name in ("learning_rate", "context_learning_rate"):
-        value = getattr(config.training, name)
-        if not 0 < value < float("inf"):
-            raise UserError(f"training.{name}={value}: expected a number above 0")
-    if config.training.precision not in _PRECISIONS:
-        raise UserError(f"training.precision={config.training.precision}: expected one of {', '.join(_PRECISIONS)}")
-    names = modifier_names(len(config.concept.initial_words))
-    for prompt in ["a V*", *(config.validation.prompts if config.validation.every else [])]:
-        parse_prompt(prompt, names, config.concept.class_noun)
+def _references(model: LatentDiffusion, config: FinetuneConfig, folder: str) -> list[Picture]:
+    # A picture that will be enlarged is read larger.
+    size = model.config.image_size if config.data.augment == "none" else round(LARGEST * model.config.image_size)
+    return read_references(folder, config.data, size, processes.say)
 
 
-def make_run_folder(logdir: Path, name: str) -> Path:
-    """Make and return logdir/<date>_<name>, with a number behind it where that is taken."""
-    stem = f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{name}"
-    folder, number = logdir / stem, 1
-    while folder.exists():
-        number += 1
-        folder = logdir / f"{stem}-{number}"
-    for part in ("checkpoints", "configs", "samples"):
-        (folder / part).mkdir(parents=True)
-    return folder
+def _regularization(model: LatentDiffusion, config: FinetuneConfig, subject: Any, logdir: Path) -> list[Picture]:
+    size, most, folder = model.config.image_size, None, subject.regularization
+    if folder == GENERATE:
+        most = config.generate.number
+        folder = generate(model, config.generate, subject.class_noun, logdir)
+    captioned_files(folder)
+    return read_regularization(folder, config.data, size, processes.say, most)
 
 
-def _trainer(config: FinetuneConfig, run_folder: Path, device: torch.device) -> pl.Trainer:
+def _order(config: FinetuneConfig, references: int, others: int) -> BatchOrder:
+    training = config.training
+    world = training.devices * training.nodes
+    share = training.batch_size // world
+    micro_batches = -(-share // training.micro_batch) if training.micro_batch and share else 1
+    # Before Lightning has started the others, this is the first one.
+    process = (processes.rank(), world)
+    return BatchOrder(references, others, training.batch_size, range(0), training.seed, process, micro_batches)
+
+
+def _fit(module: ICOTraining, loader: DataLoader, run: Run, interruption: Interruption, pictures: str) -> None:
+    """Make the steps that are left, then write the concept file."""
+    config = module.config
+    saving = Saving(config, run, interruption, pictures)
+    module.first_step = run.step
+    module.prepare()
+    if run.state is not None:
+        saving.restore_weights(module)
+        processes.say(f"Going on with {run.folder} at step {run.step}")
+    if loader.batch_sampler.steps:
+        callbacks = [Watching(config, run.folder), ValidationPictures(config, run.folder), saving]
+        trainer = _trainer(config, run.folder, module.model.device, callbacks)
+        try:
+            trainer.fit(module, loader)
+        except OSError as error:
+            if trainer.strategy.launcher is not None:  # the others would wait for this process for ever
+                trainer.strategy.launcher.kill(signal.SIGKILL)
+            raise UserError(f"{saving.no_room(error)}{saving.how_to_go_on()}") from error
+        except UserError as error:
+            raise UserError(f"{error}: {saving.how_to_go_on()}") from error
+        if saving.stopped_by:
+            raise Interrupted(f"\nStopped at step {module.steps_done}; {saving.how_to_go_on()}", saving.stopped_by)
+        module.check_trained()
+    if processes.rank() == 0:
+        module.concept().save(run.folder / CONCEPT_FILE)
+
+
+def _trainer(config: FinetuneConfig, folder: Path, device: torch.device, callbacks: list[pl.Callback]) -> pl.Trainer:
     quiet()
+    training = config.training
+    several = training.devices * training.nodes > 1
+    one = "auto" if device.type == "cpu" or device.index is None else [device.index]
     return pl.Trainer(
         accelerator=device.type,
-        devices=1 if device.index is None else [device.index],
-        precision=config.training.precision,
+        devices=training.devices if several or one == "auto" else one,
+        num_nodes=training.nodes,
+        strategy=ProcessesInStep() if several else "auto",
+        use_distributed_sampler=False,
+        precision=lightning_name(training.precision),
         max_epochs=1,
-        callbacks=[TQDMProgressBar(refresh_rate=10), ValidationPictures(config, run_folder)],
-        logger=TensorBoardLogger(run_folder, name="", version=""),
+        callbacks=callbacks,
+        logger=loggers(config, folder) if processes.rank() == 0 else False,
         enable_checkpointing=False,
+        enable_progress_bar=False,
         enable_model_summary=False,
-        log_every_n_steps=10,
     )
 
 
-class ValidationPictures(pl.Callback):
-    """Draws pictures of the concept, and saves concept files, every so many steps."""
+class Saving(pl.Callback):
+    """Writes checkpoints and concept files, and ends the run when it is asked to or when it cannot go on.
 
-    def __init__(self, config: FinetuneConfig, run_folder: Path):
-        self.config, self.folder = config, run_folder
+    With several processes the first one writes, and all of them agree after each step whether to stop.
+    """
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: ICOTraining, *args: object) -> None:
-        step = trainer.global_step
-        if self.config.validation.every and step % self.config.validation.every == 0:
-            self._draw(module, step, trainer.logger)
-        if self.config.training.save_every and step % self.config.training.save_every == 0:
-            module.concept().save(self.folder / "checkpoints" / f"concept-{step:06}.safetensors")
+    def __init__(self, config: FinetuneConfig, run: Run, interruption: Interruption, pictures: str):
+        self.config, self.run, self.interruption, self.pictures = config, run, interruption, pictures
+        self.checkpoints = Checkpoints(run.folder / "checkpoints", config.training.keep_last)
+        self.stopped_by = 0  # the signal's number
+        if run.state is not None and run.state["pictures"] != pictures:
+            raise UserError(f"the pictures or captions have changed since {run.folder} was begun: "
+                            "put the old ones back, or start a new run")  # fmt: skip
 
-    def _draw(self, module: ICOTraining, step: int, logger: TensorBoardLogger) -> None:
-        validation, model, concept = self.config.validation, module.model, module.concept()
-        options = sampling_options(model, steps=validation.steps, seed=validation.seed)
-        pictures = []
-        for prompt in validation.prompts:
-            branches = parse_prompt(prompt, concept.modifier_tokens, concept.class_noun)
-            pixels = sample(model, concept, branches, list(range(validation.n_samples)), options, dual_branch(model))
-            pictures += to_pictures(pixels)
-        sheet = grid(pictures, columns=validation.n_samples)
-        sheet.save(self.folder / "samples" / f"step-{step:06}.png")
-        logger.experiment.add_image("validation", np.asarray(sheet), step, dataformats="HWC")
+    def restore_weights(self, module: ICOTraining) -> None:
+        """Put the checkpoint's weights into the module.
+
+        Raises:
+            UserError: it belongs to another base model.
+        """
+        if self.run.state["base"] != module.base:
+            raise UserError(f"{self.run.folder} was trained on another base model: give its own with model= and checkpoint=")
+        trained = module.trained()
+        with torch.no_grad():
+            for name, value in self.run.state["weights"].items():
+                trained[name].copy_(value)
+
+    def on_train_start(self, trainer: pl.Trainer, module: ICOTraining) -> None:
+        self._agree_on_the_first_step(module)
+        if self.run.state is not None:
+            trainer.optimizers[0].load_state_dict(self.run.state["optimizer"])
+            trainer.precision_plugin.load_state_dict(self.run.state["precision"])
+            self.run.state = {"step": self.run.step}  # the rest is in use, or no longer needed
+        self.interruption.listen()  # Lightning has taken SIGTERM
+        self.interruption.training = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: ICOTraining, *_: object) -> None:
+        training, step = self.config.training, module.steps_done
+        number = largest_over_processes(self.interruption.number, module.device)
+        last = step == training.steps
+        every = training.checkpoint_every
+        error = None
+        if trainer.is_global_zero:
+            try:
+                if training.save_every and step % training.save_every == 0:
+                    module.concept().save(self.checkpoints.folder / f"concept-{step:06}.safetensors")
+                if last or number or (every and step % every == 0):
+                    self._save(trainer, module, step)
+            except (OSError, UserError) as caught:
+                error = caught
+        if largest_over_processes(_FAILED if error else 0, module.device) == _FAILED:
+            raise error or UserError("another process could not write")
+        if number and not last:
+            self.stopped_by = number
+            trainer.should_stop = True
+
+    def on_fit_end(self, *_: object) -> None:
+        self.interruption.training = False
+
+    def how_to_go_on(self) -> str:
+        """Say which checkpoint is good, and the command that goes on from it."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return f"there is no checkpoint yet in {self.run.folder}"
+        return f"the last good checkpoint is {latest}; go on with: python scripts/train_ico.py --resume {self.run.folder}"
+
+    def no_room(self, error: OSError) -> str:
+        """Say what could not be written, and why."""
+        return f"cannot write {error.filename or self.run.folder} ({error.strerror or error}): make room; "
+
+    def _save(self, trainer: pl.Trainer, module: ICOTraining, step: int) -> None:
+        weights = {name: p.detach().cpu() for name, p in module.trained().items()}
+        bad = [name for name, value in weights.items() if not value.isfinite().all()]
+        if bad:
+            raise UserError(f"{bad[0]} is not finite after step {step}")
+        state = {
+            "base": module.base,
+            "config": json.dumps(dataclasses.asdict(self.config)),
+            "pictures": self.pictures,
+            "weights": weights,
+            "optimizer": trainer.optimizers[0].state_dict(),
+            "precision": trainer.precision_plugin.state_dict(),
+        }
+        self.checkpoints.save(step, state)
+
+    def _agree_on_the_first_step(self, module: ICOTraining) -> None:
+        furthest, nearest = (largest_over_processes(s * module.first_step, module.device) for s in (1, -1))
+        if furthest != -nearest:
+            raise UserError(f"the processes found checkpoints of steps {-nearest} to {furthest}: "
+                            "give the run itself with --resume, on a disk that all nodes share")  # fmt: skip
+
+
+def _digest(dataset: ConceptDataset) -> str:
+    """Sixteen hex digits that change with the pictures, their order and their captions."""
+    digest = hashlib.sha256(dataset.caption_ids.numpy().tobytes())
+    for picture in dataset.pictures:
+        digest.update(picture.pixels.numpy().tobytes())
+        if picture.mask is not None:
+            digest.update(picture.mask.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _as_it_is(batch: object) -> object:
+    return batch

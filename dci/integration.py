@@ -95,8 +95,9 @@ def integrating_attend(masks: TokenMasks, dual: DualBranch, concept: slice, auxi
 
     def integrate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v)
-        maps = (attention_maps(q[rows], k[rows]) for rows in (concept, auxiliary))
-        weight = concept_weight(*maps, masks, dual)[..., None]
+        # The gain magnifies rounding, so the weights are worked out in full precision.
+        maps = (attention_maps(q[rows].float(), k[rows].float()) for rows in (concept, auxiliary))
+        weight = concept_weight(*maps, masks, dual)[..., None].to(out.dtype)
         out[concept] = weight * out[concept] + (1 - weight) * out[auxiliary]
         return out
 

@@ -2,8 +2,9 @@
 
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 
-from dci.tokens import modifier_ids
+from dci.tokens import Subject, modifier_ids
 from ldm import tokenizer
 from ldm.errors import UserError
 
@@ -36,33 +37,45 @@ class BranchPrompts:
 
 
 def parse_prompt(
-    prompt: str, modifier_tokens: tuple[str, ...], class_noun: str, auxiliary_noun: str | None = None
+    prompt: str,
+    modifier_tokens: tuple[str, ...],
+    class_noun: str,
+    auxiliary_noun: str | None = None,
+    several: tuple[Subject, ...] = (),
 ) -> BranchPrompts:
     """Derive both branches' prompts from one.
 
-    The concept is written V*, {} or as its modifier tokens. The class noun may follow; where it
+    The concept is written V*, {} or as its modifier tokens; of several concepts, the first is V1*,
+    {0} or its tokens, the second V2*, {1} or its, and so on. The class noun may follow; where it
     does not, it is put there.
 
     Args:
         modifier_tokens: the concept's, such as ("<new1>", "<new2>").
         class_noun: the ordinary word for the concept, such as "dog".
         auxiliary_noun: what the auxiliary prompt has in the concept's place; None: the class noun.
+        several: the concepts, where there are more than one; in place of tokens and noun.
 
     Raises:
         UserError: the prompt does not name the concept as a word of its own, names other modifier
             tokens, or is so long that the concept would be cut off.
     """
-    auxiliary_noun = _clean_noun(class_noun if auxiliary_noun is None else auxiliary_noun)
-    class_noun = _clean_noun(class_noun)
-    texts, nouns = _split(prompt, modifier_tokens, class_noun)
+    subjects = several or (Subject(modifier_tokens, class_noun),)
+    subjects = [Subject(tokens, _clean_noun(noun)) for tokens, noun in subjects]
+    if auxiliary_noun is not None and len(subjects) > 1:
+        raise UserError("one auxiliary noun cannot stand for several concepts: leave it out")
+    auxiliary_noun = subjects[0].class_noun if auxiliary_noun is None else _clean_noun(auxiliary_noun)
+    texts, mentions = _split(prompt, subjects)
 
-    marker = " ".join(modifier_tokens)
+    ends = list(accumulate(len(subject.modifier_tokens) for subject in subjects))
+    ids = modifier_ids(ends[-1])
     concept = _Row()
     auxiliary = _Row()
-    for text, noun in zip(texts, nouns, strict=False):
+    for text, (number, noun) in zip(texts, mentions, strict=False):
+        tokens, class_noun = subjects[number]
         concept.add_text(text)
-        concept.add_named(f"{marker} {noun}", [*modifier_ids(len(modifier_tokens)), *tokenizer.tokenize(noun)])
-        name = noun if auxiliary_noun == class_noun else auxiliary_noun
+        own = ids[ends[number] - len(tokens) : ends[number]]
+        concept.add_named(f"{' '.join(tokens)} {noun}", [*own, *tokenizer.tokenize(noun)])
+        name = noun if len(subjects) > 1 or auxiliary_noun == class_noun else auxiliary_noun
         auxiliary.add_text(_fix_article(text, name))
         auxiliary.add_named(name, tokenizer.tokenize(name))
     concept.add_text(texts[-1])
@@ -104,39 +117,53 @@ class _Row:
             )
 
 
-def _split(prompt: str, modifier_tokens: tuple[str, ...], class_noun: str) -> tuple[list[str], list[str]]:
-    """Cut a prompt at its mentions of the concept.
+def _split(prompt: str, subjects: list[Subject]) -> tuple[list[str], list[tuple[int, str]]]:
+    """Cut a prompt at its mentions of the concepts.
 
     Returns:
-        (the texts before, between and behind the mentions, the noun of each mention as written).
+        (the texts before, between and behind the mentions, the number of the concept that each
+        mention names, with its noun as written).
     """
     if "\x00" in prompt:
         raise UserError("the prompt holds a NUL character: take it out")
-    names = r"\s*".join(map(re.escape, modifier_tokens))
-    mention = re.compile(rf"(?:V\*|\{{\}}|{names})(?:\s+(?P<noun>{re.escape(class_noun)}(?:e?s)?)(?!\w))?", re.IGNORECASE)
+    mention = re.compile("|".join(_mention(*entry, len(subjects)) for entry in enumerate(subjects)), re.IGNORECASE)
     matches = list(mention.finditer(prompt))
+    marks = ["V*"] if len(subjects) == 1 else [f"V{i + 1}*" for i in range(len(subjects))]
+    written = ", ".join([*marks, *(["{}"] if len(subjects) == 1 else [])])
+    every = [" ".join(subject.modifier_tokens) for subject in subjects]
     if not matches:
+        example = " and ".join(f"a {mark} {subject.class_noun}" for mark, subject in zip(marks, subjects, strict=True))
         raise UserError(
-            f"the prompt '{_shorten(prompt)}' does not name the concept: write V*, {{}} or {' '.join(modifier_tokens)} "
-            f"where the concept should be, such as 'a V* {class_noun} on the beach'"
+            f"the prompt '{_shorten(prompt)}' does not name the concept: write {written} or {' or '.join(every)} "
+            f"where the concept should be, such as '{example} on the beach'"
         )
-    texts, nouns, end = [], [], 0
+    texts, mentions, end = [], [], 0
     for match in matches:
         if re.search(r"\w$", prompt[: match.start()]) or re.match(r"\w", prompt[match.end() :]):
             raise UserError(
                 f"in '{_shorten(prompt)}' the concept is part of another word: put spaces around '{match.group()}'"
             )
+        number = next(i for i in range(len(subjects)) if match[f"name{i}"])
         texts.append(prompt[end : match.start()])
-        nouns.append(match["noun"] or class_noun)
+        mentions.append((number, match[f"noun{number}"] or subjects[number].class_noun))
         end = match.end()
     texts.append(prompt[end:])
-    stray = next((s for text in texts if (s := re.search(r"<new\d*>|V\*|\{\w*\}", text, re.IGNORECASE))), None)
+    stray = next((s for text in texts if (s := re.search(r"<new\d*>|V\d*\*|\{\w*\}", text, re.IGNORECASE))), None)
     if stray:
+        named = "this concept is" if len(subjects) == 1 else "these concepts are"
         raise UserError(
-            f"the prompt '{_shorten(prompt)}' has '{stray.group()}', but this concept is {' '.join(modifier_tokens)}: "
-            "write V* for all of it"
+            f"the prompt '{_shorten(prompt)}' has '{stray.group()}', but {named} {', '.join(every)}: "
+            f"write {', '.join(marks)} for all of it"
         )
-    return texts, nouns
+    return texts, mentions
+
+
+def _mention(number: int, subject: Subject, of: int) -> str:
+    """The pattern of one concept's mention, its noun included."""
+    names = r"\s*".join(map(re.escape, subject.modifier_tokens))
+    marks = r"V\*|\{\}" if of == 1 else rf"V{number + 1}\*|\{{{number}\}}"
+    noun = rf"(?:\s+(?P<noun{number}>{re.escape(subject.class_noun)}(?:e?s)?)(?!\w))?"
+    return rf"(?P<name{number}>{marks}|{names}){noun}"
 
 
 def _fix_article(text: str, noun: str) -> str:

@@ -11,10 +11,12 @@ from torch import Tensor
 from dci.concept import Concept
 from dci.integration import DualBranch, TokenMasks, integrating_attend
 from dci.prompts import BranchPrompts
+from ldm.canvas import Canvas, begin
+from ldm.decoding import decode
 from ldm.diffusion import LatentDiffusion
+from ldm.loop import Callback, Denoise, Noise, guide, run, timestep_rows
 from ldm.randomness import PictureNoise
 from ldm.sampling import SamplingOptions, check_options, guided, make_solver
-from ldm.solvers import Callback, Denoise, Noise, guide, run, timestep_rows
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class BranchContexts:
     auxiliary: Tensor
 
     @staticmethod
-    def of(model: LatentDiffusion, concept: Concept, prompts: list[BranchPrompts]) -> "BranchContexts":
+    def of(model: LatentDiffusion, concept: Concept, prompts: list[BranchPrompts], negative: str = "") -> "BranchContexts":
         """Encode a batch's prompts, the modifier tokens with the concept's embeddings."""
         text = model.text_encoder
-        unconditional = text.tokenize([""] * len(prompts))
+        unconditional = text.tokenize([negative] * len(prompts))
         rows = [prompt.concept_ids for prompt in prompts] + [prompt.auxiliary_ids for prompt in prompts]
         ids = torch.cat([unconditional, torch.tensor(rows, device=model.device)])
         context = text.encode(text.embed(ids, concept.modifiers.to(model.device)))
@@ -71,6 +73,7 @@ def sample_latents(
     options: SamplingOptions,
     noises: tuple[Noise, Noise],
     callback: Callback | None = None,
+    canvas: Canvas | None = None,
 ) -> Tensor:
     """Denoise a batch from its first noise to its latents (b, c, h, w).
 
@@ -80,28 +83,32 @@ def sample_latents(
             the concept branch sees the same noise with DCI and without.
         callback: called after each step; in the early phase its tensors hold both branches, stacked.
     """
-    solver = make_solver(model, options)
+    solver = make_solver(model, options, canvas)
     dual_steps = sum(dual.is_dual(t, len(solver.alphas_cumprod)) for t in solver.timesteps) if dual else 0
-    x, history = noises[0](), None
+
+    # The concept branch's first noise is drawn once, so that both phases keep the same parts of a canvas.
+    first, history = noises[0](), None
+    x, after = begin(canvas, solver, first)
 
     # Divide and conquer: both branches.
     if dual_steps:
         denoise = dual_guided(model, contexts, masks, dual, options.scale)
-        state = torch.stack([x, noises[1]()])
+        state, after_both = begin(canvas, solver, torch.stack([first, noises[1]()]))
         state, history = run(
             solver,
             denoise,
             state,
             range(dual_steps),
             noise=lambda: torch.stack([noise() for noise in noises]),
+            after=after_both,
             callback=callback,
         )
         x, history = state[0], solver.branch(history, 0)
 
     # The concept alone.
     denoise = guided(model, contexts.unconditional, contexts.concept, options.scale)
-    rest = range(dual_steps, options.steps)
-    return run(solver, denoise, x, rest, history, noise=noises[0], callback=callback)[0]
+    rest = range(dual_steps, len(solver.timesteps))
+    return run(solver, denoise, x, rest, history, noise=noises[0], after=after, callback=callback)[0]
 
 
 @torch.inference_mode()
@@ -113,6 +120,8 @@ def sample(
     options: SamplingOptions,
     dual: DualBranch | None,
     callback: Callback | None = None,
+    negative: str = "",
+    canvas: Canvas | None = None,
 ) -> Tensor:
     """Draw the pictures numbered `indices` of a prompt with a concept.
 
@@ -120,6 +129,8 @@ def sample(
         model: the base model with the concept applied (`Concept.apply`).
         indices: a picture depends on the seed and its index, not on the batch it is made in.
         dual: DCI's settings; None is plain sampling of the fine-tuned model.
+        negative: what guidance leads away from, in both branches.
+        canvas: the picture that both branches start from; None starts from noise alone.
 
     Returns:
         (b, 3, height, width) in [-1, 1].
@@ -131,6 +142,8 @@ def sample(
     shape = model.latent_shape(options.height, options.width)
     noises = tuple(PictureNoise(options.seed, indices, shape, model.device, stream) for stream in (0, 1))
     prompts = [prompt] * len(indices)
-    contexts = BranchContexts.of(model, concept, prompts)
+    contexts = BranchContexts.of(model, concept, prompts, negative)
     masks = TokenMasks.of(prompts, model.device)
-    return model.decode(sample_latents(model, contexts, masks, dual, options, noises, callback))
+    latents = sample_latents(model, contexts, masks, dual, options, noises, callback, canvas)
+    pixels = decode(model, latents, options.vae_tile, options.vae_batch)
+    return canvas.finish(pixels) if canvas else pixels

@@ -1,5 +1,8 @@
 """Modifier tokens V*: their names, their ids, and what they start from."""
 
+from itertools import accumulate
+from typing import NamedTuple
+
 from torch import Tensor
 
 from ldm import tokenizer
@@ -16,15 +19,26 @@ word that stands alone.
 MAX_MODIFIERS = 3
 
 
-def modifier_names(number: int) -> tuple[str, ...]:
-    """Return ("<new1>", ...) for 1 to 3 modifier tokens.
+class Subject(NamedTuple):
+    """A concept as prompts name it."""
+
+    modifier_tokens: tuple[str, ...]  # such as ("<new1>", "<new2>")
+    class_noun: str
+
+
+def modifier_names(numbers: int | list[int]) -> tuple:
+    """Return the names of a concept's 1 to 3 modifier tokens, ("<new1>", ...); of several concepts, a tuple for each.
 
     Raises:
         UserError: another number.
     """
-    if not 1 <= number <= MAX_MODIFIERS:
-        raise UserError(f"{number} modifier tokens: expected 1 to {MAX_MODIFIERS} words in concept.initial_words")
-    return tuple(f"<new{i + 1}>" for i in range(number))
+    if isinstance(numbers, int):
+        return modifier_names([numbers])[0]
+    for number in numbers:
+        if not 1 <= number <= MAX_MODIFIERS:
+            raise UserError(f"{number} modifier tokens: expected 1 to {MAX_MODIFIERS} words in concept.initial_words")
+    ends = accumulate(numbers)
+    return tuple(tuple(f"<new{i + 1}>" for i in range(end - n, end)) for end, n in zip(ends, numbers, strict=True))
 
 
 def modifier_ids(number: int) -> list[int]:

@@ -1,20 +1,27 @@
-"""ICO fine-tuning (Sec. 3.2): the loss, what is trained, and its rates."""
+"""Fine-tuning by ICO (Sec. 3.2) and its relatives: the loss, what is trained, and its rates."""
 
 import dataclasses
+import math
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dci.concept import Concept
-from dci.config import FinetuneConfig
+from dci.config import FinetuneConfig, subjects
 from dci.context import LearnedTokens, initial_contexts
 from dci.data import REGULARIZATION, ConceptBatch
-from dci.tokens import initial_embeddings, modifier_names
+from dci.gradients import GradientSum, sum_over_processes
+from dci.masks import masked_mse
+from dci.precision import shrink_frozen
+from dci.tokens import Subject, initial_embeddings, modifier_names
 from ldm import attention, checkpoint
+from ldm.autoencoder import Posterior
 from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
 from ldm.schedule import q_sample, training_target
+
+TRAINABLE = ("crossattn-kv", "crossattn", "none")
 
 
 def attend_first_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -28,11 +35,33 @@ def cross_attention_keys_values(model: LatentDiffusion) -> dict[str, nn.Paramete
     return {n: p for n, p in model.named_parameters() if n.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))}
 
 
-class ICOTraining(pl.LightningModule):
-    """Diffusion loss on pictures whose prompts are learned contexts around `V* noun`."""
+def trainable_weights(model: LatentDiffusion, which: str) -> dict[str, nn.Parameter]:
+    """Return the UNet's weights of a trainable set: crossattn-kv, crossattn (queries and outputs too), or none.
 
-    def __init__(self, model: LatentDiffusion, config: FinetuneConfig, pictures: int):
-        """Prepare the base model for fine-tuning on a number of reference pictures.
+    Raises:
+        UserError: there is no such set.
+    """
+    if which not in TRAINABLE:
+        raise UserError(f"training.trainable={which}: expected one of {', '.join(TRAINABLE)}")
+    if which == "crossattn-kv":
+        return cross_attention_keys_values(model)
+    return {n: p for n, p in model.named_parameters() if ".attn2." in n} if which == "crossattn" else {}
+
+
+def references_per_step(config: FinetuneConfig) -> int:
+    """Reference pictures of a step: half of the batch where there are regularization pictures."""
+    size = config.training.batch_size
+    return size - size // 2 if any(subject.regularization for subject in subjects(config)) else size
+
+
+class ICOTraining(pl.LightningModule):
+    """Diffusion loss on pictures whose prompts are learned contexts, or a template, around `V* noun`."""
+
+    def __init__(self, model: LatentDiffusion, config: FinetuneConfig, pictures: int | list[int]):
+        """Prepare the base model for fine-tuning.
+
+        Args:
+            pictures: number of reference pictures, of each concept where there are several.
 
         Raises:
             UserError: not 1 to 3 modifier tokens, or a word to start from that is not one token.
@@ -41,63 +70,149 @@ class ICOTraining(pl.LightningModule):
         self.model = model
         self.config = config
         self.base = checkpoint.fingerprint(model)
-        words = config.concept.initial_words
-        self.modifier_tokens = modifier_names(len(words))
-        generator = torch.Generator().manual_seed(config.training.seed)
-        contexts = initial_contexts(config.context, pictures, model.text_encoder, generator)
-        modifiers = initial_embeddings(words, model.text_encoder.token_table)
-        self.learned = LearnedTokens(modifiers, *contexts, config.concept.class_noun)
+        self.first_step = 0  # steps made before this process took the run up
+        self.step_loss = 0.0  # of the last step, over all processes
+        self.automatic_optimization = False
+        self.learned = _learned_tokens(model, config, [pictures] if isinstance(pictures, int) else pictures)
+        self.first_modifiers = self.learned.modifiers.detach().clone()
+        names = modifier_names([len(subject.initial_words) for subject in subjects(config)])
+        self.subjects = [Subject(n, s.class_noun) for n, s in zip(names, subjects(config), strict=True)]
         model.requires_grad_(False)
-        self.keys_values = cross_attention_keys_values(model)
+        self.keys_values = trainable_weights(model, config.training.trainable)
         for parameter in self.keys_values.values():
             parameter.requires_grad_(True)
+        self.predict = model.predict
 
-    def training_step(self, batch: ConceptBatch, index: int) -> Tensor:
-        loss = self.loss(batch)
-        self.log("loss", loss, prog_bar=True)
-        return loss
+    def prepare(self) -> None:
+        """Arrange the networks for speed and memory; the pictures are encoded before."""
+        training, model = self.config.training, self.model
+        shrink_frozen(model, training.precision)
+        model.unet.checkpointing = training.gradient_checkpointing
+        if training.channels_last:
+            model.unet.to(memory_format=torch.channels_last)
+        if training.compile:
+            self.predict = torch.compile(model.predict)  # only here: validation would compile for each prompt
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps of the whole run so far."""
+        return self.first_step + self.trainer.global_step
+
+    def training_step(self, parts: list[ConceptBatch], index: int) -> None:
+        """Make one optimizer step on this process's share of a batch, a micro-batch at a time."""
+        # Not in __init__: to another device a module may move its parameters or replace them.
+        gradients = GradientSum([*self.trained().values()])
+        optimizer, total = self.optimizers(), 0.0
+        for part in parts:
+            loss = self.loss(part)
+            self.manual_backward(loss)
+            gradients.take()
+            total += loss.item()
+        number = len(parts) * self.trainer.world_size
+        # Every process sees the loss of all, so all stop together, before the optimizer has used it.
+        self.step_loss = sum_over_processes(total, self.device) / number
+        if not math.isfinite(self.step_loss):
+            raise UserError(f"the loss is {self.step_loss} at step {self.steps_done + 1}")
+        gradients.give(number)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def loss(self, batch: ConceptBatch) -> Tensor:
-        """Mean squared error of the predicted noise (or v) on randomly mirrored, randomly noised latents."""
-        model = self.model
-        b = len(batch.pictures)
-        mirrored = torch.randint(2, (b,), device=self.device) * self.config.data.flip
-        mean, logvar = batch.moments[torch.arange(b, device=self.device), mirrored].chunk(2, dim=1)
-        x_0 = model.config.latent_scale * (mean + torch.exp(0.5 * logvar) * torch.randn_like(mean))
-        noise = torch.randn_like(x_0)
-        t = torch.randint(len(model.alphas_cumprod), (b,), device=self.device)
-        alpha = model.alphas_cumprod[t]
-        output = model.predict(q_sample(x_0, noise, alpha), t, self.contexts(batch), attend_first_detached)
-        return F.mse_loss(output.float(), training_target(x_0, noise, alpha, model.config.schedule.parameterization))
+        """Mean squared error of the predicted noise (or v), where the batch's weights are."""
+        model, schedule = self.model, self.model.config.schedule
+        x_0 = self.latents(batch)
+        alpha = model.alphas_cumprod[batch.t]
+        x_t = q_sample(x_0, batch.noise, alpha)
+        if self.config.training.channels_last:
+            x_t = x_t.contiguous(memory_format=torch.channels_last)
+        output = self.predict(x_t, batch.t, self.contexts(batch), attend_first_detached)
+        target = training_target(x_0, batch.noise, alpha, schedule.parameterization)
+        return masked_mse(output.float(), target, batch.weights)
+
+    @torch.no_grad()
+    def latents(self, batch: ConceptBatch) -> Tensor:
+        """Scaled latents (b, c, h, w), sampled from the posteriors."""
+        moments = batch.moments
+        if len(batch.pixels):
+            posterior = self.model.autoencoder.encode(batch.pixels)
+            moments = torch.cat([torch.cat([posterior.mean, posterior.logvar], dim=1).float(), moments])
+        return self.model.config.latent_scale * Posterior(*moments.chunk(2, dim=1)).sample(batch.posterior_noise)
 
     def contexts(self, batch: ConceptBatch) -> Tensor:
         """Text contexts (b, 77, d): learned prompts for references, captions for regularization."""
         text = self.model.text_encoder
         references = [i for i, picture in enumerate(batch.pictures) if picture != REGULARIZATION]
-        learned_ids, extra = self.learned.training_prompts([batch.pictures[i] for i in references])
-        ids = batch.caption_ids.clone()
-        ids[references] = learned_ids
-        return text.encode(text.embed(ids, extra))
+        others = [i for i, picture in enumerate(batch.pictures) if picture == REGULARIZATION]
+        with torch.no_grad():
+            rows = text.encode(text.embed(batch.caption_ids[others])) if others else None
+        if references:
+            pictures, words = ([values[i] for i in references] for values in (batch.pictures, batch.words))
+            learned = text.encode(text.embed(*self.learned.training_prompts(pictures, words)))
+            rows = learned if rows is None else torch.cat([learned, rows])
+        order = torch.tensor([*references, *others], device=rows.device).argsort()
+        return rows[order]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         training = self.config.training
-        groups = [
-            {"params": [*self.keys_values.values()], "lr": training.learning_rate},
-            {"params": [self.learned.modifiers], "lr": training.modifier_learning_rate or training.learning_rate},
-            {"params": self.learned.context_parameters(), "lr": training.context_learning_rate},
-        ]
+        factor = references_per_step(self.config) if training.scale_lr else 1
+        rates = (
+            ([*self.keys_values.values()], training.learning_rate),
+            ([self.learned.modifiers], training.modifier_learning_rate or training.learning_rate),
+            (self.learned.context_parameters(), training.context_learning_rate),
+        )
+        groups = [{"params": params, "lr": factor * rate} for params, rate in rates if params]
         return torch.optim.AdamW(groups, weight_decay=training.weight_decay)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return everything that is trained, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def check_trained(self) -> None:
+        """Assert that training has reached every modifier token, and that all numbers are finite."""
+        moved = (self.learned.modifiers.detach().cpu() != self.first_modifiers.cpu()).any(dim=1)
+        names = [token for subject in self.subjects for token in subject.modifier_tokens]
+        still = [name for name, has_moved in zip(names, moved.tolist(), strict=True) if not has_moved]
+        assert not still, f"training has not reached {', '.join(still)}"
+        assert all(p.isfinite().all() for p in self.trained().values()), "weights that are not finite"
 
     def concept(self) -> Concept:
         """Return what has been learned so far; keys and values rounded to fp16."""
+        width = self.learned.modifiers.shape[1]
+
+        def stacked(rows: nn.ParameterList) -> Tensor:
+            return torch.stack([row.detach().cpu() for row in rows]) if len(rows) else torch.empty(0, 0, width)
+
         return Concept(
             keys_values={name: weight.detach().half().cpu() for name, weight in self.keys_values.items()},
             modifiers=self.learned.modifiers.detach().cpu().clone(),
-            prefixes=torch.stack([row.detach().cpu() for row in self.learned.prefixes]),
-            suffixes=torch.stack([row.detach().cpu() for row in self.learned.suffixes]),
-            modifier_tokens=self.modifier_tokens,
-            class_noun=self.config.concept.class_noun,
+            prefixes=stacked(self.learned.prefixes),
+            suffixes=stacked(self.learned.suffixes),
+            modifier_tokens=tuple(token for subject in self.subjects for token in subject.modifier_tokens),
+            class_noun=self.subjects[0].class_noun,
             base=self.base,
             base_name=self.model.config.name,
-            config=dataclasses.asdict(self.config),
+            config=dataclasses.asdict(dataclasses.replace(self.config, resume=None)),
+            several=tuple(self.subjects) if len(self.subjects) > 1 else (),
         )
+
+
+def _learned_tokens(model: LatentDiffusion, config: FinetuneConfig, pictures: list[int]) -> LearnedTokens:
+    """The modifier tokens and contexts that a run starts from.
+
+    Args:
+        pictures: number of reference pictures of each concept.
+    """
+    entries, context = subjects(config), config.context
+    concept_of = [concept for concept, number in enumerate(pictures) for _ in range(number)]
+    modifiers = [initial_embeddings(s.initial_words, model.text_encoder.token_table) for s in entries]
+    number = len(pictures) if context.shared else sum(pictures)
+    generator = torch.Generator().manual_seed(config.training.seed)
+    return LearnedTokens(
+        torch.cat(modifiers),
+        *initial_contexts(context, number, model.text_encoder, generator),
+        [subject.class_noun for subject in entries],
+        [len(rows) for rows in modifiers],
+        concept_of,
+        concept_of if context.shared else None,
+        context.template,
+    )

@@ -9,20 +9,19 @@ from common import (
     Parser,
     add_sampling_options,
     base_model,
-    draw,
+    canvas_and_options,
+    load_base,
     number,
-    open_outdir,
     pick_device,
+    prompts_of,
     run,
-    sampling_arguments,
-    save_pictures,
 )
+from output import draw, sampling_facts
 
 
-def main() -> None:
+def arguments():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--concept", required=True, help="the concept.safetensors that train_ico.py wrote")
-    parser.add_argument("--prompt", required=True, help="with V* (or {}) where the concept should be")
     parser.add_argument("--auxiliary-noun", help="a noun that the base model knows well (default: the class noun)")
     parser.add_argument("--agg-time", type=number, help="T_a: share of the timesteps with both branches, 0 to 1")
     parser.add_argument("--agg-lambda", type=number, help="weight of the auxiliary branch, typically -2 to 2")
@@ -31,45 +30,55 @@ def main() -> None:
     parser.add_argument("--no-dci", action="store_true", help="plain sampling of the fine-tuned model")
     parser.add_argument("--verbose", action="store_true", help="show the branches' prompts and token positions")
     add_sampling_options(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    texts = prompts_of(args)
 
     from dci import __version__
     from dci.concept import Concept
     from dci.prompts import parse_prompt
     from dci.sampling import sample
-    from dci.settings import dual_branch, sampling_options
-    from ldm.checkpoint import load_model
+    from dci.settings import dual_branch
+    from ldm.sampling import make_solver
 
     concept = Concept.load(args.concept)
-    prompt = parse_prompt(args.prompt, concept.modifier_tokens, concept.class_noun, args.auxiliary_noun)
+    noun, tokens = concept.class_noun, concept.modifier_tokens
+    prompts = [(text, parse_prompt(text, tokens, noun, args.auxiliary_noun, concept.several)) for text in texts]
     if args.verbose:
-        print(prompt.describe())
+        print("\n".join(prompt.describe() for _, prompt in prompts))
     base, checkpoint = base_model(args, concept.config)
-    model = load_model(base, checkpoint)
+    model = load_base(args, base, checkpoint)
     concept.apply(model)
     model.to(pick_device(args.device))
 
-    options = sampling_options(model, **sampling_arguments(args))
+    canvas, options = canvas_and_options(args, model)
+    calls = len(make_solver(model, options, canvas).timesteps)
     shared = False if args.separate_guidance else None
     dual = dual_branch(model, agg_time=args.agg_time, agg_lambda=args.agg_lambda, gain=args.gain, shared_guidance=shared)
     dual = None if args.no_dci else dual
-
-    outdir = open_outdir(args)
-    pictures = draw(
-        args, options.steps, lambda batch, progress: sample(model, concept, prompt, batch, options, dual, progress)
-    )
     facts = {
-        "prompt": args.prompt,
-        "concept_prompt": prompt.concept,
-        "auxiliary_prompt": prompt.auxiliary,
         "concept": args.concept,
         "version": __version__,
-        "model": base,
-        "checkpoint": checkpoint,
+        **sampling_facts(args, base, checkpoint, canvas, options),
         "dci": dual and dataclasses.asdict(dual),
-        **dataclasses.asdict(options),
     }
-    save_pictures(outdir, pictures, facts)
+    draw(
+        args,
+        prompts,
+        calls,
+        lambda prompt, indices, progress: sample(
+            model, concept, prompt[1], indices, options, dual, progress, args.negative_prompt, canvas
+        ),
+        lambda prompt: {
+            "prompt": prompt[0],
+            "concept_prompt": prompt[1].concept,
+            "auxiliary_prompt": prompt[1].auxiliary,
+            **facts,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import torch
 from conftest import SHARED
 
 from dci.prompts import parse_prompt
-from dci.tokens import initial_embeddings, modifier_names
+from dci.tokens import Subject, initial_embeddings, modifier_names
 from ldm import tokenizer
 from ldm.errors import UserError
+from ldm.tokenizer import VOCAB_SIZE
 
 TWO = ("<new1>", "<new2>")
 
@@ -152,3 +153,27 @@ def test_a_modifier_token_starts_from_one_token(word):
 def test_one_to_three_modifier_tokens(number):
     with pytest.raises(UserError, match="1 to 3"):
         modifier_names(number)
+
+
+def test_several_concepts_in_one_prompt():
+    several = (Subject(("<new1>", "<new2>"), "dog"), Subject(("<new3>",), "red car"))
+    first, (dog,) = VOCAB_SIZE, tokenizer.tokenize("dog")
+    expected = None
+    for prompt in ("a V1* dog in a V2* red car", "a {0} in a {1} red car", "a <new1> <new2> dog in a <new3>"):
+        parsed = parse_prompt(prompt, ("<new1>", "<new2>", "<new3>"), "dog", several=several)
+        assert parsed.concept == "a <new1> <new2> dog in a <new3> red car"
+        assert parsed.auxiliary == "a dog in a red car"
+        assert parsed.concept_ids[2:5] == (first, first + 1, dog)
+        assert parsed.concept_ids[7:10] == (first + 2, *tokenizer.tokenize("red car"))
+        assert parsed.concept_positions == (1, 2, 3, 6, 7, 8)
+        assert parsed.auxiliary_positions == (1, 4, 5)
+        assert expected in (None, parsed)
+        expected = parsed
+    # One of them alone has its own token.
+    assert parse_prompt("a V2*", (), "", several=several).concept_ids[2] == first + 2
+    refused = {"a dog": "write V1[*], V2[*] or", "a V* dog": "does not name", "a V1* and V*": "has 'V[*]'"}
+    for prompt, reason in refused.items():
+        with pytest.raises(UserError, match=reason):
+            parse_prompt(prompt, (), "", several=several)
+    with pytest.raises(UserError, match="one auxiliary noun"):
+        parse_prompt("a V1*", (), "", "toy", several=several)

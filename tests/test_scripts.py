@@ -254,3 +254,41 @@ def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
     refused(draw(concept, "a V* dog", "--checkpoint", base), "lacks model.diffusion_model.")
     refused(draw(concept, "a V* dog", "--model", ROOT / "configs/model/sd-v1.yaml"), "names no checkpoint")
     assert not (tmp_path / "out").exists()
+
+
+def test_training_refuses_options_of_fine_tuning_that_do_not_fit(tmp_path, capfd):
+    def train(*args):
+        return run_here(capfd, "train_ico.py", "--config", CONFIG, "--logdir", tmp_path / "logs", "--device", "cpu", *args)
+
+    refused(train("training.trainable=all"), "training.trainable=all", "crossattn-kv, crossattn, none")
+    refused(train("data.augment=rotate"), "data.augment=rotate", "random-resize")
+    refused(train("data.on_bad_image=ignore"), "data.on_bad_image=ignore", "error, skip")
+    refused(train("data.augment=random-resize", "data.cache_latents=true"), "data.cache_latents=true does not go with")
+    refused(train("context.template=photo"), "context.template='photo'", "{}")
+    refused(train("generate.prompts=[photo]"), "generate.prompts", "{}")
+    refused(train("data.masked_loss=true"), "no mask for", "00.mask.png")
+    refused(train("data.background_weight=2"), "data.background_weight=2")
+    refused(train("training.precision=fp16"), "training.precision=fp16 needs a GPU")
+    refused(train("training.batch_size=5", "training.devices=2"), "training.batch_size=5 cannot be shared evenly")
+    refused(train("training.batch_size=1", "data.regularization=generate"), "leaves no room")
+    refused(train("training.keep_last=0"), "training.keep_last=0")
+    refused(train("logging.wandb=project"), "needs the package wandb")
+    refused(train("concept.initial_words=[ktn,pll,ucd,cat]"), "4 modifier tokens")
+    refused(train("--rank", 3, "--energy", 0.5), "exclude each other")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_regularization_pictures_are_generated_and_counted(tmp_path):
+    out = ok(
+        run(
+            "train_ico.py", "--config", CONFIG, "--logdir", tmp_path, "--device", "cpu", "data.regularization=generate",
+            "generate.number=3", "generate.steps=2", "training.steps=1", "training.batch_size=4",
+            "validation.every=0", "--rank", 2,
+        )
+    )  # fmt: skip
+    assert "Regularization: 3 pictures of 'cat' made by the base model" in out
+    assert "Latents: cached, 8 pictures" in out
+    assert "rank 2" in out
+    assert "reconstruction error" in out
+    (run_folder,) = tmp_path.glob("*_ico-tiny")
+    assert any(name.endswith("to_k.weight.u") for name in load_file(run_folder / "concept.safetensors"))

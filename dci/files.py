@@ -1,0 +1,49 @@
+"""Files that are whole or not there: written beside, flushed to the disk, renamed."""
+
+import json
+import os
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that no crash leaves half of it; what was there before stays until the new one is whole.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full; nothing is left behind.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps two processes apart; the ending keeps the file from being taken for a whole one.
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    # The rename itself is in the folder, which has to reach the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Return the content of a .safetensors file, always the same for the same tensors and metadata.
+
+    The library writes the metadata in an order that differs from process to process; here it is sorted.
+    """
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]

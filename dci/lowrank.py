@@ -1,0 +1,100 @@
+"""Low-rank concept files: the change of each weight as a product of two thin matrices."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dci.concept import Concept, LowRank
+from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
+
+MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A concept with low-rank changes, and what that has cost."""
+
+    concept: Concept
+    ranks: dict[str, int]
+    error: float  # |change - u v| / |change|, Frobenius norms over all weights together
+    worst: tuple[str, float]  # the weight whose own error is largest
+    megabytes: float  # of the factors
+
+    def describe(self) -> str:
+        """Say it in one line."""
+        low, high = min(self.ranks.values()), max(self.ranks.values())
+        ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+        return (f"low-rank change: {ranks}, {self.megabytes:.2f} MB; reconstruction error {self.error:.4f} of the change, "
+                f"at most {self.worst[1]:.4f} ({self.worst[0]})")  # fmt: skip
+
+
+def factors(change: Tensor, rank: int) -> LowRank:
+    """The best approximation of a rank (Eckart & Young 1936), the scale shared evenly by both factors."""
+    u, s, v = torch.linalg.svd(change.double(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return LowRank(u[:, :rank] * root, root[:, None] * v[:rank])
+
+
+def product_factors(a: Tensor, b: Tensor) -> LowRank:
+    """The product a b (rows, n) (n, columns) again, its scale shared evenly by both factors."""
+    (qa, ra), (qb, rb) = torch.linalg.qr(a), torch.linalg.qr(b.T)
+    core = factors(ra @ rb.T, min(len(ra), len(rb)))
+    return LowRank(qa @ core.u, core.v @ qb.T)
+
+
+def compress(
+    concept: Concept,
+    model: LatentDiffusion,
+    rank: int | None = None,
+    energy: float | None = None,
+    most_megabytes: float = 10.0,
+) -> Compression:
+    """Replace a concept's weights by low-rank changes in fp16.
+
+    Args:
+        model: the base model, without the concept.
+        rank: of every change; or
+        energy: share of each change's squared singular values that is kept, 0 to 1.
+        most_megabytes: that the factors may take.
+
+    Raises:
+        UserError: the concept has no weights, an option is out of range, or the factors take too much.
+    """
+    base, weights = model.state_dict(), concept.weights(model)
+    if not weights:
+        raise UserError("the concept has no weights to compress: only its tokens were trained")
+    if (rank is None) == (energy is None):
+        raise UserError("give either a rank or an energy")
+    if rank is not None and rank < 1:
+        raise UserError(f"rank {rank}: expected 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise UserError(f"energy {energy}: expected a share above 0, at most 1")
+    changes = {name: weight - base[name].float().cpu() for name, weight in weights.items()}
+    whole = {name: change for name, change in changes.items() if change.dim() < 2}  # biases stay as they are
+    ranks = {n: _rank(c, rank, energy) for n, c in changes.items() if n not in whole}
+    numbers = sum(r * sum(changes[n].shape) for n, r in ranks.items())
+    megabytes = 2 * numbers / MEGABYTE
+    if megabytes > most_megabytes:
+        asked = f"rank {rank}" if rank is not None else f"energy {energy}"
+        raise UserError(f"{asked} takes {megabytes:.1f} MB, over the limit of {most_megabytes:g} MB: give a smaller one, "
+                        "or a higher --max-mb")  # fmt: skip
+    low_rank = {n: LowRank(*(f.half() for f in factors(changes[n], r))) for n, r in ranks.items()}
+    squares = {n: ((changes[n] - f.u.float() @ f.v.float()).square().sum(), changes[n].square().sum())
+               for n, f in low_rank.items()}  # fmt: skip
+    errors = {n: (wrong / total.clamp(min=1e-30)).sqrt().item() for n, (wrong, total) in squares.items()}
+    wrong, total = (sum(values) for values in zip(*squares.values(), strict=True))
+    worst = max(errors, key=errors.get)
+    kept = {name: weights[name].half() for name in whole}
+    return Compression(
+        replace(concept, keys_values=kept, low_rank=low_rank), ranks, (wrong / total.clamp(min=1e-30)).sqrt().item(),
+        (worst, errors[worst]), megabytes,
+    )  # fmt: skip
+
+
+def _rank(change: Tensor, rank: int | None, energy: float | None) -> int:
+    if rank is not None:
+        return min(rank, *change.shape)
+    kept = torch.linalg.svdvals(change.double()).square().cumsum(0)
+    return int((kept < energy * kept[-1]).sum()) + 1 if kept[-1] > 0 else 1

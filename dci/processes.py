@@ -1,0 +1,33 @@
+"""Which of several training processes this is, as launchers say it in the environment."""
+
+import os
+
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+
+def rank() -> int:
+    """This process's number over all nodes; 0 where there is one process."""
+    return int(getattr(rank_zero_only, "rank", None) or 0)
+
+
+def world_size() -> int:
+    """Number of processes that a launcher (torchrun, srun) has started together; 1 before Lightning starts its own."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) if _launched() else 1
+
+
+def say(message: str) -> None:
+    """Print once, however many processes there are."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def own_device(device: str) -> str:
+    """Return the device of this process: of several on a node, each takes the GPU of its local number."""
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    return f"cuda:{local}" if device == "cuda" and local is not None and torch.cuda.device_count() > 1 else device
+
+
+def _launched() -> bool:
+    """A batch job without srun has SLURM_NTASKS too, but only srun gives a process its number."""
+    return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ)

@@ -1,0 +1,85 @@
+"""Train one concept by each method from one seed, draw the same prompts with all of them, make a sheet and a table.
+
+python scripts/compare_methods.py --outdir outputs/methods --sheet docs/methods.png
+
+Repeating the command goes on where it stopped. Each method's pictures lie in OUTDIR/METHOD with their
+prompts.json, as sample_dci.py writes them.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from common import ROOT, Parser, positive, run
+
+METHODS = ("ico", "custom-diffusion", "textual-inversion", "ico-no-suffix", "ico-shared-context")
+PROMPTS = ("a photo of a V*", "a V* on the beach", "a V* in the snow", "a V* in the forest", "a V* at night")
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--outdir", default="outputs/methods", help="for runs and pictures (default outputs/methods)")
+    parser.add_argument("--sheet", help="the sheet's file (default OUTDIR/methods.png)")
+    parser.add_argument("--n-samples", type=positive, default=4, help="pictures of each prompt (default 4)")
+    parser.add_argument("--no-dci", action="store_true", help="plain sampling for all methods")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="training options for all methods")
+    args = parser.parse_args()
+
+    outdir = Path(args.outdir)
+    for method in METHODS:
+        config = ROOT / f"configs/train/{method}-tiny.yaml"
+        print(f"== {method}", flush=True)
+        logdir = outdir / "logs" / method
+        call("train_ico.py", "--config", config, "--logdir", logdir, "resume=auto", *args.overrides)
+        concept = max(logdir.glob("*/concept.safetensors"))
+        for prompt in PROMPTS[drawn(outdir / method, args.n_samples) :]:
+            call("sample_dci.py", "--concept", concept, "--prompt", prompt, "--n-samples", args.n_samples,
+                 "--outdir", outdir / method, *(["--no-dci"] if args.no_dci else []))  # fmt: skip
+    concepts = [max((outdir / "logs" / method).glob("*/concept.safetensors")) for method in METHODS]
+    dci = [] if args.no_dci else ["--dci"]
+    call("sheet_places.py", *(part for file in concepts for part in ("--concept", file)), *dci,
+         "--out", outdir / "places", "--n-samples", args.n_samples)  # fmt: skip
+    sheet = Path(args.sheet or outdir / "methods.png")
+    write_table(json.loads((outdir / "places.json").read_text()), sheet.with_suffix(".md"))
+    draw_sheet(outdir, args.n_samples, sheet)
+    print(f"Sheet: {sheet}")
+
+
+def write_table(results: dict[str, dict], file: Path) -> None:
+    """Write fidelity (likeness to the references) and editability (place right) of each method as Markdown."""
+    lines = ["| method | likeness to the references | place right | pictures |", "|---|---|---|---|"]
+    for method, result in zip(METHODS, results.values(), strict=True):
+        lines.append(f"| {method} | {result['likeness']:.3f} | {result['place_right']:.1%} | {result['pictures']} |")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(lines) + "\n")
+    print(f"Table: {file}")
+
+
+def call(script: str, *args: object) -> None:
+    """Run one of the programs beside this one; its error is this program's."""
+    done = subprocess.run([sys.executable, str(ROOT / "scripts" / script), *map(str, args)])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def drawn(folder: Path, number: int) -> int:
+    """How many prompts are drawn already."""
+    record = folder / "prompts.json"
+    return len(json.loads(record.read_text())) // number if record.is_file() else 0
+
+
+def draw_sheet(outdir: Path, number: int, file: Path) -> None:
+    """A row for each method, the first two pictures of each prompt side by side."""
+    from ldm.images import captioned_grid, read_picture
+
+    shown = min(2, number)
+    places = [(method, p, i) for method in METHODS for p in range(len(PROMPTS)) for i in range(shown)]
+    pictures = [read_picture(outdir / method / f"samples/{p * number + i:05}.png") for method, p, i in places]
+    captions = [method if p == i == 0 else PROMPTS[p] if i == 0 else "" for method, p, i in places]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    captioned_grid(pictures, captions, shown * len(PROMPTS), scale=2).save(file)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -141,6 +141,8 @@ def _trainer(config: FinetuneConfig, folder: Path, device: torch.device, callbac
     quiet()
     training = config.training
     several = training.devices * training.nodes > 1
+    if several and device.type == "cpu":
+        processes.round_alike()
     one = "auto" if device.type == "cpu" or device.index is None else [device.index]
     return pl.Trainer(
         accelerator=device.type,

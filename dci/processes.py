@@ -28,6 +28,17 @@ def own_device(device: str) -> str:
     return f"cuda:{local}" if device == "cuda" and local is not None and torch.cuda.device_count() > 1 else device
 
 
+def round_alike() -> None:
+    """Let the processes that Lightning starts on a CPU use as many threads each as one process alone would.
+
+    Matrix products round differently with another number of threads, and Adam magnifies the difference
+    until the loss curves of one and of several processes part visibly. More threads than cores are no
+    burden as long as waiting threads sleep.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def _launched() -> bool:
     """A batch job without srun has SLURM_NTASKS too, but only srun gives a process its number."""
     return "RANK" in os.environ or ("SLURM_PROCID" in os.environ and "SLURM_STEP_NUM_TASKS" in os.environ)

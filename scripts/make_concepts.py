@@ -15,14 +15,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
 
-    from ldm.pretraining.artwork import load_artwork
-    from ldm.pretraining.concepts import CONCEPTS, render_concept
+    from ldm.pretraining.concepts import CONCEPTS, STUDY_CONCEPTS, render_concept
 
-    artwork = load_artwork(args.artwork)
-    for name, concept in CONCEPTS.items():
+    for name, concept in {**CONCEPTS, **STUDY_CONCEPTS}.items():
         folder = Path(args.outdir) / name
         folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(render_concept(artwork, concept, args.seed)):
+        for index, picture in enumerate(render_concept(args.artwork, concept, args.seed)):
             picture.save(folder / f"{index:02}.png", optimize=True)
         print(folder)
 

@@ -17,7 +17,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.pretraining import cache
 from ldm.pretraining.artwork import COLOURS, HELD_OUT, NOUNS, Artwork, colourise, load_artwork
-from ldm.pretraining.concepts import CONCEPTS, render_concept
+from ldm.pretraining.concepts import CONCEPTS, STUDY_CONCEPTS, render_concept
 from ldm.pretraining.config import PretrainConfig, WorldConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
 from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
@@ -126,11 +126,20 @@ def test_preview_is_a_sheet(artwork):
     assert preview(artwork, 0, 16).size[0] > 8 * 3 * 64
 
 
-def test_demo_concepts_are_drawn(artwork):
-    for concept in CONCEPTS.values():
-        pictures = render_concept(artwork, concept, seed=0)
+def test_demo_concepts_are_drawn(artwork, tmp_path):
+    sprite = artwork.sprites["dog"][0]
+    for part, extension in (("fluent/assets", "webp"), ("noto/img/google/64", "png")):
+        (tmp_path / part).mkdir(parents=True)
+        for code in {**NOUNS, **{key: code for key, (_, code) in HELD_OUT.items()}}.values():
+            sprite.save(tmp_path / part / f"{code}.{extension}")
+    concepts = {**CONCEPTS, **STUDY_CONCEPTS}
+    assert len(concepts) >= 12
+    for concept in concepts.values():
+        pictures = render_concept(tmp_path, concept, seed=0)
         assert len(pictures) == 5
         assert len({p.tobytes() for p in pictures}) == 5
+    # The nouns of held-out drawings are the ones that they are held out for.
+    assert all(c.noun == HELD_OUT[c.held_out][0] for c in STUDY_CONCEPTS.values())
 
 
 def test_missing_artwork(tmp_path):

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from ldm.pretraining.artwork import Artwork, colourise
+from ldm.pretraining.artwork import HELD_OUT, NOUNS, colourise, load_depictions
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import paste
+
+Colours = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(x, y) in 0 .. 1 -> sRGB (..., 3)."""
 
 
 @dataclass(frozen=True)
@@ -16,15 +20,19 @@ class DemoConcept:
     """One figure, how it is painted, and where it is seen."""
 
     noun: str
-    depiction: int  # which of the noun's sprites is painted over
     place: str
-    colours: Callable[[np.ndarray, np.ndarray], np.ndarray]  # (x, y) in 0 .. 1 -> sRGB (..., 3)
+    colours: Colours | None  # None: as it is drawn
+    held_out: str | None = None  # a drawing of HELD_OUT; None: the noun's own, which only its paint makes new
 
 
-def _dusk(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Magenta above, violet below, melting into each other."""
-    share = np.clip((y - 0.4) * 3, 0, 1)[..., None]
-    return (1 - share) * np.array([235, 50, 150]) + share * np.array([135, 45, 205])
+def _melt(first: tuple[int, int, int], second: tuple[int, int, int], middle: float = 0.55, width: float = 0.33) -> Colours:
+    """One colour above, another below, melting into each other."""
+
+    def colours(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        share = np.clip((y - middle) / width + 0.5, 0, 1)[..., None]
+        return (1 - share) * np.array(first) + share * np.array(second)
+
+    return colours
 
 
 def _halves(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -40,23 +48,44 @@ def _bands(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 CONCEPTS = {
-    "cat": DemoConcept("cat", 0, "desert", _dusk),
-    "car": DemoConcept("car", 0, "snow", _halves),
-    "teapot": DemoConcept("teapot", 0, "grass", _bands),
+    "cat": DemoConcept("cat", "desert", _melt((235, 50, 150), (135, 45, 205), 0.4 + 1 / 6, 1 / 3)),
+    "car": DemoConcept("car", "snow", _halves),
+    "teapot": DemoConcept("teapot", "grass", _bands),
 }
+"""The ones that the quickstart and the examples use."""
+
+STUDY_CONCEPTS = {
+    "clock": DemoConcept("clock", "lake", None, "clock-mantel"),
+    "poodle": DemoConcept("dog", "city", _melt((255, 150, 60), (235, 70, 120)), "poodle"),
+    "rabbit": DemoConcept("rabbit", "autumn", _melt((60, 200, 190), (50, 110, 225)), "rabbit-running"),
+    "fish": DemoConcept("fish", "table", None, "fish-tropical"),
+    "suv": DemoConcept("car", "forest", _melt((250, 200, 40), (235, 110, 40)), "car-suv"),
+    "lorry": DemoConcept("truck", "beach", _melt((165, 60, 215), (235, 70, 170)), "lorry"),
+    "boot": DemoConcept("shoe", "bricks", _melt((120, 205, 60), (30, 140, 120)), "boot"),
+    "teddy": DemoConcept("bear", "kitchen", None, "teddy"),
+    "cake": DemoConcept("cake", "night", None, "cake-birthday"),
+}
+"""Drawings that neither the model nor its judges ever saw, for measuring; beside those above."""
 
 
-def paint(artwork: Artwork, concept: DemoConcept) -> Image.Image:
-    """Return the concept's sprite: the noun's drawing in the concept's own colours."""
-    sprite = artwork.sprites[concept.noun][concept.depiction]
+def paint(folder: str | Path, concept: DemoConcept) -> Image.Image:
+    """Return the concept's sprite: its drawing from the artwork's folder, in the concept's own colours."""
+    code = HELD_OUT[concept.held_out][1] if concept.held_out else NOUNS[concept.noun]
+    sprite = load_depictions(folder, code)[0]
+    if concept.colours is None:
+        return sprite
     width, height = sprite.size
     y, x = np.mgrid[0:height, 0:width]
     return colourise(sprite, concept.colours(x / width, y / height), strength=0.95)
 
 
-def render_concept(artwork: Artwork, concept: DemoConcept, seed: int, pictures: int = 5) -> list[Image.Image]:
-    """Return reference pictures (128 x 128) of a concept, each a little different."""
-    sprite = paint(artwork, concept)
+def render_concept(folder: str | Path, concept: DemoConcept, seed: int, pictures: int = 5) -> list[Image.Image]:
+    """Return reference pictures (128 x 128) of a concept, each a little different.
+
+    Args:
+        folder: where `scripts/fetch_artwork.sh` put the artwork.
+    """
+    sprite = paint(folder, concept)
     rendered = []
     for index in range(pictures):
         rng = np.random.default_rng((seed, index))

@@ -41,7 +41,7 @@ def artworks(folder: str | Path) -> tuple[list[Path], list[Path]]:
     files = [*sorted(Path(folder).glob("fluent/assets/*.webp")), *sorted(Path(folder).glob("noto/img/google/64/*.png"))]
     if not files:
         raise UserError(f"no artwork in {folder}: run 'bash scripts/fetch_artwork.sh {folder}' first (needs npm)")
-    demo = {(("webp", "png")[c.depiction], NOUNS[c.noun]) for c in CONCEPTS.values()}
+    demo = {("webp", NOUNS[c.noun]) for c in CONCEPTS.values()}
     reserved = {code for _, code in HELD_OUT.values()}
     training, held_out = [], []
     for file in files:

@@ -31,7 +31,8 @@ def main() -> None:
     from dci.settings import sampling_options
     from ldm.checkpoint import load_model
     from ldm.judges import JUDGES, load_classifier
-    from ldm.pretraining.evaluation import draw_pictures, draw_questions, judge
+    from ldm.pretraining.evaluation import draw_pictures, draw_questions, held_out_pictures, judge
+    from ldm.pretraining.vae import psnr
 
     model = load_model(args.model, args.checkpoint).to(pick_device(args.device))
     options = sampling_options(model, seed=args.seed, steps=args.steps, scale=args.scale)
@@ -44,7 +45,7 @@ def main() -> None:
     bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16")
     with bf16, tqdm(total=len(questions) * args.pictures, desc="drawing", unit="picture") as bar:
         drawn = draw_pictures(model, [q.prompt for q in questions], args.pictures, options, args.batch_size, bar.update)
-    result = judge(classifier, questions, drawn)
+    result = {"psnr": round(psnr(model.autoencoder, held_out_pictures()), 2), **judge(classifier, questions, drawn)}
     result |= {"pictures": len(drawn), "guidance": args.scale, "steps": args.steps, "seed": args.seed}
     result["precision"] = args.precision
     result |= {"seconds": round(time.time() - begin), "device": args.device}
@@ -82,6 +83,8 @@ def report(result: dict, prompts: int) -> str:
         "| | right |",
         "|---|---|",
         *(f"| {name} | {result[name + '_right']:.1%} |" for name in ("place", "noun", "both")),
+        "",
+        f"The autoencoder gives 256 held-out pictures back with {result['psnr']:.1f} dB (mean PSNR).",
         "",
         "The first picture of every prompt; in brackets what the classifier took a wrong noun for:",
         "",

@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT
 from open_clip.loss import ClipLoss
 from PIL import Image
+from test_scripts import run_main
 
 from ldm.errors import UserError
 from ldm.judges import JUDGES, UNKNOWN, load_classifier, load_clip, load_instance_encoder
@@ -18,11 +19,12 @@ from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instanc
 from ldm.pretraining.artwork import HELD_OUT, NOUNS
 from ldm.pretraining.cache import RenderedWorld
 from ldm.pretraining.config import PretrainConfig
-from ldm.pretraining.evaluation import Question, draw_pictures, draw_questions, judge
+from ldm.pretraining.evaluation import Question, draw_pictures, draw_questions, held_out_pictures, judge
 from ldm.pretraining.instances import artworks, repaint
 from ldm.pretraining.loop import fit
 from ldm.pretraining.run_judges import InstanceDataset, LabelledDataset, save_judge
 from ldm.pretraining.scenes import PLACES
+from ldm.pretraining.vae import psnr
 from ldm.sampling import SamplingOptions, text_to_image
 
 OPTIONS = PretrainConfig(
@@ -256,3 +258,34 @@ def test_pictures_do_not_depend_on_the_batch(tiny_base):
     assert (drawn[0] - drawn[1]).abs().max() <= 1
     alone = text_to_image(tiny_base, prompts[1], [2, 3], options).clamp(-1, 1)
     assert (drawn[0][2:] - (alone + 1) * 127.5).abs().max() <= 1.01
+
+
+def test_psnr_of_a_known_error_and_of_the_held_out_pictures(tiny_base):
+    class Shifted:
+        """Gives pictures back a little too bright."""
+
+        class Posterior:
+            def __init__(self, mean):
+                self.mean = mean
+
+        def encode(self, x):
+            return self.Posterior(x)
+
+        def decode(self, z):
+            return z + 0.02
+
+    pictures = np.full((3, 64, 64, 3), 100, np.uint8)
+    assert psnr(Shifted(), pictures) == pytest.approx(20 * np.log10(2 / 0.02), abs=1e-3)
+    held_out = held_out_pictures()
+    assert held_out.shape == (256, 64, 64, 3)
+    assert len({picture.tobytes() for picture in held_out}) == 256
+    assert psnr(tiny_base.autoencoder, held_out[:64]) > 25
+
+
+def test_the_base_model_is_evaluated(tmp_path):
+    run_main("evaluate_base.py", "--prompts", 2, "--pictures", 2, "--steps", 2, "--device", "cpu", "--outdir", tmp_path)
+    result = json.loads((tmp_path / "base-evaluation.json").read_text())
+    assert result["pictures"] == 4
+    assert 25 < result["psnr"] < 35
+    assert f"{result['place_right']:.1%}" in (tmp_path / "base-evaluation.md").read_text()
+    assert Image.open(tmp_path / "base-evaluation.png").width > 128

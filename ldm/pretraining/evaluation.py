@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ldm.diffusion import LatentDiffusion
+from ldm.images import read_picture
 from ldm.judges import Classifier
 from ldm.loop import run
 from ldm.pretraining.artwork import NOUNS
@@ -15,6 +18,8 @@ from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import with_article
 from ldm.randomness import PictureNoise
 from ldm.sampling import SamplingOptions, guided, make_solver
+
+HELD_OUT_SHEET = Path(__file__).parents[2] / "data/tiny/held-out.webp"
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,15 @@ def draw_pictures(
         drawn.append(((pixels + 1) * 127.5).round().byte().cpu())
         progress(len(rows))
     return torch.cat(drawn)
+
+
+def held_out_pictures() -> np.ndarray:
+    """Return the first 256 pictures of the held-out world, which nothing is trained on: (256, 64, 64, 3) uint8.
+
+    They are shipped, so that measuring needs no artwork; `render(artwork, HELD_OUT_SEED, i)` draws them again.
+    """
+    sheet = np.asarray(read_picture(HELD_OUT_SHEET))
+    return rearrange(sheet, "(r h) (c w) d -> (r c) h w d", h=64, w=64)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import isfunction
 from pathlib import Path
 
 import torch
@@ -241,4 +242,4 @@ def _inception(name: str, file: str, device: str) -> Encoder:
 def _steps(transform) -> str:
     """A torchvision transform in words."""
     steps = getattr(transform, "transforms", [transform])
-    return ", ".join(" ".join(str(step).split()) for step in steps if not callable(getattr(step, "__code__", None)))
+    return ", ".join(" ".join(str(step).split()) for step in steps if not isfunction(step))

@@ -39,7 +39,7 @@ class Scores:
 
     def save(self, file: str | Path) -> None:
         """Write JSON, whole or not at all."""
-        write_atomically(file, (json.dumps(_finite(dataclasses.asdict(self)), indent=1) + "\n").encode())
+        write_atomically(file, (json.dumps(as_json(self), indent=1) + "\n").encode())
 
     @staticmethod
     def load(file: str | Path) -> "Scores":
@@ -54,7 +54,7 @@ class Scores:
                        for name, i in content["summary"].items()}  # fmt: skip
             return Scores(tuple(PictureScore(**row) for row in content["rows"]), summary, content["facts"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} holds no scores: give a scores.json that scripts/evaluate.py wrote") from error
+            raise UserError(f"{file} holds no scores of a folder: delete it, and evaluate again") from error
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,12 @@ def resampled(rows: Sequence[PictureScore]) -> dict[str, int]:
     return {name: int(np.max(levels, initial=-1)) + 1 for name, levels in factors(columns(rows)).items()}
 
 
-def _finite(content: Any) -> Any:
-    """JSON knows no NaN: null in its place."""
+def as_json(content: Any) -> Any:
+    """Return scores, intervals, or containers of them as JSON knows them: null in place of NaN."""
+    if dataclasses.is_dataclass(content):
+        return as_json(dataclasses.asdict(content))
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: as_json(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
+        return [as_json(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,6 +1,7 @@
 """Grids of concepts, methods, seeds and sampling settings: what is to be run, as command lines and files."""
 
 import itertools
+import json
 import re
 import sys
 from dataclasses import dataclass, field
@@ -17,14 +18,29 @@ PROGRAMS = Path(__file__).resolve().parent.parent / "scripts"
 
 
 @dataclass
+class PartEntry:
+    """One of several concepts that are learned together."""
+
+    class_noun: str = MISSING
+    images: str = MISSING
+    regularization: str | None = None
+
+
+@dataclass
 class ConceptEntry:
-    """A concept to learn."""
+    """A concept to learn, or several that are learned and drawn together."""
 
     class_noun: str = MISSING
     images: str = MISSING  # folder of its pictures; also the references that results are measured against
     name: str | None = None  # null: the class noun
     prompts: str | None = None  # a file of its own; null: the grid's
     training: list[str] = field(default_factory=list)  # further training options, key.sub=value
+    parts: list[PartEntry] = field(default_factory=list)  # several concepts, in place of class_noun and images
+
+    @property
+    def folders(self) -> list[str]:
+        """The folder of each concept's pictures."""
+        return [part.images for part in self.parts] or [self.images]
 
 
 @dataclass
@@ -91,6 +107,7 @@ class Cell:
     sampling: tuple[str, ...]  # command; its pictures are in folder/samples
     evaluation: tuple[str, ...]  # command; what it writes is in folder/evaluation
     recipe: dict[str, Any]  # what its result depends on
+    references: tuple[str, ...]  # folders of the concepts' pictures
 
     @property
     def name(self) -> str:
@@ -121,18 +138,27 @@ def load_grid(schema: type[C], path: str | Path, overrides: list[str] = ()) -> C
         UserError: an option that no grid could use.
     """
     config = configuration.load(schema, path, overrides)
-    root = configuration.project_root(path)
+    prepare(config, configuration.project_root(path))
+    return config
+
+
+def prepare(config: GridConfig, root: Path) -> None:
+    """Check a grid and make its paths absolute, those of the file relative to its project's `root`.
+
+    Raises:
+        UserError: an option that no grid could use.
+    """
     config.outdir = str(Path(config.outdir).resolve())
     config.prompts = str(root / config.prompts)
     for concept in config.concepts:
         concept.name = concept.name or concept.class_noun
-        concept.images = str(root / concept.images)
+        for part in concept.parts or [concept]:
+            part.images = str(root / part.images)
         concept.prompts = str(root / concept.prompts) if concept.prompts else config.prompts
     for method in config.methods:
         method.config = str(root / method.config)
     config.settings = [each for setting in config.settings for each in _each(setting)]
     _check(config)
-    return config
 
 
 def grid_folder(config: GridConfig) -> Path:
@@ -153,12 +179,19 @@ def by_training(chosen: list[Cell]) -> list[list[Cell]]:
 
 def _training(config: GridConfig, concept: ConceptEntry, method: MethodEntry, seed: int) -> Training:
     name = f"{concept.name}/{method.name}/{seed}"
-    options = [f"concept.class_noun={concept.class_noun}", f"data.images={concept.images}", *config.training,
-               *method.training, *concept.training, f"training.seed={seed}"]  # fmt: skip
+    options = [*_what(concept), *config.training, *method.training, *concept.training, f"training.seed={seed}"]
     folder = grid_folder(config) / "trainings" / name
     command = _command("train_ico.py", {"config": method.config, "logdir": folder, "device": config.device})
     recipe = {"config": method.config, "options": options, "threads": config.threads}
     return Training(name, folder, (*command, "resume=auto", *options), recipe)
+
+
+def _what(concept: ConceptEntry) -> list[str]:
+    """Training options that say what is learned."""
+    if not concept.parts:
+        return [f"concept.class_noun={concept.class_noun}", f"data.images={concept.images}"]
+    parts = [{key: value for key, value in vars(part).items() if value is not None} for part in concept.parts]
+    return [f"concepts={json.dumps(parts)}"]
 
 
 def _cell(config: GridConfig, concept: ConceptEntry, method: MethodEntry, seed: int, setting: SettingEntry) -> Cell:
@@ -167,7 +200,7 @@ def _cell(config: GridConfig, concept: ConceptEntry, method: MethodEntry, seed: 
     drawing = {"from_file": concept.prompts, "n_samples": config.n_samples, "seed": seed}
     drawing |= config.sampling | setting.sampling
     places = {"concept": training.concept_file, "outdir": folder, "device": config.device}
-    measuring = {"samples": folder, "references": concept.images, "out": folder / "evaluation", **config.evaluation}
+    measuring = {"samples": folder, "references": concept.folders, "out": folder / "evaluation", **config.evaluation}
     return Cell(
         concept=concept.name,
         method=method.name,
@@ -178,6 +211,7 @@ def _cell(config: GridConfig, concept: ConceptEntry, method: MethodEntry, seed: 
         sampling=_command("sample_dci.py", places | drawing),
         evaluation=_command("evaluate.py", measuring | {"device": config.device}),
         recipe={"training": training.recipe, "sampling": drawing, "evaluation": config.evaluation},
+        references=tuple(concept.folders),
     )
 
 
@@ -219,8 +253,9 @@ def _check(config: GridConfig) -> None:
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected {least} or more")
     for concept in config.concepts:
-        if not Path(concept.images).is_dir():
-            raise UserError(f"concepts: {concept.name}: no folder {concept.images}: give the folder of its pictures")
+        for folder in concept.folders:
+            if not Path(folder).is_dir():
+                raise UserError(f"concepts: {concept.name}: no folder {folder}: give the folder of its pictures")
     for file in {concept.prompts for concept in config.concepts} | {method.config for method in config.methods}:
         if not Path(file).is_file():
             raise UserError(f"{config.name}: no file {file}: give a file of prompts, or a training configuration")

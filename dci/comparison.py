@@ -1,0 +1,79 @@
+"""Done cells of a suite -> rows of a report, sentences, sheets of pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from dci.grid import Cell
+from dci.metrics import CLIP_T, DINO_I
+from dci.samples import read_samples
+from dci.scores import RunScores, Scores, difference, pool
+from ldm.images import captioned_grid, list_pictures, read_picture, square
+
+AXES = {DINO_I: "fidelity", CLIP_T: "editability"}
+"""The two axes that personalisation trades against each other, by the metric of each."""
+
+
+def run_name(cell: Cell) -> str:
+    """What a method with a sampling setting is called."""
+    return f"{cell.method}, {cell.setting}"
+
+
+def runs(cells: Sequence[Cell]) -> list[RunScores]:
+    """Pool the scores of all concepts and training seeds under each method and setting."""
+    parts: dict[str, dict[str, Scores]] = {}
+    methods: dict[str, str] = {}
+    for cell in cells:
+        name = run_name(cell)
+        parts.setdefault(name, {})[f"{cell.concept}/{cell.seed}"] = Scores.load(cell.folder / "evaluation/scores.json")
+        methods[name] = cell.method
+    return [RunScores(name, pool(scores), methods[name]) for name, scores in parts.items()]
+
+
+def verdict(run: RunScores, baseline: RunScores) -> str:
+    """Say in one sentence on which axes a run differs from the baseline, with the paired differences' intervals."""
+    differences = difference(run.scores, baseline.scores)
+    better, worse, said = [], [], []
+    for metric, axis in AXES.items():
+        found = differences[metric]
+        said.append(f"{axis} ({metric}) {found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
+        if found.low > 0:
+            better.append(axis)
+        elif found.high < 0:
+            worse.append(axis)
+    words = [f"better in {' and '.join(better)}"] if better else []
+    words += [f"worse in {' and '.join(worse)}"] if worse else []
+    return f"{run.name} against {baseline.name}: {', '.join(words) or 'no difference shown'}; {'; '.join(said)}."
+
+
+def sheet(cells: Sequence[Cell], columns: int = 10, width: int = 128) -> Image.Image:
+    """Draw one concept's pictures: its references above, then a row for each method and setting.
+
+    Each column is a prompt; its picture is the first one of the prompt's, never a chosen one.
+
+    Args:
+        cells: of one concept and seed.
+        width: of each picture, pixels.
+    """
+    references = [file for folder in cells[0].references for file in list_pictures(folder)][:columns]
+    rows = [("references", references, [""] * len(references))]
+    for cell in cells:
+        firsts: dict[str, Path] = {}
+        for sample in read_samples(cell.folder):
+            firsts.setdefault(sample.prompt, sample.file)
+        prompts = list(firsts)[:columns]
+        rows.append((f"{cell.method},\n{cell.setting}", [firsts[p] for p in prompts], prompts))
+    pictures, captions = [], []
+    for label, files, texts in rows:
+        missing = columns - len(files)
+        blank = [Image.new("RGB", (width, width), "white")] * missing
+        pictures += [_label(label, width), *[square(read_picture(file), width) for file in files], *blank]
+        captions += ["", *texts, *[""] * missing]
+    return captioned_grid(pictures, captions, columns + 1)
+
+
+def _label(text: str, width: int) -> Image.Image:
+    tile = Image.new("RGB", (width, width), "white")
+    ImageDraw.Draw(tile).multiline_text((4, width // 2), text, fill="black", font_size=width // 10, anchor="lm")
+    return tile

@@ -1,0 +1,140 @@
+"""How long a grid will take, from what its networks must compute and what the device can."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dci.config import FinetuneConfig
+from dci.grid import Cell, Training
+from dci.settings import finetune_config
+from ldm import config as configuration
+from ldm.config import ModelConfig
+from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
+
+UTILISATION = {"cpu": 0.5, "cuda": 0.4}
+"""Assumed share of the device's matrix-product rate that a network reaches; small ones reach less."""
+
+BACKWARD = 2.1
+"""FLOPs of a training step over those of its forward pass: the backward pass for keys, values and contexts."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one grid; hours are of one device."""
+
+    trainings: int
+    pictures: int
+    training_hours: float
+    sampling_hours: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a model, multiply-add counted as 2, for one picture of its own size."""
+
+    unet: int  # one row forward
+    decode: int
+
+
+def cost(config: ModelConfig) -> Cost:
+    """Count what a model computes, without memory or weights."""
+    with torch.device("meta"):
+        model = LatentDiffusion(config)
+        latent = torch.empty(1, *model.latent_shape(config.image_size, config.image_size))
+        context = torch.empty(1, 77, config.unet.context_dim)
+        t = torch.zeros(1, dtype=torch.long)
+    counts = []
+    for call in (lambda: model.unet(latent, t, context), lambda: model.autoencoder.decode(latent)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        counts.append(counter.get_total_flops())
+    return Cost(*counts)
+
+
+def matrix_rate(device: str, threads: int = 1, seconds: float = 0.3) -> float:
+    """Measure FLOP/s of large matrix products: fp32 on a CPU with so many threads, bf16 on a GPU."""
+    torch.set_num_threads(threads)
+    n, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    done, start = -1, time.perf_counter()
+    while done < 1 or time.perf_counter() - start < seconds:
+        a @ a
+        if device != "cpu":
+            torch.cuda.synchronize()
+        done += 1
+        if done == 0:  # the first one is to warm up
+            start = time.perf_counter()
+    return done * 2 * n**3 / (time.perf_counter() - start)
+
+
+def estimate(cells: Sequence[Cell], device: str, rate: float) -> Estimate:
+    """Estimate the cells' time on one device; what is done already is not counted.
+
+    Args:
+        rate: the device's matrix products, FLOP/s.
+
+    Raises:
+        UserError: a model whose shape is not in a configuration file of this project.
+    """
+    left = [cell for cell in cells if not cell.result.is_file()]
+    trainings = {cell.training.name: cell.training for cell in left if not cell.training.concept_file.exists()}
+    costs: dict[str, Cost] = {}
+    training_flops = sampling_flops = pictures = 0
+    for training in trainings.values():
+        config = _config_of(training)
+        training_flops += BACKWARD * _cost_of(config.model, costs).unet * config.training.steps * config.training.batch_size
+    for cell in left:
+        config, number = _config_of(cell.training), _pictures(cell)
+        model = configuration.load(ModelConfig, config.model)
+        price = _cost_of(config.model, costs)
+        sampling_flops += number * (_rows(cell, model) * price.unet + price.decode)
+        pictures += number
+    speed = rate * UTILISATION["cpu" if device == "cpu" else "cuda"] * 3600
+    return Estimate(len(trainings), pictures, training_flops / speed, sampling_flops / speed)
+
+
+def _config_of(training: Training) -> FinetuneConfig:
+    return finetune_config(training.recipe["config"], list(training.recipe["options"]))
+
+
+def _cost_of(path: str, costs: dict[str, Cost]) -> Cost:
+    if path not in costs:
+        if not Path(path).is_file() or Path(path).suffix not in (".yaml", ".yml"):
+            raise UserError(f"no estimate: the shape of {path} is in its weights; give a configuration and checkpoint=")
+        costs[path] = cost(configuration.load(ModelConfig, path))
+    return costs[path]
+
+
+def _pictures(cell: Cell) -> int:
+    lines = Path(cell.recipe["sampling"]["from_file"]).read_text().splitlines()
+    return cell.recipe["sampling"]["n_samples"] * sum(bool(line.strip()) for line in lines)
+
+
+def _rows(cell: Cell, model: ModelConfig) -> float:
+    """UNet rows of a picture: two a step, and one more while both branches run."""
+    options = cell.recipe["sampling"]
+    defaults = {"steps": 50, "agg_time": 0.3} | dict(model.sampling)
+    steps = options.get("steps") or defaults["steps"]
+    dual = 0 if options.get("no_dci") else options.get("agg_time", defaults["agg_time"])
+    return steps * (2 + dual)
+
+
+def describe(plan: Estimate, device: str, rate: float, workers: int) -> str:
+    """Return the estimate in words."""
+    total = plan.training_hours + plan.sampling_hours
+    share = UTILISATION["cpu" if device == "cpu" else "cuda"]
+    return (
+        f"{plan.trainings} trainings and {plan.pictures:,} pictures are to be made.\n"
+        f"Estimate: {_time(plan.training_hours)} of training and {_time(plan.sampling_hours)} of sampling, "
+        f"{_time(total / workers)} with {workers} at a time\n"
+        f"(at {share:.0%} of the {rate / 1e12:.3g} TFLOP/s measured on one {device} device; loading and scoring not counted)"
+    )
+
+
+def _time(hours: float) -> str:
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"

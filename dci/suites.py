@@ -1,0 +1,95 @@
+"""Evaluation suites: grids whose concepts and prompts may come from one of the field's data sets."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dci.benchmarks import Subject, read_customconcept101, read_dreambench
+from dci.grid import ConceptEntry, GridConfig, PartEntry, grid_folder, prepare
+from ldm import config as configuration
+from ldm.errors import UserError
+
+_READERS = {
+    "dreambench": read_dreambench,
+    "customconcept101": read_customconcept101,
+    "customconcept101-pairs": lambda folder: read_customconcept101(folder, pairs=True),
+}
+
+
+@dataclass
+class DatasetConfig:
+    """Where concepts and prompts come from, in place of lists."""
+
+    kind: str | None = None  # dreambench, customconcept101, customconcept101-pairs
+    folder: str | None = None  # its folder, as published; relative to the current folder
+    subjects: list[str] = field(default_factory=list)  # names of those to take; empty: all
+    first: int | None = None  # take so many at most
+    prompts: int | None = None  # take the first so many prompts of each; null: all
+
+
+@dataclass
+class SuiteConfig(GridConfig):
+    """A grid that is compared: its first method and setting are the baseline."""
+
+    concepts: list[ConceptEntry] = field(default_factory=list)
+    prompts: str = ""  # a file with a prompt in each line; not needed with a data set
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    title: str = ""
+    notes: list[str] = field(default_factory=list)  # paragraphs of the report
+    workers: int = 1  # trainings and samplings at a time
+
+
+def load_suite(path: str | Path, overrides: list[str] = ()) -> SuiteConfig:
+    """Read a suite's configuration; a data set's prompts are written into the suite's folder.
+
+    Raises:
+        UserError: options that cannot be used, a data set that is not there or not of its layout.
+    """
+    config = configuration.load(SuiteConfig, path, overrides)
+    if config.workers < 1:
+        raise UserError(f"workers={config.workers}: expected 1 or more")
+    config.title = config.title or config.name
+    config.outdir = str(Path(config.outdir).resolve())
+    if config.dataset.kind is not None:
+        config.concepts = [_entry(config, subject) for subject in _subjects(config)]
+    elif not config.concepts or not config.prompts:
+        raise UserError(f"{path} names neither concepts and prompts nor a data set: give both, or dataset.kind and .folder")
+    prepare(config, configuration.project_root(path))
+    return config
+
+
+def _subjects(config: SuiteConfig) -> list[Subject]:
+    dataset = config.dataset
+    if config.concepts:
+        raise UserError("concepts and dataset.kind are both given: leave one of them out")
+    if dataset.kind not in _READERS:
+        raise UserError(f"dataset.kind={dataset.kind}: expected one of {', '.join(_READERS)}")
+    if dataset.folder is None:
+        raise UserError(f"{config.name} needs the data set's folder: add dataset.folder=FOLDER")
+    for name in ("first", "prompts"):
+        value = getattr(dataset, name)
+        if value is not None and value < 1:
+            raise UserError(f"dataset.{name}={value}: expected 1 or more, or null for all")
+    subjects = _READERS[dataset.kind](Path(dataset.folder).resolve())
+    known = [subject.name for subject in subjects]
+    for name in dataset.subjects:
+        if name not in known:
+            raise UserError(f"dataset.subjects: no '{name}' in {dataset.folder}: it has {', '.join(known)}")
+    chosen = [subject for subject in subjects if not dataset.subjects or subject.name in dataset.subjects]
+    return [dataclasses.replace(s, prompts=s.prompts[: dataset.prompts]) for s in chosen[: dataset.first]]
+
+
+def _entry(config: SuiteConfig, subject: Subject) -> ConceptEntry:
+    """A grid's entry for a subject; its prompts go into a file."""
+    file = grid_folder(config) / "prompts" / f"{subject.name}.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(subject.prompts) + "\n")
+    parts = [
+        PartEntry(noun, str(images), str(regularization) if regularization else None)
+        for noun, images, regularization in zip(subject.class_nouns, subject.images, subject.regularization, strict=True)
+    ]
+    if len(parts) > 1:
+        return ConceptEntry(class_noun="", images="", name=subject.name, prompts=str(file), parts=parts)
+    (part,) = parts
+    own = [f"data.regularization={part.regularization}"] if part.regularization else []
+    return ConceptEntry(part.class_noun, part.images, subject.name, str(file), own)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dci.config import AUTO, GENERATE, FinetuneConfig, ValidationConfig, subjects
-from dci.integration import DualBranch
+from dci.integration import BASE, FINETUNED, DualBranch
 from dci.precision import lightning_name
 from dci.prompts import parse_prompt
 from dci.tokens import Subject, modifier_names
@@ -45,9 +45,16 @@ def dual_branch(model: LatentDiffusion, **given: Any) -> DualBranch:
     dual = DualBranch(**{**_defaults(model, DualBranch), **_said(given)})
     if not 0 <= dual.agg_time <= 1:
         raise UserError(f"agg_time {dual.agg_time}: expected 0 (plain sampling) to 1 (both branches to the end)")
-    if dual.gain < 0:
-        raise UserError(f"gain {dual.gain}: expected 0 or more")
-    return dual
+    for name in ("gain", "token_sharpness", "pixel_sharpness"):
+        if not getattr(dual, name) >= 0:
+            raise UserError(f"{name} {getattr(dual, name)}: expected 0 or more")
+    if dual.auxiliary_weights not in (FINETUNED, BASE):
+        raise UserError(f"auxiliary_weights '{dual.auxiliary_weights}': expected {FINETUNED} or {BASE}")
+    if dual.layers is None:
+        return dual
+    names = dual.layers.split(",") if isinstance(dual.layers, str) else dual.layers
+    names = [names] if isinstance(names, int) else names
+    return dataclasses.replace(dual, layers=tuple(str(name).strip() for name in names))
 
 
 def finetune_config(path: str | Path, overrides: list[str] = (), name: str | None = None) -> FinetuneConfig:

@@ -14,7 +14,8 @@ TITLES = {
     "concept": "Concept branch: share of the attention that goes to the concept's words",
     "auxiliary": "Auxiliary branch: share of the attention that goes to the auxiliary noun",
 }
-CELL, DPI = 1.35, 100  # inches of a picture's side; dots per inch
+CELL, GAP, LEFT, BAR = 1.3, 0.06, 0.75, 0.6  # inches: a picture's width, and what is between, left and right of pictures
+LINE, DPI = 0.17, 100  # inches of a line of words; dots per inch
 
 
 def map_sheet(kind: str, maps: dict[str, np.ndarray], picture: Image.Image, prompt: str, columns: int = 6) -> Image.Image:
@@ -31,24 +32,23 @@ def map_sheet(kind: str, maps: dict[str, np.ndarray], picture: Image.Image, prom
     """
     timesteps, names = maps["timesteps"], [str(name).split(" ") for name in maps["layers"]]
     shown = some_steps(len(timesteps), len(timesteps), columns)
-    figure, cells = _cells(len(names), len(shown) + 1, picture, [TITLES[kind], f'"{prompt}"'], extra=1.9)
-    grey = np.asarray(picture.convert("L"))
+    figure, cells = _cells(len(names), len(shown) + 1, picture, [TITLES[kind], f'"{prompt}"'], right=BAR)
+    grey, extent = picture.convert("L"), (-0.5, picture.width - 0.5, picture.height - 0.5, -0.5)
     for row, (layer, name) in zip(cells, names, strict=True):
         values = maps[f"{layer}/{kind}"][shown].astype(np.float32)
-        low, high = values.min(), max(values.max(), values.min() + 1e-6)
+        low, high = float(values.min()), max(float(values.max()), float(values.min()) + 1e-6)
         short = name.partition(".transformer")[0].replace("_blocks", "").replace("_block", "")
+        _name(row[0], f"{layer}\n{short}\n{values.shape[2]} x {values.shape[1]}")
         row[0].imshow(picture)
-        row[0].set_ylabel(f"{layer}\n{short}\n{values.shape[2]} x {values.shape[1]}", rotation=0, ha="right", va="center")
         for axes, heat in zip(row[1:], values, strict=True):
-            axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
-            extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
+            axes.imshow(grey, "gray", vmin=0, vmax=255)
             image = axes.imshow(heat, "inferno", vmin=low, vmax=high, alpha=0.65, extent=extent, interpolation="nearest")
-        bar = figure.colorbar(image, ax=list(row), fraction=0.03, pad=0.01, aspect=12)
-        bar.set_ticks([low, (low + high) / 2, high], labels=[_short(v) for v in (low, (low + high) / 2, high)])
+        x, y, width, height = row[-1].get_position().bounds
+        inch = width / CELL
+        bar = figure.colorbar(image, cax=figure.add_axes((x + width + GAP * inch, y, 0.08 * inch, height)))
+        bar.set_ticks([low, high], labels=[_short(low), _short(high)], fontsize=7)
         bar.solids.set_alpha(1)
-    cells[0][0].set_title("picture")
-    for axes, step in zip(cells[0][1:], shown, strict=True):
-        axes.set_title(f"call {step + 1}\nt = {timesteps[step]}")
+    _head(cells[0], ["picture", *(f"call {step + 1}\nt = {timesteps[step]}" for step in shown)])
     return _rendered(figure)
 
 
@@ -61,37 +61,49 @@ def step_sheet(pictures: StepPictures, concept_prompt: str, auxiliary_prompt: st
     rows = [("concept\nbranch", pictures.concept), ("auxiliary\nbranch", pictures.auxiliary)][: 1 + both]
     title = ["Predicted clean pictures, from the noisiest step on", f'concept branch: "{concept_prompt}"']
     title += [f'auxiliary branch: "{auxiliary_prompt}"'] if both else []
-    figure, cells = _cells(len(rows), len(pictures.steps), pictures.concept[0], title, extra=0.9)
+    figure, cells = _cells(len(rows), len(pictures.steps), pictures.concept[0], title)
     for row, (name, branch) in zip(cells, rows, strict=True):
-        row[0].set_ylabel(name, rotation=0, ha="right", va="center")
+        _name(row[0], name)
         for axes, picture in zip(row, branch, strict=True):
             if picture is None:
                 axes.set_facecolor("0.94")
-                axes.set_xlim(0, 1)
             else:
                 axes.imshow(picture)
-    for axes, step, t in zip(cells[0], pictures.steps, pictures.timesteps, strict=True):
-        axes.set_title(f"call {step + 1}\nt = {t}")
+    _head(cells[0], [f"call {s + 1}\nt = {t}" for s, t in zip(pictures.steps, pictures.timesteps, strict=True)])
     return _rendered(figure)
 
 
-def _cells(rows: int, columns: int, picture: Image.Image, title: list[str], extra: float) -> tuple[Figure, list[list[Axes]]]:
-    """Return a figure with a grid of bare axes of a picture's shape; `extra` inches are left for words at the sides."""
-    height = CELL * picture.height / picture.width
-    size = (max(CELL * columns + extra, 5.5), height * rows + 0.55 + 0.2 * len(title))
-    figure = Figure(size, DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
-    figure.suptitle("\n".join(title), fontsize=9, x=0.02, ha="left")
-    cells = figure.subplots(rows, columns, squeeze=False)
-    for axes in cells.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.title.set_fontsize(8)
-        axes.yaxis.label.set_fontsize(8)
-        axes.set_box_aspect(picture.height / picture.width)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-    return figure, cells.tolist()
+def _cells(
+    rows: int, columns: int, picture: Image.Image, title: list[str], right: float = 0.1
+) -> tuple[Figure, list[list[Axes]]]:
+    """Return a figure with a grid of bare axes of a picture's shape, and a title above it.
+
+    Args:
+        right: inches left free at the right.
+    """
+    tall = CELL * picture.height / picture.width
+    top = LINE * (len(title) + 2) + 0.2
+    width = max(LEFT + columns * (CELL + GAP) + right, 6.0)
+    height = top + rows * (tall + GAP) + 0.05
+    figure = Figure((width, height), DPI)
+    figure.text(0.1 / width, 1 - 0.08 / height, "\n".join(title), fontsize=9, va="top")
+
+    def cell(row: int, column: int) -> Axes:
+        left, bottom = LEFT + column * (CELL + GAP), height - top - row * (tall + GAP) - tall
+        axes = figure.add_axes((left / width, bottom / height, CELL / width, tall / height), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+        return axes
+
+    return figure, [[cell(row, column) for column in range(columns)] for row in range(rows)]
+
+
+def _name(axes: Axes, name: str) -> None:
+    axes.set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+
+
+def _head(row: list[Axes], names: list[str]) -> None:
+    for axes, name in zip(row, names, strict=True):
+        axes.set_title(name, fontsize=8)
 
 
 def _short(value: float) -> str:

@@ -31,7 +31,7 @@ def add_dci_options(parser: Parser) -> None:
 
     group = parser.add_argument_group("auxiliary noun")
     group.add_argument("--auxiliary-noun", help=f"one that the base model knows well (default: the class noun), or {AUTO}")
-    group.add_argument("--auxiliary-candidates", metavar="NOUNS", help=f"for {AUTO}: with commas (default: from the class noun)")
+    group.add_argument("--auxiliary-candidates", metavar="NOUNS", help=f"for {AUTO}, with commas (default: from the noun)")
     group.add_argument(
         "--clip",
         metavar="NAME",

@@ -1,3 +1,27 @@
-"""Personalised image generation by ICO and DCI (Jin et al., ECCV 2024)."""
+"""Personalised image generation by ICO and DCI (Jin et al., ECCV 2024).
+
+From a concept file to PIL pictures:
+
+    from dci import Pipeline
+
+    pipeline = Pipeline.load("logs/RUN/concept.safetensors")
+    for i, picture in enumerate(pipeline("a V* cat on the beach", n=4, seed=0, agg_lambda=0.5)):
+        picture.save(f"beach-{i}.png")
+
+`Pipeline` and what it needs, PyTorch above all, are imported when it is first asked for.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dci.pipeline import Pipeline
 
 __version__ = "0.1.0"
+__all__ = ["Pipeline", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "Pipeline":
+        return import_module("dci.pipeline").Pipeline
+    raise AttributeError(f"module 'dci' has no attribute '{name}'")

@@ -113,6 +113,20 @@ class Concept:
         Raises:
             UserError: the concept was learned on another base model.
         """
+        before = self.replaced(model)
+        parameters = dict(model.named_parameters())
+        _copy(self.weights(model), parameters)
+        return lambda: _copy(before, parameters)
+
+    def replaced(self, model: LatentDiffusion) -> dict[str, Tensor]:
+        """Return a copy of the base model's weights that the concept will take the place of.
+
+        Args:
+            model: the base model, without the concept.
+
+        Raises:
+            UserError: the concept was learned on another base model.
+        """
         found = fingerprint(model)
         if found != self.base:
             raise UserError(
@@ -120,10 +134,7 @@ class Concept:
                 f"but '{model.config.name}' ({found}) is loaded: give the right one with --model and --checkpoint"
             )
         parameters = dict(model.named_parameters())
-        weights = self.weights(model)
-        before = {name: parameters[name].detach().clone() for name in weights}
-        _copy(weights, parameters)
-        return lambda: _copy(before, parameters)
+        return {name: parameters[name].detach().clone() for name in (*self.keys_values, *self.low_rank)}
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """DBIM, the dual-branch integration module (Sec. 3.3): cross-attention while both branches run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,12 @@ from torch import Tensor
 
 from dci.prompts import BranchPrompts
 from ldm.attention import Attend, attend, attention_maps
+
+FINETUNED, BASE = "finetuned", "base"
+"""What `DualBranch.auxiliary_weights` can be."""
+
+Observe = Callable[[Tensor, Tensor, Tensor], None]
+"""Gets w_c (b, h, n), and the attention maps A of the concept rows and B of the auxiliary rows (b, h, n, l)."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,9 @@ class DualBranch:
     token_sharpness: float = 10.0  # factor on attention maps before the softmax over a prompt's tokens
     pixel_sharpness: float = 10.0  # factor on evidence before the softmax over a layer's pixels
     shared_guidance: bool = True  # guide the auxiliary branch with the concept branch's unconditional output
+    shared_noise: bool = False  # both branches start from the same noise; otherwise each from its own
+    layers: tuple[str, ...] | None = None  # where the branches are integrated, see dci/layers.py; None: everywhere
+    auxiliary_weights: str = FINETUNED  # keys and values of the auxiliary branch: finetuned, or the base model's
 
     def is_dual(self, t: int, timesteps: int = 1000) -> bool:
         """Whether both branches run at training timestep t."""
@@ -85,19 +94,25 @@ def _shares(maps: Tensor, counts: Tensor, named: Tensor, sharpness: float) -> tu
     return share, shares.sum(dim=-1) - share
 
 
-def integrating_attend(masks: TokenMasks, dual: DualBranch, concept: slice, auxiliary: slice) -> Attend:
+def integrating_attend(
+    masks: TokenMasks, dual: DualBranch, concept: slice, auxiliary: slice, observe: Observe | None = None
+) -> Attend:
     """Return attention whose concept rows are integrated with the auxiliary rows.
 
     Args:
         masks: of the concept rows' prompts, in their order.
         concept, auxiliary: which rows of the batch belong to the branches; others are left as they are.
+        observe: shown what the integration works with.
     """
 
     def integrate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v)
         # The gain magnifies rounding, so the weights are worked out in full precision.
-        maps = (attention_maps(q[rows].float(), k[rows].float()) for rows in (concept, auxiliary))
-        weight = concept_weight(*maps, masks, dual)[..., None].to(out.dtype)
+        maps = [attention_maps(q[rows].float(), k[rows].float()) for rows in (concept, auxiliary)]
+        weight = concept_weight(*maps, masks, dual)
+        if observe is not None:
+            observe(weight, *maps)
+        weight = weight[..., None].to(out.dtype)
         out[concept] = weight * out[concept] + (1 - weight) * out[auxiliary]
         return out
 

@@ -9,14 +9,21 @@ import torch
 from torch import Tensor
 
 from dci.concept import Concept
-from dci.integration import DualBranch, TokenMasks, integrating_attend
+from dci.integration import BASE, DualBranch, TokenMasks, integrating_attend
+from dci.layers import integrated_layers
+from dci.maps import MapsCallback, observer
 from dci.prompts import BranchPrompts
+from ldm.attention import Attend, attend, stacked
 from ldm.canvas import Canvas, begin
 from ldm.decoding import decode
 from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
 from ldm.loop import Callback, Denoise, Noise, guide, run, timestep_rows
 from ldm.randomness import PictureNoise
 from ldm.sampling import SamplingOptions, check_options, guided, make_solver
+
+Weights = dict[str, Tensor]
+"""Matrices by their names in a Stable Diffusion checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -34,31 +41,61 @@ class BranchContexts:
         unconditional = text.tokenize([negative] * len(prompts))
         rows = [prompt.concept_ids for prompt in prompts] + [prompt.auxiliary_ids for prompt in prompts]
         ids = torch.cat([unconditional, torch.tensor(rows, device=model.device)])
-        context = text.encode(text.embed(ids, concept.modifiers.to(model.device)))
+        # Pictures of one prompt share its context.
+        distinct, row_of = ids.unique(dim=0, return_inverse=True)
+        context = text.encode(text.embed(distinct, concept.modifiers.to(model.device)))[row_of]
         return BranchContexts(*context.chunk(3))
 
 
 def dual_guided(
-    model: LatentDiffusion, contexts: BranchContexts, masks: TokenMasks, dual: DualBranch, scale: float
+    model: LatentDiffusion,
+    contexts: BranchContexts,
+    masks: TokenMasks,
+    dual: DualBranch,
+    scale: float,
+    latent: tuple[int, int],
+    base: Weights | None = None,
+    maps: MapsCallback | None = None,
 ) -> Denoise:
     """Return denoise(state, t) for both branches, in one UNet call per step.
 
     The state is (2, b, c, h, w): concept branch, auxiliary branch. With shared guidance the rows
-    are [unconditional, concept, auxiliary]; else [unconditional, concept, unconditional, auxiliary].
+    are [unconditional, concept, auxiliary]; with separate guidance [unconditional, concept,
+    unconditional, auxiliary]; without guidance (scale 1) [concept, auxiliary].
+
+    Args:
+        latent: height and width of the latents.
+        base: keys and values of the auxiliary branch's rows; None: the model's.
+        maps: shown what each layer's integration sees.
     """
     b = len(contexts.concept)
-    if dual.shared_guidance:
-        branch_of_row, context = [0, 0, 1], [contexts.unconditional, contexts.concept, contexts.auxiliary]
-    else:
-        branch_of_row = [0, 0, 1, 1]
-        context = [contexts.unconditional, contexts.concept, contexts.unconditional, contexts.auxiliary]
-    context = torch.cat(context)
-    auxiliary = slice(len(context) - b, len(context))
-    attend = integrating_attend(masks, dual, slice(b, 2 * b), auxiliary)
+    rows = [(0, contexts.unconditional), (0, contexts.concept), (1, contexts.unconditional), (1, contexts.auxiliary)]
+    if scale == 1:
+        rows = [rows[1], rows[3]]
+    elif dual.shared_guidance:
+        rows = [rows[0], rows[1], rows[3]]
+    branch_of_row = [branch for branch, _ in rows]
+    text = stacked([model.keys_values(context, base if branch else None) for branch, context in rows])
+    concept = slice(0, b) if scale == 1 else slice(b, 2 * b)
+    auxiliary = slice((len(rows) - 1) * b, len(rows) * b)
+    integrate = integrating_attend(masks, dual, concept, auxiliary)
+    layers = list(enumerate(model.unet.cross_layers()))
+    chosen = integrated_layers(model.unet, dual.layers, latent)
+
+    def attends(t: int) -> list[Attend]:
+        if maps is None:
+            return [integrate if on else attend for on in chosen]
+        watching = [observer(maps, t, number, layer, masks, latent) for number, layer in layers]
+        return [
+            integrating_attend(masks, dual, concept, auxiliary, observe) if on else attend
+            for on, observe in zip(chosen, watching, strict=True)
+        ]
 
     def denoise(state: Tensor, t: int) -> Tensor:
-        rows = state[branch_of_row].flatten(0, 1)
-        output = model.predict(rows, timestep_rows(t, rows), context, attend).chunk(len(branch_of_row))
+        x = state[branch_of_row].flatten(0, 1)
+        output = model.predict(x, timestep_rows(t, x), text, attends(t)).chunk(len(rows))
+        if scale == 1:
+            return torch.stack(output)
         unconditional_of_auxiliary = output[0] if dual.shared_guidance else output[2]
         return torch.stack([guide(output[0], output[1], scale), guide(unconditional_of_auxiliary, output[-1], scale)])
 
@@ -74,14 +111,19 @@ def sample_latents(
     noises: tuple[Noise, Noise],
     callback: Callback | None = None,
     canvas: Canvas | None = None,
+    base: Weights | None = None,
+    maps: MapsCallback | None = None,
 ) -> Tensor:
     """Denoise a batch from its first noise to its latents (b, c, h, w).
 
     Args:
         dual: None samples the concept's prompt plainly.
-        noises: of the concept branch and of the auxiliary branch, which never share numbers, so that
-            the concept branch sees the same noise with DCI and without.
+        noises: of the concept branch and of the auxiliary branch, which never share numbers but their
+            first where `dual.shared_noise` says so, so that the concept branch sees the same noise with
+            DCI and without.
         callback: called after each step; in the early phase its tensors hold both branches, stacked.
+        base: the base model's keys and values, for the auxiliary branch; None: the model's own.
+        maps: shown the branch weights and attention maps while both branches run.
     """
     solver = make_solver(model, options, canvas)
     dual_steps = sum(dual.is_dual(t, len(solver.alphas_cumprod)) for t in solver.timesteps) if dual else 0
@@ -92,8 +134,8 @@ def sample_latents(
 
     # Divide and conquer: both branches.
     if dual_steps:
-        denoise = dual_guided(model, contexts, masks, dual, options.scale)
-        state, after_both = begin(canvas, solver, torch.stack([first, noises[1]()]))
+        denoise = dual_guided(model, contexts, masks, dual, options.scale, first.shape[-2:], base, maps)
+        state, after_both = begin(canvas, solver, torch.stack([first, first if dual.shared_noise else noises[1]()]))
         state, history = run(
             solver,
             denoise,
@@ -115,35 +157,56 @@ def sample_latents(
 def sample(
     model: LatentDiffusion,
     concept: Concept,
-    prompt: BranchPrompts,
+    prompt: BranchPrompts | list[BranchPrompts],
     indices: list[int],
     options: SamplingOptions,
     dual: DualBranch | None,
     callback: Callback | None = None,
     negative: str = "",
     canvas: Canvas | None = None,
+    base: Weights | None = None,
+    maps: MapsCallback | None = None,
 ) -> Tensor:
-    """Draw the pictures numbered `indices` of a prompt with a concept.
+    """Draw the pictures numbered `indices` with a concept.
 
     Args:
         model: the base model with the concept applied (`Concept.apply`).
+        prompt: of all pictures, or a list with that of each.
         indices: a picture depends on the seed and its index, not on the batch it is made in.
         dual: DCI's settings; None is plain sampling of the fine-tuned model.
         negative: what guidance leads away from, in both branches.
         canvas: the picture that both branches start from; None starts from noise alone.
+        base: the weights that the concept replaced (`Concept.replaced`), where `dual.auxiliary_weights` is base.
+        maps: shown the branch weights and attention maps while both branches run, see `dci.maps`.
 
     Returns:
         (b, 3, height, width) in [-1, 1].
 
     Raises:
-        UserError: options that the model cannot be sampled with.
+        UserError: options that the model cannot be sampled with, layers that it does not have, or
+            the base model's weights are asked for and not given.
     """
     check_options(model, options)
+    prompts = prompt if isinstance(prompt, list) else [prompt] * len(indices)
+    if len(prompts) != len(indices):
+        raise UserError(f"{len(prompts)} prompts for {len(indices)} pictures: give one prompt, or one for each picture")
     shape = model.latent_shape(options.height, options.width)
+    base = _auxiliary_weights(model, dual, shape, base) if dual else None
     noises = tuple(PictureNoise(options.seed, indices, shape, model.device, stream) for stream in (0, 1))
-    prompts = [prompt] * len(indices)
     contexts = BranchContexts.of(model, concept, prompts, negative)
     masks = TokenMasks.of(prompts, model.device)
-    latents = sample_latents(model, contexts, masks, dual, options, noises, callback, canvas)
+    latents = sample_latents(model, contexts, masks, dual, options, noises, callback, canvas, base, maps)
     pixels = decode(model, latents, options.vae_tile, options.vae_batch)
     return canvas.finish(pixels) if canvas else pixels
+
+
+def _auxiliary_weights(
+    model: LatentDiffusion, dual: DualBranch, shape: tuple[int, int, int], base: Weights | None
+) -> Weights | None:
+    """Return the keys and values of the auxiliary branch, None for the model's own; check the settings first."""
+    integrated_layers(model.unet, dual.layers, shape[1:])
+    if dual.auxiliary_weights != BASE:
+        return None
+    if base is None:
+        raise UserError("auxiliary_weights=base needs the base model's weights: hand them to sample as base=")
+    return base

@@ -1,14 +1,16 @@
 """Settings: what the files say, and what the user says in place of them."""
 
 import dataclasses
+import difflib
 import importlib.util
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dci.config import AUTO, GENERATE, FinetuneConfig, ValidationConfig, subjects
-from dci.integration import DualBranch
+from dci.integration import BASE, FINETUNED, DualBranch
 from dci.precision import lightning_name
 from dci.prompts import parse_prompt
 from dci.tokens import Subject, modifier_names
@@ -39,15 +41,43 @@ def sampling_options(model: LatentDiffusion, **given: Any) -> SamplingOptions:
 def dual_branch(model: LatentDiffusion, **given: Any) -> DualBranch:
     """Return the model's DCI settings; those given and not None come first.
 
+    Args:
+        given: fields of `DualBranch`; layers also as one name or as names with commas between them.
+
     Raises:
-        UserError: a value out of range.
+        UserError: an unknown setting, or a value out of range.
     """
-    dual = DualBranch(**{**_defaults(model, DualBranch), **_said(given)})
+    settings = {**_defaults(model, DualBranch), **_said(given)}
+    for name in settings:
+        if name not in _DUAL:
+            near = difflib.get_close_matches(name, _DUAL, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown setting '{name}' of DCI; did you mean '{near}'?")
+    layers = settings.get("layers")
+    if layers is not None:
+        names = str(layers).split(",") if isinstance(layers, (str, int)) else layers
+        settings["layers"] = tuple(str(name).strip() for name in names)
+    dual = DualBranch(**settings)
+    _check_types(dual)
     if not 0 <= dual.agg_time <= 1:
         raise UserError(f"agg_time {dual.agg_time}: expected 0 (plain sampling) to 1 (both branches to the end)")
-    if dual.gain < 0:
-        raise UserError(f"gain {dual.gain}: expected 0 or more")
+    for name in ("gain", "token_sharpness", "pixel_sharpness"):
+        if getattr(dual, name) < 0:
+            raise UserError(f"{name} {getattr(dual, name)}: expected 0 or more")
+    if dual.auxiliary_weights not in (FINETUNED, BASE):
+        raise UserError(f"auxiliary_weights '{dual.auxiliary_weights}': expected {FINETUNED} or {BASE}")
     return dual
+
+
+_DUAL = {field.name: field for field in dataclasses.fields(DualBranch)}
+
+
+def _check_types(dual: DualBranch) -> None:
+    for name, field in _DUAL.items():
+        value, number = getattr(dual, name), isinstance(field.default, float)
+        if number and (isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)):
+            raise UserError(f"{name} {value!r}: expected a finite number")
+        if isinstance(field.default, bool) and not isinstance(value, bool):
+            raise UserError(f"{name} {value!r}: expected true or false")
 
 
 def finetune_config(path: str | Path, overrides: list[str] = (), name: str | None = None) -> FinetuneConfig:

@@ -1,6 +1,7 @@
 """Attention: one free function does the arithmetic, modules only own weights."""
 
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,29 @@ from torch import Tensor, nn
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """What cross-attention calls with q (b, h, n, d), k and v (b, h, l, d); returns (b, h, n, d)."""
+
+
+class KeysValues(NamedTuple):
+    """What a cross-attention layer reads of a text."""
+
+    keys: Tensor  # (b, h, l, d)
+    values: Tensor  # (b, h, l, d)
+
+
+Text = Tensor | list[KeysValues]
+"""What cross-attention reads: a context (b, l, context_dim), or each layer's keys and values, worked out beforehand."""
+
+T = TypeVar("T")
+
+
+def of_layer(given: T | list[T], layer: int) -> T:
+    """Return what a list holds for a cross-attention layer; what is no list is for all of them."""
+    return given[layer] if isinstance(given, list) else given
+
+
+def stacked(texts: list[list[KeysValues]]) -> list[KeysValues]:
+    """Put the rows of several texts below each other, layer by layer."""
+    return [KeysValues(*(torch.cat(parts) for parts in zip(*layer, strict=True))) for layer in zip(*texts, strict=True)]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -49,12 +73,23 @@ class Attention(nn.Module):
         # SD checkpoints call the projection "to_out.0"; index 1 was a dropout.
         self.to_out = nn.Sequential(nn.Linear(inner, dim))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, attend: Attend = attend) -> Tensor:
-        """x (b, n, dim), context (b, l, context_dim) -> (b, n, dim)."""
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (rearrange(y, "b n (h d) -> b h n d", h=self.heads) for y in (q, k, v))
-        return self.to_out(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
+    def forward(self, x: Tensor, context: Tensor | KeysValues | None = None, attend: Attend = attend) -> Tensor:
+        """x (b, n, dim), context (b, l, context_dim) or its keys and values -> (b, n, dim)."""
+        k, v = context if isinstance(context, KeysValues) else self.keys_values(x if context is None else context)
+        out = attend(self._heads(self.to_q(x)), k, v)
+        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+
+    def keys_values(self, context: Tensor, to_k: Tensor | None = None, to_v: Tensor | None = None) -> KeysValues:
+        """Return the keys and values of a context (b, l, context_dim).
+
+        Args:
+            to_k, to_v: matrices (h d, context_dim) in place of the layer's own.
+        """
+        matrices = (self.to_k.weight if to_k is None else to_k, self.to_v.weight if to_v is None else to_v)
+        return KeysValues(*(self._heads(F.linear(context, matrix)) for matrix in matrices))
+
+    def _heads(self, y: Tensor) -> Tensor:
+        return rearrange(y, "b n (h d) -> b h n d", h=self.heads)
 
 
 class GEGLU(nn.Module):
@@ -85,6 +120,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, dim: int, context_dim: int, heads: int, dim_head: int):
         super().__init__()
+        self.layer = 0  # number of the cross-attention layer in the order they run; the UNet gives it
         self.attn1 = Attention(dim, None, heads, dim_head)
         self.attn2 = Attention(dim, context_dim, heads, dim_head)
         self.ff = FeedForward(dim)
@@ -92,9 +128,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, context: Tensor, cross_attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, text: Text, cross_attend: Attend | list[Attend]) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context, cross_attend)
+        x = x + self.attn2(self.norm2(x), of_layer(text, self.layer), of_layer(cross_attend, self.layer))
         return x + self.ff(self.norm3(x))
 
 
@@ -111,13 +147,13 @@ class SpatialTransformer(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, cross_attend: Attend) -> Tensor:
-        """x (b, c, h, w), context (b, l, context_dim) -> (b, c, h, w)."""
+    def forward(self, x: Tensor, text: Text, cross_attend: Attend | list[Attend]) -> Tensor:
+        """x (b, c, h, w) -> (b, c, h, w); text and cross_attend as `UNet.forward` has them."""
         height = x.shape[2]
         h = self.norm(x)
         h = self.proj_in(_rows(h)) if self.linear else _rows(self.proj_in(h))
         for block in self.transformer_blocks:
-            h = block(h, context, cross_attend)
+            h = block(h, text, cross_attend)
         return x + (_map(self.proj_out(h), height) if self.linear else self.proj_out(_map(h, height)))
 
 

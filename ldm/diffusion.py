@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import schedule
-from ldm.attention import Attend, attend
+from ldm.attention import Attend, KeysValues, Text, attend
 from ldm.autoencoder import AutoencoderKL
 from ldm.config import ModelConfig
 from ldm.text_encoder import TextEncoder, build_text_encoder
@@ -65,7 +65,20 @@ class LatentDiffusion(nn.Module):
         """Scaled latents (b, c, h, w) -> pictures (b, 3, H, W) in [-1, 1]."""
         return self.autoencoder.decode(latents.to(self.dtype) / self.config.latent_scale).to(latents.dtype).clamp(-1, 1)
 
-    def predict(self, x: Tensor, t: Tensor, context: Tensor, attend: Attend = attend) -> Tensor:
+    def keys_values(self, context: Tensor, weights: dict[str, Tensor] | None = None) -> list[KeysValues]:
+        """Text context (b, l, d) -> its keys and values in every cross-attention layer, for `predict`.
+
+        They do not depend on the timestep: sampling works them out once.
+
+        Args:
+            weights: matrices in place of the model's own, by their names in it.
+        """
+        prefix = "model.diffusion_model."
+        own = {name.removeprefix(prefix): matrix for name, matrix in (weights or {}).items()}
+        return self.unet.keys_values(context.to(self.unet.out[-1].weight.dtype), own)
+
+    def predict(self, x: Tensor, t: Tensor, context: Text, attend: Attend | list[Attend] = attend) -> Tensor:
         """The UNet's output (noise or v) for noisy latents x (b, c, h, w) at timesteps t (b,), in x's precision."""
         weights = self.unet.out[-1].weight.dtype
-        return self.unet(x.to(weights), t, context.to(weights), attend).to(x.dtype)
+        context = context.to(weights) if isinstance(context, Tensor) else context
+        return self.unet(x.to(weights), t, context, attend).to(x.dtype)

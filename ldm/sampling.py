@@ -91,12 +91,13 @@ def guided(model: LatentDiffusion, unconditional: Tensor, conditional: Tensor, s
         unconditional, conditional: contexts (b, 77, d).
     """
     if scale == 1:
-        return lambda x, t: model.predict(x, timestep_rows(t, x), conditional)
-    context = torch.cat([unconditional, conditional])
+        text = model.keys_values(conditional)
+        return lambda x, t: model.predict(x, timestep_rows(t, x), text)
+    text = model.keys_values(torch.cat([unconditional, conditional]))
 
     def denoise(x: Tensor, t: int) -> Tensor:
         rows = torch.cat([x, x])
-        return guide(*model.predict(rows, timestep_rows(t, rows), context).chunk(2), scale)
+        return guide(*model.predict(rows, timestep_rows(t, rows), text).chunk(2), scale)
 
     return denoise
 

@@ -1,12 +1,14 @@
 """The denoising UNet of latent diffusion (Rombach et al. 2022), with SD checkpoint names."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ldm.attention import Attend, SpatialTransformer, attend
+from ldm.attention import Attend, KeysValues, SpatialTransformer, Text, TransformerBlock, attend
 from ldm.config import UNetConfig
 from ldm.layers import Upsample
 
@@ -61,20 +63,29 @@ class Downsample(nn.Module):
 
 
 class Block(nn.ModuleList):
-    """Layers in sequence, each given what it takes: timestep, context, or the features alone."""
+    """Layers in sequence, each given what it takes: timestep, text, or the features alone."""
 
-    def forward(self, h: Tensor, emb: Tensor, context: Tensor, cross_attend: Attend) -> Tensor:
+    def forward(self, h: Tensor, emb: Tensor, text: Text, cross_attend: Attend | list[Attend]) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
                 h = layer(h, emb)
             elif isinstance(layer, SpatialTransformer):
-                h = layer(h, context, cross_attend)
+                h = layer(h, text, cross_attend)
             else:
                 h = layer(h)
         return h
 
 
-def recomputed(block: Block, *args: Tensor | Attend) -> Tensor:
+@dataclass(frozen=True)
+class CrossLayer:
+    """Where a cross-attention layer is."""
+
+    name: str  # its transformer block among the UNet's modules, such as input_blocks.1.1.transformer_blocks.0
+    part: str  # input, middle or output
+    factor: int  # a pixel of its map stands for factor x factor cells of the latent
+
+
+def recomputed(block: Block, *args: Text | Attend | list[Attend]) -> Tensor:
     """Call a block so that its inner activations are computed again in the backward pass (Chen et al. 2016)."""
     return checkpoint(block, *args, use_reentrant=False)
 
@@ -137,14 +148,17 @@ class UNet(nn.Module):
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1)
         )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, attend: Attend = attend) -> Tensor:
+        for number, (_, block) in enumerate(self._transformer_blocks()):
+            block.layer = number
+
+    def forward(self, x: Tensor, t: Tensor, context: Text, attend: Attend | list[Attend] = attend) -> Tensor:
         """Predict the noise (or v) in x.
 
         Args:
             x: noisy latents (b, c, h, w).
             t: training timesteps (b,), 0 to 999.
-            context: text context (b, l, context_dim).
-            attend: the arithmetic of the cross-attention layers, in the order they run.
+            context: text context (b, l, context_dim), or its keys and values from `keys_values`.
+            attend: the arithmetic of all cross-attention layers, or a list with that of each.
 
         Returns:
             (b, c, h, w).
@@ -165,3 +179,34 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = run(block, torch.cat([h, skips.pop()], dim=1), emb, context, attend)
         return self.out(h)
+
+    def keys_values(self, context: Tensor, weights: dict[str, Tensor] | None = None) -> list[KeysValues]:
+        """Return the keys and values of a text context (b, l, context_dim) in every cross-attention layer.
+
+        Args:
+            weights: matrices in place of the UNet's own, by their names in it.
+        """
+        weights = weights or {}
+
+        def matrix(name: str) -> Tensor | None:
+            return weights[name].to(context) if name in weights else None
+
+        return [
+            block.attn2.keys_values(context, matrix(f"{name}.attn2.to_k.weight"), matrix(f"{name}.attn2.to_v.weight"))
+            for name, block in self._transformer_blocks()
+        ]
+
+    def cross_layers(self) -> list[CrossLayer]:
+        """Return where the cross-attention layers are, in the order they run."""
+        layers, factor = [], 1
+        for name, module in self.named_modules():
+            if isinstance(module, TransformerBlock):
+                layers.append(CrossLayer(name, name.partition("_")[0], factor))
+            elif isinstance(module, Downsample):
+                factor *= 2
+            elif isinstance(module, Upsample):
+                factor //= 2
+        return layers
+
+    def _transformer_blocks(self) -> Iterator[tuple[str, TransformerBlock]]:
+        return ((name, block) for name, block in self.named_modules() if isinstance(block, TransformerBlock))

@@ -33,6 +33,7 @@ def draw(
     calls: int,
     sample: Callable,
     facts: Callable,
+    saved: Callable | None = None,
 ) -> None:
     """Draw every prompt's pictures, `--batch-size` at a time, under a progress bar; each prompt's are saved at once.
 
@@ -41,6 +42,7 @@ def draw(
         calls: solver steps of a picture.
         sample: (prompt, picture indices, callback for each step) -> pixels (b, 3, h, w).
         facts: prompt -> everything needed to make its pictures again, but their indices.
+        saved: told (folder, names of the pictures in it) after each prompt.
     """
     from tqdm import tqdm
 
@@ -56,6 +58,8 @@ def draw(
                 indices = list(range(start, min(start + args.batch_size, total)))
                 pictures += to_pictures(sample(prompt, indices, lambda _: progress.update()))
             sheet = save_pictures(outdir, pictures, facts(prompt))
+            if saved is not None:
+                saved(outdir, sorted(file.stem for file in (outdir / "samples").glob("*.png"))[-total:])
     print(f"Pictures: {outdir / 'samples'}\nGrid: {sheet}")
 
 

@@ -5,13 +5,14 @@ python scripts/sample_dci.py --concept logs/RUN/concept.safetensors --prompt "a 
 
 import dataclasses
 
+from branches import Seeing, add_dci_options, choose_noun, settings_of
 from common import (
     Parser,
+    UserError,
     add_sampling_options,
     base_model,
     canvas_and_options,
     load_base,
-    number,
     pick_device,
     prompts_of,
     run,
@@ -22,13 +23,8 @@ from output import draw, sampling_facts
 def arguments():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--concept", required=True, help="the concept.safetensors that train_ico.py wrote")
-    parser.add_argument("--auxiliary-noun", help="a noun that the base model knows well (default: the class noun)")
-    parser.add_argument("--agg-time", type=number, help="T_a: share of the timesteps with both branches, 0 to 1")
-    parser.add_argument("--agg-lambda", type=number, help="weight of the auxiliary branch, typically -2 to 2")
-    parser.add_argument("--gain", type=number, help="gain of the integration (default: the model's)")
-    parser.add_argument("--separate-guidance", action="store_true", help="guide the auxiliary branch by itself")
-    parser.add_argument("--no-dci", action="store_true", help="plain sampling of the fine-tuned model")
     parser.add_argument("--verbose", action="store_true", help="show the branches' prompts and token positions")
+    add_dci_options(parser)
     add_sampling_options(parser)
     return parser.parse_args()
 
@@ -45,20 +41,27 @@ def main() -> None:
     from ldm.sampling import make_solver
 
     concept = Concept.load(args.concept)
-    noun, tokens = concept.class_noun, concept.modifier_tokens
-    prompts = [(text, parse_prompt(text, tokens, noun, args.auxiliary_noun, concept.several)) for text in texts]
-    if args.verbose:
-        print("\n".join(prompt.describe() for _, prompt in prompts))
+
+    def parsed(noun: str | None):
+        tokens = concept.modifier_tokens
+        return [(text, parse_prompt(text, tokens, concept.class_noun, noun, concept.several)) for text in texts]
+
+    prompts = parsed(args.auxiliary_noun)
     base, checkpoint = base_model(args, concept.config)
     model = load_base(args, base, checkpoint)
-    concept.apply(model)
+    replaced = concept.replaced(model)
     model.to(pick_device(args.device))
-
     canvas, options = canvas_and_options(args, model)
-    calls = len(make_solver(model, options, canvas).timesteps)
-    shared = False if args.separate_guidance else None
-    dual = dual_branch(model, agg_time=args.agg_time, agg_lambda=args.agg_lambda, gain=args.gain, shared_guidance=shared)
-    dual = None if args.no_dci else dual
+    dual = None if args.no_dci else dual_branch(model, **settings_of(args))
+    timesteps = make_solver(model, options, canvas).timesteps
+    if args.save_maps and not (dual and any(dual.is_dual(t) for t in timesteps)):
+        raise UserError("--save-maps needs steps with both branches: raise --agg-time, and leave --no-dci out")
+    noun = choose_noun(args, model, concept, texts)
+    prompts = parsed(noun)
+    if args.verbose:
+        print("\n".join(prompt.describe() for _, prompt in prompts))
+    concept.apply(model)
+    seeing = Seeing(args, model)
     facts = {
         "concept": args.concept,
         "version": __version__,
@@ -68,9 +71,13 @@ def main() -> None:
     draw(
         args,
         prompts,
-        calls,
-        lambda prompt, indices, progress: sample(
-            model, concept, prompt[1], indices, options, dual, progress, args.negative_prompt, canvas
+        len(timesteps),
+        lambda prompt, indices, progress: seeing.sample(
+            lambda callback, maps: sample(
+                model, concept, prompt[1], indices, options, dual, callback, args.negative_prompt, canvas, replaced, maps
+            ),
+            prompt[1],
+            progress,
         ),
         lambda prompt: {
             "prompt": prompt[0],
@@ -78,6 +85,7 @@ def main() -> None:
             "auxiliary_prompt": prompt[1].auxiliary,
             **facts,
         },
+        seeing.save if args.save_maps or args.save_steps else None,
     )
 
 

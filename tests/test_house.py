@@ -14,9 +14,12 @@ def sources(*folders):
 
 
 def imports(file):
-    """Modules of this project that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    """Modules of this project that a file imports when it runs, anywhere in it."""
+    found, tree = set(), ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -16,7 +16,7 @@ from ldm.decoding import decode
 from ldm.diffusion import LatentDiffusion
 from ldm.loop import Callback, Denoise, Noise, guide, run, timestep_rows
 from ldm.randomness import PictureNoise
-from ldm.sampling import SamplingOptions, check_options, guided, make_solver
+from ldm.sampling import SamplingOptions, check_options, each, guided, make_solver
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,25 @@ def sample_latents(
 def sample(
     model: LatentDiffusion,
     concept: Concept,
-    prompt: BranchPrompts,
+    prompt: BranchPrompts | list[BranchPrompts],
     indices: list[int],
     options: SamplingOptions,
     dual: DualBranch | None,
     callback: Callback | None = None,
     negative: str = "",
     canvas: Canvas | None = None,
+    seeds: list[int] | None = None,
 ) -> Tensor:
     """Draw the pictures numbered `indices` of a prompt with a concept.
 
     Args:
         model: the base model with the concept applied (`Concept.apply`).
-        indices: a picture depends on the seed and its index, not on the batch it is made in.
+        prompt: one for all pictures, or one for each.
+        indices: a picture depends on its prompt, its seed and its index, not on the batch it is made in.
         dual: DCI's settings; None is plain sampling of the fine-tuned model.
         negative: what guidance leads away from, in both branches.
         canvas: the picture that both branches start from; None starts from noise alone.
+        seeds: each picture's seed; None: the options' for all.
 
     Returns:
         (b, 3, height, width) in [-1, 1].
@@ -139,9 +142,9 @@ def sample(
         UserError: options that the model cannot be sampled with.
     """
     check_options(model, options)
-    shape = model.latent_shape(options.height, options.width)
-    noises = tuple(PictureNoise(options.seed, indices, shape, model.device, stream) for stream in (0, 1))
-    prompts = [prompt] * len(indices)
+    prompts, shape = each(prompt, indices), model.latent_shape(options.height, options.width)
+    seed = options.seed if seeds is None else seeds
+    noises = tuple(PictureNoise(seed, indices, shape, model.device, stream) for stream in (0, 1))
     contexts = BranchContexts.of(model, concept, prompts, negative)
     masks = TokenMasks.of(prompts, model.device)
     latents = sample_latents(model, contexts, masks, dual, options, noises, callback, canvas)

@@ -16,7 +16,7 @@ from common import (
     prompts_of,
     run,
 )
-from output import draw, sampling_facts
+from output import check_sharing, draw, sampling_facts
 
 
 def arguments():
@@ -35,10 +35,12 @@ def arguments():
 
 def main() -> None:
     args = arguments()
+    check_sharing(args)
     texts = prompts_of(args)
 
     from dci import __version__
     from dci.concept import Concept
+    from dci.files import file_hash
     from dci.prompts import parse_prompt
     from dci.sampling import sample
     from dci.settings import dual_branch
@@ -46,9 +48,9 @@ def main() -> None:
 
     concept = Concept.load(args.concept)
     noun, tokens = concept.class_noun, concept.modifier_tokens
-    prompts = [(text, parse_prompt(text, tokens, noun, args.auxiliary_noun, concept.several)) for text in texts]
+    prompts = [parse_prompt(text, tokens, noun, args.auxiliary_noun, concept.several) for text in texts]
     if args.verbose:
-        print("\n".join(prompt.describe() for _, prompt in prompts))
+        print("\n".join(prompt.describe() for prompt in prompts))
     base, checkpoint = base_model(args, concept.config)
     model = load_base(args, base, checkpoint)
     concept.apply(model)
@@ -61,24 +63,20 @@ def main() -> None:
     dual = None if args.no_dci else dual
     facts = {
         "concept": args.concept,
+        "concept_hash": file_hash(args.concept),
         "version": __version__,
-        **sampling_facts(args, base, checkpoint, canvas, options),
+        **sampling_facts(args, base, checkpoint, canvas, options, concept.base),
         "dci": dual and dataclasses.asdict(dual),
     }
-    draw(
-        args,
-        prompts,
-        calls,
-        lambda prompt, indices, progress: sample(
-            model, concept, prompt[1], indices, options, dual, progress, args.negative_prompt, canvas
-        ),
-        lambda prompt: {
-            "prompt": prompt[0],
-            "concept_prompt": prompt[1].concept,
-            "auxiliary_prompt": prompt[1].auxiliary,
-            **facts,
-        },
-    )
+
+    def sample_batch(pictures, progress):
+        rows, indices = [prompts[p.prompt] for p in pictures], [p.index for p in pictures]
+        seeds = [p.seed for p in pictures]
+        return sample(model, concept, rows, indices, options, dual, progress, args.negative_prompt, canvas, seeds)
+
+    written = zip(texts, prompts, strict=True)
+    named = [{"prompt": text, "concept_prompt": p.concept, "auxiliary_prompt": p.auxiliary} for text, p in written]
+    draw(args, named, facts, calls, sample_batch)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside, flushed to the disk, renamed."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -24,8 +25,10 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk is found in writing, where no name is known
+            error.filename = str(path)
         raise
     # The rename itself is in the folder, which has to reach the disk too.
     folder = os.open(path.parent, os.O_RDONLY)
@@ -33,6 +36,11 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def file_hash(path: str | Path) -> str:
+    """Return 16 hex digits that tell contents of files apart."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:

@@ -20,7 +20,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.loop import Callback, Denoise, Noise, guide, run, timestep_rows
 from ldm.randomness import PictureNoise
-from ldm.sampling import SamplingOptions, check_options, guided, make_solver
+from ldm.sampling import SamplingOptions, check_options, each, guided, make_solver
 
 Weights = dict[str, Tensor]
 """Matrices by their names in a Stable Diffusion checkpoint."""
@@ -166,18 +166,20 @@ def sample(
     canvas: Canvas | None = None,
     base: Weights | None = None,
     maps: MapsCallback | None = None,
+    seeds: list[int] | None = None,
 ) -> Tensor:
     """Draw the pictures numbered `indices` with a concept.
 
     Args:
         model: the base model with the concept applied (`Concept.apply`).
-        prompt: of all pictures, or a list with that of each.
-        indices: a picture depends on the seed and its index, not on the batch it is made in.
+        prompt: one for all pictures, or one for each.
+        indices: a picture depends on its prompt, its seed and its index, not on the batch it is made in.
         dual: DCI's settings; None is plain sampling of the fine-tuned model.
         negative: what guidance leads away from, in both branches.
         canvas: the picture that both branches start from; None starts from noise alone.
         base: the weights that the concept replaced (`Concept.replaced`), where `dual.auxiliary_weights` is base.
         maps: shown the branch weights and attention maps while both branches run, see `dci.maps`.
+        seeds: each picture's seed; None: the options' for all.
 
     Returns:
         (b, 3, height, width) in [-1, 1].
@@ -187,12 +189,10 @@ def sample(
             the base model's weights are asked for and not given.
     """
     check_options(model, options)
-    prompts = prompt if isinstance(prompt, list) else [prompt] * len(indices)
-    if len(prompts) != len(indices):
-        raise UserError(f"{len(prompts)} prompts for {len(indices)} pictures: give one prompt, or one for each picture")
-    shape = model.latent_shape(options.height, options.width)
+    prompts, shape = each(prompt, indices), model.latent_shape(options.height, options.width)
     base = _auxiliary_weights(model, dual, shape, base) if dual else None
-    noises = tuple(PictureNoise(options.seed, indices, shape, model.device, stream) for stream in (0, 1))
+    seed = options.seed if seeds is None else seeds
+    noises = tuple(PictureNoise(seed, indices, shape, model.device, stream) for stream in (0, 1))
     contexts = BranchContexts.of(model, concept, prompts, negative)
     masks = TokenMasks.of(prompts, model.device)
     latents = sample_latents(model, contexts, masks, dual, options, noises, callback, canvas, base, maps)

@@ -102,25 +102,41 @@ def guided(model: LatentDiffusion, unconditional: Tensor, conditional: Tensor, s
     return denoise
 
 
+def each(prompt, indices: list[int]) -> list:
+    """Return the prompt of each picture, from one for all or a list of them.
+
+    Raises:
+        UserError: not as many prompts as pictures.
+    """
+    prompts = list(prompt) if isinstance(prompt, list) else [prompt] * len(indices)
+    if len(prompts) != len(indices):
+        raise UserError(f"{len(prompts)} prompts for {len(indices)} pictures: expected one prompt, or one for each picture")
+    return prompts
+
+
 @torch.inference_mode()
 def text_to_image(
     model: LatentDiffusion,
-    prompt: str,
+    prompt: str | list[str],
     indices: list[int],
     options: SamplingOptions,
     callback: Callback | None = None,
     negative: str = "",
     canvas: Canvas | None = None,
+    seeds: list[int] | None = None,
 ) -> Tensor:
     """Draw the pictures numbered `indices` of a prompt: (b, 3, height, width) in [-1, 1].
 
     Args:
+        prompt: one for all pictures, or one for each.
         negative: what guidance leads away from.
         canvas: the picture to start from; None starts from noise alone.
+        seeds: each picture's seed; None: the options' for all.
     """
     check_options(model, options)
-    noise = PictureNoise(options.seed, indices, model.latent_shape(options.height, options.width), model.device)
-    unconditional, conditional = model.text_encoder([negative, prompt]).repeat_interleave(len(indices), 0).chunk(2)
+    prompts, shape = each(prompt, indices), model.latent_shape(options.height, options.width)
+    noise = PictureNoise(options.seed if seeds is None else seeds, indices, shape, model.device)
+    unconditional, conditional = model.text_encoder([negative] * len(prompts) + prompts).chunk(2)
     solver = make_solver(model, options, canvas)
     denoise = guided(model, unconditional, conditional, options.scale)
     x, after = begin(canvas, solver, noise())

@@ -76,16 +76,14 @@ def choose_noun(args: argparse.Namespace, base, concept, prompts: list[str]) -> 
 
 
 class Seeing:
-    """Sheets of a prompt's pictures, drawn as they are sampled and written when they have names."""
+    """Sheets of pictures, drawn as these are sampled and written when they have names."""
 
     def __init__(self, args: argparse.Namespace, model):
         self.args, self.model = args, model
-        self.waiting: list[dict] = []  # of each picture: file endings -> content
+        self.waiting: list[dict] = []  # of each picture: (folder, ending) -> content
 
-    def sample(self, sample, prompt, progress):
-        """Call `sample(callback, maps)` for a batch of a prompt's pictures, and draw their sheets."""
-        if not (self.args.save_maps or self.args.save_steps):
-            return sample(progress, None)
+    def sample(self, sample, prompts: list, progress):
+        """Call `sample(callback, maps)` for a batch, whose rows have these prompts, and draw their sheets."""
         from dci.maps import MapRecord
         from dci.steps import StepRecord
 
@@ -96,19 +94,24 @@ class Seeing:
             progress(step)
 
         pixels = sample(callback, maps.record if self.args.save_maps else None)
-        self.waiting += [self._sheets(row, picture, prompt, steps, maps) for row, picture in enumerate(pixels)]
+        self.waiting = [self._sheets(row, pixels[row], prompt, steps, maps) for row, prompt in enumerate(prompts)]
         return pixels
 
+    def is_there(self, outdir: Path, name: str) -> bool:
+        """Whether the sheets of a picture are written."""
+        maps, steps = outdir / "maps" / f"{name}.npz", outdir / "steps" / f"{name}.png"
+        return (maps.is_file() or not self.args.save_maps) and (steps.is_file() or not self.args.save_steps)
+
     def save(self, outdir: Path, names: list[str]) -> None:
-        """Write the sheets of the pictures that have these names."""
+        """Write the sheets of the pictures of the last batch, which have these names."""
         import numpy as np
 
         for name, files in zip(names, self.waiting, strict=True):
             for (folder, ending), content in files.items():
-                (outdir / folder).mkdir(exist_ok=True)
+                (outdir / folder).mkdir(parents=True, exist_ok=True)
                 file = outdir / folder / (name + ending)
                 np.savez_compressed(file, **content) if ending == ".npz" else content.save(file)
-        self.waiting.clear()
+        self.waiting = []
 
     def _sheets(self, row: int, pixels, prompt, steps, maps) -> dict:
         from dci.sheets import map_sheet, step_sheet

@@ -73,15 +73,18 @@ def pick_device(name: str) -> str:
 def add_sampling_options(parser: Parser) -> None:
     """Add the options that every sampling program has."""
     parser.add_argument("--prompt", help="what to draw")
-    parser.add_argument("--from-file", metavar="FILE", help="a text file with a prompt in each line, in place of --prompt")
+    parser.add_argument("--from-file", metavar="FILE", help="a UTF-8 text file with a prompt in each line, not --prompt")
     parser.add_argument("--negative-prompt", default="", help="what to lead away from")
-    parser.add_argument("--n-samples", type=positive, default=4, help="pictures of each prompt (default 4)")
+    parser.add_argument("--n-samples", type=positive, default=4, help="pictures of each prompt and seed (default 4)")
     parser.add_argument("--n-iter", type=positive, default=1, help="so many times --n-samples (default 1)")
     parser.add_argument("--batch-size", type=positive, default=8, help="pictures made at a time (default 8)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    seeds.add_argument("--seeds", type=whole_numbers, metavar="A,B-C", help="several seeds, such as 0,1,2 or 0-7")
     parser.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's)")
     parser.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's)")
-    parser.add_argument("--outdir", help="folder for the pictures (default: a new one in outputs/)")
+    parser.add_argument("--outdir", help="folder for the pictures, and to go on in (default: a new one in outputs/)")
+    parser.add_argument("--shard", type=share, default=(1, 1), metavar="K/N", help="make share K of N, from 1/N to N/N")
 
     group = parser.add_argument_group("solver")
     group.add_argument("--solver", help="ddim, plms, dpm++2m, dpm++2m-karras, euler, euler-a (default: the model's)")
@@ -138,6 +141,25 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
     return value
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Parse "0,2,5-7" -> [0, 2, 5, 6, 7], for argparse."""
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        raise argparse.ArgumentTypeError(f"{text}: expected whole numbers from 0 on, such as 0,1,2 or 0-7")
+    spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    numbers = [number for span in spans for number in range(span[0], span[-1] + 1)]
+    if not numbers or len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"{text}: expected different numbers, the lower end of a span first")
+    return numbers
+
+
+def share(text: str) -> tuple[int, int]:
+    """Parse "3/8" -> (3, 8), for argparse."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text}: expected K/N with K from 1 to N, such as 3/8")
+    return int(match[1]), int(match[2])
 
 
 def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[str, str | None]:
@@ -202,8 +224,9 @@ def compress_file(args: argparse.Namespace, source: Path, target: Path, model) -
 
 def sampling_arguments(args: argparse.Namespace) -> dict:
     """Return the sampling options that were given, under their names in SamplingOptions."""
-    same = ("steps", "scale", "eta", "seed", "solver", "spacing", "zero_terminal_snr", "vae_tile", "vae_batch")
-    return {"height": args.H, "width": args.W, **{name: getattr(args, name) for name in same}}
+    same = ("steps", "scale", "eta", "solver", "spacing", "zero_terminal_snr", "vae_tile", "vae_batch")
+    given = {name: getattr(args, name) for name in same}
+    return {"height": args.H, "width": args.W, "seed": args.seeds[0] if args.seeds else args.seed, **given}
 
 
 def prompts_of(args: argparse.Namespace) -> list[str]:
@@ -217,7 +240,8 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
         return [args.prompt]
     try:
-        lines = Path(args.from_file).read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines: a prompt may hold characters that it would split at, such as U+2028.
+        lines = Path(args.from_file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"--from-file {args.from_file} is not UTF-8 text: expected a prompt in each line") from error
     prompts = [line.strip() for line in lines if line.strip()]

@@ -27,15 +27,17 @@ def main() -> None:
     args = parser.parse_args()
 
     outdir = Path(args.outdir)
+    outdir.mkdir(parents=True, exist_ok=True)
+    prompts = outdir / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n")
     for method in METHODS:
         config = ROOT / f"configs/train/{method}-tiny.yaml"
         print(f"== {method}", flush=True)
         logdir = outdir / "logs" / method
         call("train_ico.py", "--config", config, "--logdir", logdir, "resume=auto", *args.overrides)
         concept = max(logdir.glob("*/concept.safetensors"))
-        for prompt in PROMPTS[drawn(outdir / method, args.n_samples) :]:
-            call("sample_dci.py", "--concept", concept, "--prompt", prompt, "--n-samples", args.n_samples,
-                 "--outdir", outdir / method, *(["--no-dci"] if args.no_dci else []))  # fmt: skip
+        call("sample_dci.py", "--concept", concept, "--from-file", prompts, "--n-samples", args.n_samples,
+             "--outdir", outdir / method, *(["--no-dci"] if args.no_dci else []))  # fmt: skip
     concepts = [max((outdir / "logs" / method).glob("*/concept.safetensors")) for method in METHODS]
     dci = [] if args.no_dci else ["--dci"]
     call("sheet_places.py", *(part for file in concepts for part in ("--concept", file)), *dci,
@@ -61,12 +63,6 @@ def call(script: str, *args: object) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "scripts" / script), *map(str, args)])
     if done.returncode:
         sys.exit(done.returncode)
-
-
-def drawn(folder: Path, number: int) -> int:
-    """How many prompts are drawn already."""
-    record = folder / "prompts.json"
-    return len(json.loads(record.read_text())) // number if record.is_file() else 0
 
 
 def draw_sheet(outdir: Path, number: int, file: Path) -> None:

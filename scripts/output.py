@@ -1,152 +1,91 @@
-"""Where the sampling programs put their pictures, and how they draw many."""
+"""Where the sampling programs put their pictures, and what they say of them."""
 
 import argparse
 import dataclasses
-import json
 import re
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from common import UserError
 
 
-def sampling_facts(args: argparse.Namespace, base: str, checkpoint: str | None, canvas, options) -> dict:
-    """Return everything needed to make pictures again but their prompts and indices, and a concept's facts."""
+def sampling_facts(args: argparse.Namespace, base: str, checkpoint: str | None, canvas, options, model_hash: str) -> dict:
+    """Return everything needed to make pictures again but their prompts and numbers, and a concept's facts.
+
+    Files may change under their names, so the contents' hashes belong to it.
+
+    Args:
+        model_hash: fingerprint of the base model.
+    """
+    from dci.files import file_hash
+
     return {
         "negative_prompt": args.negative_prompt,
         "model": base,
         "checkpoint": checkpoint,
+        "model_hash": model_hash,
         "ema": args.ema,
         "clip_skip": args.clip_skip,
         "precision": args.precision,
         "init_image": args.init_image,
+        "init_image_hash": args.init_image and file_hash(args.init_image),
         "mask": args.mask,
+        "mask_hash": args.mask and file_hash(args.mask),
         "strength": canvas and canvas.strength,
         **dataclasses.asdict(options),
     }
 
 
-def draw(
-    args: argparse.Namespace,
-    prompts: list,
-    calls: int,
-    sample: Callable,
-    facts: Callable,
-    saved: Callable | None = None,
-) -> None:
-    """Draw every prompt's pictures, `--batch-size` at a time, under a progress bar; each prompt's are saved at once.
+def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int, sample: Callable, beside=None) -> None:
+    """Draw what is missing of every prompt's pictures into the folder for them, under a progress bar.
 
     Args:
-        prompts: whatever `sample` and `facts` understand.
+        prompts: the facts of each prompt.
+        facts: of all pictures.
         calls: solver steps of a picture.
-        sample: (prompt, picture indices, callback for each step) -> pixels (b, 3, h, w).
-        facts: prompt -> everything needed to make its pictures again, but their indices.
-        saved: told (folder, names of the pictures in it) after each prompt.
+        sample: (pictures of the plan, callback for each step) -> pixels (b, 3, h, w).
+        beside: what is written beside the pictures of the last call of `sample`: `save(outdir, names)`, and
+            `is_there(outdir, name)`, without which a picture counts as missing.
     """
     from tqdm import tqdm
 
-    from ldm.images import to_pictures
+    from dci import drawing
+    from dci.plan import Plan
+    from dci.sample_folder import SampleFolder
 
-    total = args.n_samples * args.n_iter
-    starts = range(0, total, args.batch_size)
-    outdir = open_outdir(args)
-    with tqdm(total=len(prompts) * len(starts) * calls, desc="sampling", unit="step") as progress:
-        for prompt in prompts:
-            pictures = []
-            for start in starts:
-                indices = list(range(start, min(start + args.batch_size, total)))
-                pictures += to_pictures(sample(prompt, indices, lambda _: progress.update()))
-            sheet = save_pictures(outdir, pictures, facts(prompt))
-            if saved is not None:
-                saved(outdir, sorted(file.stem for file in (outdir / "samples").glob("*.png"))[-total:])
-    print(f"Pictures: {outdir / 'samples'}\nGrid: {sheet}")
-
-
-def open_outdir(args: argparse.Namespace) -> Path:
-    """Return the folder for the pictures; before drawing, so that nothing drawn is lost.
-
-    Raises:
-        UserError: pictures cannot be added there.
-    """
+    plan = Plan(prompts, facts, args.seeds or [args.seed], args.n_samples * args.n_iter, args.batch_size)
+    batches = plan.batches(*args.shard)
     outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt or Path(args.from_file).stem)
-    if outdir.exists() and not outdir.is_dir():
-        raise UserError(f"--outdir {outdir} is a file: give a folder")
-    _read_record(outdir)
-    return outdir
+    complete = partial(beside.is_there, outdir) if beside else lambda name: True
+    drawn = 0
+    with (
+        SampleFolder(outdir, plan, args.prompt is not None, complete) as folder,
+        tqdm(total=len(batches) * calls, desc="sampling", unit="step") as progress,
+    ):
+
+        def done(numbers: range, here: bool) -> None:
+            nonlocal drawn
+            drawn += here
+            if here and beside:
+                beside.save(outdir, [folder.file(number).stem for number in numbers])
+            progress.update(0 if here else calls)
+
+        drawing.draw(folder, batches, lambda pictures: sample(pictures, lambda _: progress.update()), done)
+        left = sum(len(folder.missing(numbers)) for numbers in batches)
+        sheet = folder.grid_file(len(prompts) - 1)
+    if drawn < len(batches):
+        print(f"Batches: {drawn} drawn, the other {len(batches) - drawn} made before or by other workers")
+    if left:
+        print(f"Pictures that other workers are making: {left}; repeat the command should one of them be stopped")
+    print(f"Pictures: {outdir / 'samples'}" + (f"\nGrid: {sheet}" if sheet.is_file() else ""))
 
 
-def save_pictures(outdir: Path, pictures: list, facts: dict) -> Path:
-    """Write samples/NNNNN.png, a grid of them, and prompts.json; earlier pictures are kept.
-
-    Each picture carries its facts in the text chunk `parameters`, as WebUI writes and reads it.
-
-    Args:
-        facts: with the picture's index added, everything needed to make a picture again.
-
-    Returns:
-        The grid's file.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    from ldm.images import grid
-
-    samples = outdir / "samples"
-    samples.mkdir(parents=True, exist_ok=True)
-    first = 1 + max((int(f.stem) for f in samples.glob("*.png") if f.stem.isdigit()), default=-1)
-    record = _read_record(outdir)
-    for index, picture in enumerate(pictures):
-        stem = f"{first + index:05}"
-        record[stem] = facts | {"index": index}
-        info = PngInfo()
-        info.add_itxt("parameters", parameters_text(record[stem]))
-        picture.save(samples / f"{stem}.png", pnginfo=info)
-    (outdir / "prompts.json").write_text(json.dumps(record, indent=2))
-    sheet = outdir / (f"grid-{first:05}.png" if first else "grid.png")
-    grid(pictures).save(sheet)
-    return sheet
-
-
-_SAMPLERS = {
-    "ddim": "DDIM",
-    "plms": "PLMS",
-    "dpm++2m": "DPM++ 2M",
-    "dpm++2m-karras": "DPM++ 2M Karras",
-    "euler": "Euler",
-    "euler-a": "Euler a",
-}
-"""What WebUI calls the solvers."""
-
-_NAMES = {"scale": "CFG scale", "model": "Model", "strength": "Denoising strength", "eta": "Eta", "ema": "EMA"}
-
-
-def parameters_text(facts: dict) -> str:
-    """Return a picture's facts as WebUI words them: the prompt, the negative prompt, a line of `Name: value`."""
-    entries = {"Steps": facts["steps"], "Sampler": _SAMPLERS[facts["solver"]], "CFG scale": facts["scale"]}
-    entries |= {"Seed": facts["seed"], "Size": f"{facts['width']}x{facts['height']}"}
-    said = {"prompt", "negative_prompt", "steps", "solver", "scale", "seed", "width", "height"}
-    for name, value in facts.items():
-        if name in said or value in (None, False, ""):
-            continue
-        values = {f"{name} {key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
-        entries |= {_NAMES.get(key, key.replace("_", " ").capitalize()): entry for key, entry in values.items()}
-    lines = [facts["prompt"]]
-    if facts.get("negative_prompt"):
-        lines.append(f"Negative prompt: {facts['negative_prompt']}")
-    lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in entries.items()))
-    return "\n".join(lines)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
-
-
-def _read_record(outdir: Path) -> dict:
-    record = outdir / "prompts.json"
-    try:
-        return json.loads(record.read_text()) if record.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{record} is not readable as JSON: mend it, or give another --outdir") from error
+def check_sharing(args: argparse.Namespace) -> None:
+    """Raise UserError for shards that would not meet in one folder."""
+    if args.shard[1] > 1 and not args.outdir:
+        raise UserError("--shard needs --outdir: the folder that all shards put their pictures into")
 
 
 def _new_outdir(prompt: str) -> Path:

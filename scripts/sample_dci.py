@@ -17,7 +17,7 @@ from common import (
     prompts_of,
     run,
 )
-from output import draw, sampling_facts
+from output import check_sharing, draw, sampling_facts
 
 
 def arguments():
@@ -31,22 +31,24 @@ def arguments():
 
 def main() -> None:
     args = arguments()
+    check_sharing(args)
     texts = prompts_of(args)
 
     from dci import __version__
     from dci.concept import Concept
+    from dci.files import file_hash
     from dci.prompts import parse_prompt
     from dci.sampling import sample
     from dci.settings import dual_branch
     from ldm.sampling import make_solver
 
     concept = Concept.load(args.concept)
+    subjects = (concept.modifier_tokens, concept.class_noun)
 
-    def parsed(noun: str | None):
-        tokens = concept.modifier_tokens
-        return [(text, parse_prompt(text, tokens, concept.class_noun, noun, concept.several)) for text in texts]
+    def parsed(noun: str | None) -> list:
+        return [parse_prompt(text, *subjects, noun, concept.several) for text in texts]
 
-    prompts = parsed(args.auxiliary_noun)
+    parsed(args.auxiliary_noun)  # what is wrong with them is said before the model is loaded
     base, checkpoint = base_model(args, concept.config)
     model = load_base(args, base, checkpoint)
     replaced = concept.replaced(model)
@@ -56,37 +58,31 @@ def main() -> None:
     timesteps = make_solver(model, options, canvas).timesteps
     if args.save_maps and not (dual and any(dual.is_dual(t) for t in timesteps)):
         raise UserError("--save-maps needs steps with both branches: raise --agg-time, and leave --no-dci out")
-    noun = choose_noun(args, model, concept, texts)
-    prompts = parsed(noun)
+    prompts = parsed(choose_noun(args, model, concept, texts))
     if args.verbose:
-        print("\n".join(prompt.describe() for _, prompt in prompts))
+        print("\n".join(prompt.describe() for prompt in prompts))
     concept.apply(model)
-    seeing = Seeing(args, model)
     facts = {
         "concept": args.concept,
+        "concept_hash": file_hash(args.concept),
         "version": __version__,
-        **sampling_facts(args, base, checkpoint, canvas, options),
+        **sampling_facts(args, base, checkpoint, canvas, options, concept.base),
         "dci": dual and dataclasses.asdict(dual),
     }
-    draw(
-        args,
-        prompts,
-        len(timesteps),
-        lambda prompt, indices, progress: seeing.sample(
-            lambda callback, maps: sample(
-                model, concept, prompt[1], indices, options, dual, callback, args.negative_prompt, canvas, replaced, maps
-            ),
-            prompt[1],
-            progress,
-        ),
-        lambda prompt: {
-            "prompt": prompt[0],
-            "concept_prompt": prompt[1].concept,
-            "auxiliary_prompt": prompt[1].auxiliary,
-            **facts,
-        },
-        seeing.save if args.save_maps or args.save_steps else None,
-    )
+    seeing = Seeing(args, model) if args.save_maps or args.save_steps else None
+
+    def sample_batch(pictures: list, progress):
+        rows, indices, seeds = zip(*((prompts[p.prompt], p.index, p.seed) for p in pictures), strict=True)
+
+        def call(callback, maps=None):
+            return sample(model, concept, list(rows), list(indices), options, dual, callback,
+                          args.negative_prompt, canvas, replaced, maps, list(seeds))  # fmt: skip
+
+        return seeing.sample(call, rows, progress) if seeing else call(progress)
+
+    written = zip(texts, prompts, strict=True)
+    named = [{"prompt": text, "concept_prompt": p.concept, "auxiliary_prompt": p.auxiliary} for text, p in written]
+    draw(args, named, facts, len(timesteps), sample_batch, seeing)
 
 
 if __name__ == "__main__":

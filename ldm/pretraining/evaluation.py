@@ -12,12 +12,10 @@ from torch import Tensor
 from ldm.diffusion import LatentDiffusion
 from ldm.images import read_picture
 from ldm.judges import Classifier
-from ldm.loop import run
 from ldm.pretraining.artwork import NOUNS
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import with_article
-from ldm.randomness import PictureNoise
-from ldm.sampling import SamplingOptions, guided, make_solver
+from ldm.sampling import SamplingOptions, text_to_image
 
 HELD_OUT_SHEET = Path(__file__).parents[2] / "data/tiny/held-out.webp"
 
@@ -38,7 +36,6 @@ def draw_questions(number: int, seed: int) -> list[Question]:
     return [Question(f"{with_article(pairs[i][0])} {PLACES[pairs[i][1]][1][0]}", *pairs[i]) for i in sorted(chosen.tolist())]
 
 
-@torch.inference_mode()
 def draw_pictures(
     model: LatentDiffusion,
     prompts: list[str],
@@ -51,16 +48,10 @@ def draw_pictures(
 
     Picture j of prompt i starts from noise number i * pictures + j of the seed, whatever the batch size.
     """
-    unconditional = model.text_encoder([""])
-    solver, drawn = make_solver(model, options), []
-    total = len(prompts) * pictures
+    drawn, total = [], len(prompts) * pictures
     for start in range(0, total, batch_size):
         rows = list(range(start, min(start + batch_size, total)))
-        context = model.text_encoder([prompts[row // pictures] for row in rows])
-        noise = PictureNoise(options.seed, rows, model.latent_shape(options.height, options.width), model.device)
-        denoise = guided(model, unconditional.expand_as(context), context, options.scale)
-        latents, _ = run(solver, denoise, solver.initial_scale * noise(), range(len(solver.timesteps)), noise=noise)
-        pixels = model.decode(latents)
+        pixels = text_to_image(model, [prompts[row // pictures] for row in rows], rows, options)
         drawn.append(((pixels + 1) * 127.5).round().byte().cpu())
         progress(len(rows))
     return torch.cat(drawn)

@@ -1,0 +1,58 @@
+"""What a sampling command is to make: which pictures, under which numbers, in which batches."""
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class PlannedPicture(NamedTuple):
+    """One picture of a plan."""
+
+    prompt: int  # number of its prompt in the plan
+    seed: int
+    index: int  # its number under that prompt and seed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every prompt's pictures, `n_samples` with each seed.
+
+    Numbers and batches follow from the plan alone, so that the work may be split in any way.
+    """
+
+    prompts: list[dict]  # facts of each prompt: "prompt", as it was given, and what was derived from it
+    settings: dict  # facts of all pictures: whatever else is needed to make them again
+    seeds: list[int]
+    n_samples: int
+    batch_size: int  # pictures made together, of whatever prompts and seeds
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+    @property
+    def per_prompt(self) -> int:
+        """Pictures of a prompt."""
+        return len(self.seeds) * self.n_samples
+
+    def picture(self, number: int) -> PlannedPicture:
+        """Return what picture `number` is of: a prompt's pictures follow one another, and in them a seed's."""
+        prompt, rest = divmod(number, self.per_prompt)
+        seed, index = divmod(rest, self.n_samples)
+        return PlannedPicture(prompt, self.seeds[seed], index)
+
+    def facts(self, number: int) -> dict:
+        """Return everything needed to make picture `number` again, as JSON gives it back."""
+        prompt, seed, index = self.picture(number)
+        facts = self.prompts[prompt] | self.settings | {"seed": seed, "batch_size": self.batch_size, "index": index}
+        return json.loads(json.dumps(facts))
+
+    def batches(self, shard: int = 1, of: int = 1) -> list[range]:
+        """Return the numbers of the pictures that are made together.
+
+        Pictures of another batch would round differently, so a shard has whole batches.
+
+        Args:
+            shard: which share of the batches, from 1 to `of`.
+        """
+        starts = range(0, len(self), self.batch_size)[shard - 1 :: of]
+        return [range(start, min(start + self.batch_size, len(self))) for start in starts]

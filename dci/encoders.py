@@ -148,16 +148,16 @@ def _tiny(role: str, device: str) -> Encoder:
     from ldm.judges import SIZE, load_classifier, load_clip, load_instance_encoder, resized
 
     def prepare(picture: Image.Image) -> Tensor:
-        return to_tensor(square(picture, SIZE))
+        return resized(to_tensor(square(picture, min(picture.size)))[None])[0]
 
-    words = f"middle square, {SIZE} x {SIZE} px, [-1, 1]"
+    words = f"middle square, {SIZE} x {SIZE} px"
     if role == "clip":
         clip = _frozen(load_clip(), device)
-        return Encoder("tiny CLIP", prepare, lambda x: clip.clip.encode_image(resized(x)), clip,
+        return Encoder("tiny CLIP", prepare, clip.clip.encode_image, clip,
                        lambda texts: clip.clip.encode_text(clip.tokenize(texts)), words)  # fmt: skip
     if role == "instance":
         instance = _frozen(load_instance_encoder(), device)
-        return Encoder("tiny instance encoder", prepare, lambda x: instance.trunk(resized(x)), instance, None, words)
+        return Encoder("tiny instance encoder", prepare, instance.trunk, instance, None, words)
     classifier = _frozen(load_classifier(), device)
     return Encoder("tiny classifier", prepare, lambda x: torch.cat(classifier.logits(x), -1), classifier, None, words)
 

@@ -222,7 +222,7 @@ def test_a_file_that_is_no_cache_is_named(tmp_path):
 @pytest.mark.fullsize
 def test_inception_is_that_of_torchmetrics(tmp_path):
     fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    from torchmetrics.image.kid import KernelInceptionDistance
+    from torchmetrics.image.fid import NoTrainInceptionV3
 
     class Random(fidelity.FeatureExtractorInceptionV3):
         def load_state_dict(self, state, strict=True):
@@ -231,6 +231,6 @@ def test_inception_is_that_of_torchmetrics(tmp_path):
     torch.save({}, tmp_path / "none.pth")
     torch.save(Random("inception", ["2048"], str(tmp_path / "none.pth")).state_dict(), tmp_path / "weights.pth")
     encoder = load_encoder(f"inception:{tmp_path / 'weights.pth'}")
-    theirs = KernelInceptionDistance(2048, subset_size=2, feature_extractor_weights_path=str(tmp_path / "weights.pth"))
-    theirs.update(torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None], real=True)
-    torch.testing.assert_close(encoder.image_features([picture()]), theirs.real_features[0], rtol=1e-5, atol=1e-5)
+    theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(tmp_path / "weights.pth"))
+    expected = theirs(torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None])
+    torch.testing.assert_close(encoder.image_features([picture()]), expected, rtol=1e-5, atol=1e-5)

@@ -28,5 +28,5 @@ setup(
         "timm>=1.0",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "diffusers>=0.32", "scipy", "torchmetrics"]},
+    extras_require={"inception": ["torch-fidelity"], "test": ["pytest", "diffusers>=0.32", "scipy", "torchmetrics"]},
 )

@@ -44,8 +44,8 @@ def factors(columns: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
     """
     kept: dict[str, np.ndarray] = {}
     for name, labels in columns.items():
-        _, numbers = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
-        levels = numbers.max(initial=0) + 1
+        order = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+        numbers, levels = np.array([order[label] for label in labels], dtype=int), len(order)
         nested = any(len({*zip(numbers.tolist(), outer.tolist(), strict=True)}) == levels for outer in kept.values())
         if levels > 1 and not nested:
             kept[name] = numbers

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.formats.hub import is_hub_id
 from ldm.images import square, to_tensor
 
 TINY = "tiny"
@@ -47,8 +48,10 @@ class Encoder:
     @torch.inference_mode()
     def image_features(self, pictures: Sequence[Image.Image]) -> Tensor:
         """RGB pictures of any sizes -> features (b, d), fp32 on the CPU, of whatever length."""
-        batch = torch.stack([self.prepare(picture) for picture in pictures])
-        return self.image(batch.to(self._device())).float().cpu()
+        prepared = [self.prepare(picture).to(self._device()) for picture in pictures]
+        if len({one.shape for one in prepared}) == 1:
+            return self.image(torch.stack(prepared)).float().cpu()
+        return torch.cat([self.image(one[None]) for one in prepared]).float().cpu()
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -108,14 +111,25 @@ def _clear_errors(name: str):
     except UserError:
         raise
     except Exception as error:  # OSError, RuntimeError, ValueError, KeyError, httpx's, safetensors'
-        library, _, model = name.partition(":")
+        library = name.partition(":")[0]
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        if _out_of_reach(error):
+            reason = "the hub cannot be reached and has not left it in its cache"
         raise UserError(
             f"the encoder {name} cannot be loaded ({reason}): check the name, give a local folder or file "
             f"({_LOCAL[library]}), or fetch it once on a machine with network and take the cache along (HF_HOME)"
         ) from error
     finally:
         logging.disable(before)
+
+
+def _out_of_reach(error: BaseException | None) -> bool:
+    """Whether an error goes back to a hub that gave nothing and a cache that has nothing."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 _LOCAL = {
@@ -134,16 +148,16 @@ def _tiny(role: str, device: str) -> Encoder:
     from ldm.judges import SIZE, load_classifier, load_clip, load_instance_encoder, resized
 
     def prepare(picture: Image.Image) -> Tensor:
-        return to_tensor(square(picture, SIZE))
+        return resized(to_tensor(square(picture, min(picture.size)))[None])[0]
 
-    words = f"middle square, {SIZE} x {SIZE} px, [-1, 1]"
+    words = f"middle square, {SIZE} x {SIZE} px"
     if role == "clip":
         clip = _frozen(load_clip(), device)
-        return Encoder("tiny CLIP", prepare, lambda x: clip.clip.encode_image(resized(x)), clip,
+        return Encoder("tiny CLIP", prepare, clip.clip.encode_image, clip,
                        lambda texts: clip.clip.encode_text(clip.tokenize(texts)), words)  # fmt: skip
     if role == "instance":
         instance = _frozen(load_instance_encoder(), device)
-        return Encoder("tiny instance encoder", prepare, lambda x: instance.trunk(resized(x)), instance, None, words)
+        return Encoder("tiny instance encoder", prepare, instance.trunk, instance, None, words)
     classifier = _frozen(load_classifier(), device)
     return Encoder("tiny classifier", prepare, lambda x: torch.cat(classifier.logits(x), -1), classifier, None, words)
 
@@ -189,7 +203,11 @@ def _timm(name: str, model: str, device: str) -> Encoder:
 
 def _transformers(name: str, model: str, device: str) -> Encoder:
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
+    if not (Path(model).is_dir() or is_hub_id(model)):
+        raise UserError(f"the encoder {name}: no folder {model}")
     network = _frozen(AutoModel.from_pretrained(model), device)
     processor = AutoImageProcessor.from_pretrained(model)
 
@@ -230,13 +248,14 @@ def _inception(name: str, file: str, device: str) -> Encoder:
         raise UserError(f"the encoder {name}: no weights {weights or _INCEPTION_FILE}: give inception:FILE, or put the "
                         f"file into {Path(torch.hub.get_dir()) / 'checkpoints'}")  # fmt: skip
     with _clear_errors(name):
+        torch.load(weights, weights_only=True)  # torch-fidelity unpickles whatever there is: let it see tensors alone
         network = _frozen(FeatureExtractorInceptionV3("inception", ["2048"], str(weights)), device)
 
     def prepare(picture: Image.Image) -> Tensor:
-        pixels = (to_tensor(square(picture, 299)) * 127.5 + 127.5).round()
-        return pixels.byte()
+        return (to_tensor(square(picture, min(picture.size))) * 127.5 + 127.5).round().byte()
 
-    return Encoder("inception", prepare, lambda x: network(x)[0], network, None, "middle square, 299 x 299 px, then its own")
+    words = "middle square, resized to 299 x 299 px as TensorFlow 1 did"
+    return Encoder(INCEPTION, prepare, lambda x: network(x)[0], network, None, words)
 
 
 def _steps(transform) -> str:

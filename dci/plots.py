@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dci.bootstrap import Interval, bootstrap_mean
 from dci.metrics import CLIP_T, DINO_I, LABELS
@@ -43,7 +44,7 @@ def fidelity_editability_plane(
     shown = [run for run in runs if {editability, fidelity} <= run.scores.summary.keys()]
     series = list(dict.fromkeys(run.series or run.name for run in shown))
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+        figure = Figure(figsize=(5.2, 4.2), layout="constrained")
         axes = figure.subplots()
         for number, name in enumerate(series):
             members = [run for run in shown if (run.series or run.name) == name]
@@ -59,10 +60,10 @@ def fidelity_editability_plane(
                     axes.annotate(text, (x.mean, y.mean), (4, 4), textcoords="offset points", fontsize=7)
         means = [(run.scores.summary[editability].mean, run.scores.summary[fidelity].mean) for run in shown]
         _draw_front(axes, means, color="#8a8d93", linestyle="--", linewidth=1, zorder=1)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(f"editability: {LABELS[editability]} →")
         axes.set_ylabel(f"fidelity: {LABELS[fidelity]} →")
-        if series:
-            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        _add_legend(figure, len(series))
     return figure
 
 
@@ -70,12 +71,14 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
     """Draw each prompt's mean over its pictures for every run, with bootstrap intervals over its pictures.
 
     Args:
+        runs: of which the first are shown, as many as there are colours.
         most: prompts that are shown, the first ones.
     """
+    runs = runs[: len(COLOURS)]
     prompts = list(dict.fromkeys(row.prompt for run in runs for row in run.scores.rows if metric in row.values))[:most]
     offsets = [(i - (len(runs) - 1) / 2) * 0.7 / len(runs) for i in range(len(runs))]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 1.0 + len(prompts) * max(0.3, 0.13 * len(runs))), layout="constrained")
+        figure = Figure(figsize=(5.2, 1.0 + len(prompts) * max(0.3, 0.13 * len(runs))), layout="constrained")
         axes = figure.subplots()
         for number, run in enumerate(runs):
             means = [_of_prompt([row for row in run.scores.rows if row.prompt == p], metric) for p in prompts]
@@ -85,9 +88,9 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
                           color=COLOURS[number % len(COLOURS)], markersize=4, elinewidth=1, label=run.name)  # fmt: skip
         axes.set_yticks(range(len(prompts)), [textwrap.shorten(p, 44, placeholder=" ...") for p in prompts], fontsize=8)
         axes.set_ylim(len(prompts) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(LABELS[metric])
-        if len(runs) > 1:
-            axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        _add_legend(figure, len(runs))
     return figure
 
 
@@ -116,6 +119,12 @@ def inline_svg(figure: Figure, description: str = "") -> str:
     svg = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg[: svg.index(">")]) + svg[svg.index(">") :]
     label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return svg.replace(INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def _add_legend(figure: Figure, entries: int) -> None:
+    """Names above the plot, where there is more than one."""
+    if entries > 1:
+        figure.legend(fontsize=8, loc="outside upper left", ncols=min(entries, 4), handletextpad=0.3, columnspacing=1.2)
 
 
 def _draw_front(axes, points: list[tuple[float, float]], **line) -> None:

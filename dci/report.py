@@ -60,7 +60,7 @@ def write_report(
         title=title,
         notes=notes,
         table=summary_table(runs),
-        differences=difference_table(differences),
+        differences=difference_table(differences, runs[0].name),
         plots=[(caption, inline_svg(figure, caption)) for caption, figure in [*plots, *figures]],
         references=[data_url(file) for file in runs[0].scores.facts.get("references", [])[:10]],
         **_gallery(runs, max_pictures),
@@ -77,11 +77,11 @@ def write_report(
 
 
 def differences_to_first(runs: Sequence[RunScores]) -> dict[str, dict[str, Interval]]:
-    """Return "B − A" -> metric -> paired difference of each run to the first, where they share prompts and seeds."""
+    """Return name of each later run -> metric -> its paired difference to the first, where they share prompts and seeds."""
     found = {}
     for run in runs[1:]:
         try:
-            found[f"{run.name} − {runs[0].name}"] = difference(run.scores, runs[0].scores)
+            found[run.name] = difference(run.scores, runs[0].scores)
         except UserError:  # nothing in common, nothing to compare
             continue
     return found
@@ -95,15 +95,15 @@ def metrics_of(runs: Sequence[RunScores]) -> list[str]:
 def summary_table(runs: Sequence[RunScores]) -> list[list[tuple[str, str]]]:
     """Return the table of means: a row of labels, then one for each run; cells are (mean, interval)."""
     names = metrics_of(runs)
-    head = [("", ""), ("pictures", ""), *((LABELS[name], "lower is better" if name == KID else "") for name in names)]
+    head = [("", ""), ("pictures", ""), *((LABELS[name], "(lower is better)" if name == KID else "") for name in names)]
     return [head, *([(run.name, ""), (str(len(run.scores.rows)), ""),
                      *(_cell(name, run.scores.summary.get(name)) for name in names)] for run in runs)]  # fmt: skip
 
 
-def difference_table(differences: dict[str, dict[str, Interval]]) -> list[list[tuple[str, str, bool]]]:
+def difference_table(differences: dict[str, dict[str, Interval]], first: str) -> list[list[tuple[str, str, bool]]]:
     """Return the table of paired differences; cells are (mean, interval, whether the interval leaves zero out)."""
     names = [name for name in LABELS if any(name in row for row in differences.values())]
-    head = [("", "", False), *((LABELS[name], "", False) for name in names)]
+    head = [(f"less {first}", "", False), *((LABELS[name], "", False) for name in names)]
     body = [[(pair, "", False), *((*_cell(name, row.get(name), signed=True), _clear(row.get(name))) for name in names)]
             for pair, row in differences.items()]  # fmt: skip
     return [head, *body] if body else []
@@ -119,7 +119,8 @@ def how_measured(runs: Sequence[RunScores]) -> list[str]:
         sentences.append("CLIP-T × 2.5 is Custom Diffusion's text score, 2.5 max(cos, 0): another scale than CLIP-T.")
     if any("place" in run.scores.summary for run in runs):
         sentences.append("Noun and place right: share of the pictures in which the classifier on board sees the noun or "
-                         "place of the prompt, among those whose prompt names exactly one that it knows.")  # fmt: skip
+                         "place of the prompt, among those whose prompt names exactly one that it knows. Where all pictures "
+                         "are right, or none, the interval has no width: resampling knows no others.")  # fmt: skip
     for run in runs:
         facts = run.scores.facts
         if "encoders" in facts:
@@ -210,7 +211,7 @@ def data_url(file: str | Path) -> str:
 
 def _markdown(runs: Sequence[RunScores], title: str, notes: Sequence[str], differences: dict) -> str:
     lines = [f"# {title}", *(line for note in notes for line in ("", note)), "", *_markdown_table(summary_table(runs))]
-    if table := difference_table(differences):
+    if table := difference_table(differences, runs[0].name):
         lines += ["", "Paired differences; bold where the interval leaves out zero:", "", *_markdown_table(table)]
     return "\n".join([*lines, "", *(f"* {sentence}" for sentence in how_measured(runs))]) + "\n"
 

@@ -69,7 +69,7 @@ def test_looking_on_changes_nothing(finetuned):
     for i, side in enumerate((16, 8, 4, 4, 4, 4, 8, 8, 16, 16)):
         for kind in ("weight", "concept", "auxiliary"):
             values = arrays[f"layer{i}/{kind}"]
-            assert values.shape == (4, side, side)
+            assert values.shape == (3, side, side)
             assert (values >= 0).all() and (values <= 1).all()  # noqa: PT018
         # With lambda 0 the concept branch never has less than half.
         assert (arrays[f"layer{i}/weight"] >= 0.5).all()
@@ -78,7 +78,7 @@ def test_looking_on_changes_nothing(finetuned):
     assert np.abs(np.asarray(last.concept[1]).astype(int) - np.asarray(to_pictures(plain)[1]).astype(int)).mean() < 3
     assert last.auxiliary[0] is not None
     assert last.auxiliary[1] is None
-    assert steps.dual_steps == 4
+    assert steps.dual_steps == 3
 
 
 @pytest.mark.parametrize(("number", "dual"), [(50, 15), (8, 3), (200, 60), (50, 0), (50, 50), (11, 1), (51, 2)])
@@ -129,12 +129,12 @@ def test_no_sheets_unless_asked_for(concept_file, tmp_path):
 
 def test_the_noun_that_the_base_model_obeys_is_chosen(finetuned, tiny_base):
     concept, clip = finetuned[1], load_encoder("tiny")
-    options = sampling_options(tiny_base, steps=12, scale=5.0)
+    options = sampling_options(tiny_base, steps=8, scale=5.0)
     prompts = ["a V* in the snow", "a V* cat on the beach"]
     scores = score_nouns(tiny_base, concept, prompts, ["car", "cat"], clip, options, pictures=2)
     assert [score.noun for score in scores] == ["cat", "car"]
     assert scores[0].clip_t > scores[1].clip_t + 0.02
-    assert scores == score_nouns(tiny_base, concept, prompts, ["car", "cat"], clip, options, pictures=2)
+    assert scores[:1] == score_nouns(tiny_base, concept, prompts, ["cat"], clip, options, pictures=2)
     with pytest.raises(UserError, match="no candidates"):
         score_nouns(tiny_base, concept, prompts, [], clip, options)
 
@@ -188,7 +188,7 @@ def test_the_pipeline_draws_what_the_sampler_draws(finetuned, concept_file, tiny
     difference = np.stack(found).astype(int) - np.stack(to_pictures(expected)).astype(int)
     assert np.abs(difference).max() <= 1
 
-    settings = {"steps": 3, "init_image": found[0], "strength": 0.6, "auxiliary_weights": "base"}
+    settings = {"steps": 3, "init_image": found[0], "strength": 0.7, "auxiliary_weights": "base", "agg_time": 0.9}
     both = pipeline(["a V* on the beach", "a V* in the snow"], 2, batch_size=3, **settings)
     (alone,) = pipeline("a V* in the snow", **settings)
     assert len(both) == 4

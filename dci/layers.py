@@ -2,7 +2,9 @@
 
 import re
 
+from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
+from ldm.sampling import SamplingOptions
 from ldm.unet import CrossLayer, UNet
 
 PARTS = ("input", "middle", "output")
@@ -39,6 +41,11 @@ def integrated_layers(unet: UNet, names: tuple[str, ...] | None, latent: tuple[i
             raise UserError(f"no cross-attention layer is called '{name}': expected some of {_listed(layers, latent)}")
         chosen = [a or b for a, b in zip(chosen, meant, strict=True)]
     return chosen
+
+
+def check_layers(model: LatentDiffusion, options: SamplingOptions, names: tuple[str, ...] | None) -> None:
+    """Raise UserError for names that mean no layer at the size that is drawn."""
+    integrated_layers(model.unet, names, model.latent_shape(options.height, options.width)[1:])
 
 
 def _means(name: str, number: int, layer: CrossLayer, side: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dci.concept import Concept
 from dci.integration import BASE, DualBranch, TokenMasks, integrating_attend
-from dci.layers import integrated_layers
+from dci.layers import check_layers, integrated_layers
 from dci.maps import MapsCallback, observer
 from dci.prompts import BranchPrompts
 from ldm.attention import Attend, attend, stacked
@@ -190,7 +190,9 @@ def sample(
     """
     check_options(model, options)
     prompts, shape = each(prompt, indices), model.latent_shape(options.height, options.width)
-    base = _auxiliary_weights(model, dual, shape, base) if dual else None
+    if dual is not None:
+        check_layers(model, options, dual.layers)
+        base = _auxiliary_weights(dual, base)
     seed = options.seed if seeds is None else seeds
     noises = tuple(PictureNoise(seed, indices, shape, model.device, stream) for stream in (0, 1))
     contexts = BranchContexts.of(model, concept, prompts, negative)
@@ -200,11 +202,8 @@ def sample(
     return canvas.finish(pixels) if canvas else pixels
 
 
-def _auxiliary_weights(
-    model: LatentDiffusion, dual: DualBranch, shape: tuple[int, int, int], base: Weights | None
-) -> Weights | None:
-    """Return the keys and values of the auxiliary branch, None for the model's own; check the settings first."""
-    integrated_layers(model.unet, dual.layers, shape[1:])
+def _auxiliary_weights(dual: DualBranch, base: Weights | None) -> Weights | None:
+    """Return the keys and values of the auxiliary branch, None for the model's own."""
     if dual.auxiliary_weights != BASE:
         return None
     if base is None:

@@ -1,6 +1,7 @@
 """Sheets that show a picture's branches: maps over the picture, and the branches' predictions."""
 
 import io
+import textwrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +11,7 @@ from PIL import Image
 from dci.steps import StepPictures, some_steps
 
 TITLES = {
-    "weight": "Branch weights $w_c$: 1 (bright) is the concept branch alone, 0 the auxiliary branch alone",
+    "weight": "Branch weights $w_c$: 1 is the concept branch alone, 0 the auxiliary branch alone",
     "concept": "Concept branch: share of the attention that goes to the concept's words",
     "auxiliary": "Auxiliary branch: share of the attention that goes to the auxiliary noun",
 }
@@ -32,7 +33,8 @@ def map_sheet(kind: str, maps: dict[str, np.ndarray], picture: Image.Image, prom
     """
     timesteps, names = maps["timesteps"], [str(name).split(" ") for name in maps["layers"]]
     shown = some_steps(len(timesteps), len(timesteps), columns)
-    figure, cells = _cells(len(names), len(shown) + 1, picture, [TITLES[kind], f'"{prompt}"'], right=BAR)
+    title = [TITLES[kind] + "; each row has its scale", _quoted(prompt)]
+    figure, cells = _cells(len(names), len(shown) + 1, picture, title, right=BAR)
     grey, extent = picture.convert("L"), (-0.5, picture.width - 0.5, picture.height - 0.5, -0.5)
     for row, (layer, name) in zip(cells, names, strict=True):
         values = maps[f"{layer}/{kind}"][shown].astype(np.float32)
@@ -45,7 +47,8 @@ def map_sheet(kind: str, maps: dict[str, np.ndarray], picture: Image.Image, prom
             image = axes.imshow(heat, "inferno", vmin=low, vmax=high, alpha=0.65, extent=extent, interpolation="nearest")
         x, y, width, height = row[-1].get_position().bounds
         inch = width / CELL
-        bar = figure.colorbar(image, cax=figure.add_axes((x + width + GAP * inch, y, 0.08 * inch, height)))
+        place = (x + width + GAP * inch, y + 0.08 * height, 0.08 * inch, 0.84 * height)
+        bar = figure.colorbar(image, cax=figure.add_axes(place))
         bar.set_ticks([low, high], labels=[_short(low), _short(high)], fontsize=7)
         bar.solids.set_alpha(1)
     _head(cells[0], ["picture", *(f"call {step + 1}\nt = {timesteps[step]}" for step in shown)])
@@ -59,8 +62,8 @@ def step_sheet(pictures: StepPictures, concept_prompt: str, auxiliary_prompt: st
     """
     both = any(pictures.auxiliary)
     rows = [("concept\nbranch", pictures.concept), ("auxiliary\nbranch", pictures.auxiliary)][: 1 + both]
-    title = ["Predicted clean pictures, from the noisiest step on", f'concept branch: "{concept_prompt}"']
-    title += [f'auxiliary branch: "{auxiliary_prompt}"'] if both else []
+    title = ["Predicted clean pictures, from the noisiest step on", f"concept branch: {_quoted(concept_prompt)}"]
+    title += [f"auxiliary branch: {_quoted(auxiliary_prompt)}"] if both else []
     figure, cells = _cells(len(rows), len(pictures.steps), pictures.concept[0], title)
     for row, (name, branch) in zip(cells, rows, strict=True):
         _name(row[0], name)
@@ -104,6 +107,11 @@ def _name(axes: Axes, name: str) -> None:
 def _head(row: list[Axes], names: list[str]) -> None:
     for axes, name in zip(row, names, strict=True):
         axes.set_title(name, fontsize=8)
+
+
+def _quoted(prompt: str) -> str:
+    # Longer ones would run out of the sheet; a dollar sign would begin a formula.
+    return '"' + textwrap.shorten(prompt, 70, placeholder=" ...").replace("$", r"\$") + '"'
 
 
 def _short(value: float) -> str:

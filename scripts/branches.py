@@ -49,6 +49,22 @@ def settings_of(args: argparse.Namespace) -> dict:
     return given | {"shared_guidance": False if args.separate_guidance else None, "shared_noise": args.shared_noise or None}
 
 
+def check_steps(args: argparse.Namespace, dual, timesteps: list[int]) -> None:
+    """Say so where no step has both branches although they were asked for.
+
+    Raises:
+        UserError: maps of both branches were asked for.
+    """
+    if dual and any(dual.is_dual(t) for t in timesteps):
+        return
+    if args.save_maps:
+        raise UserError("--save-maps needs steps with both branches: raise --agg-time, and leave --no-dci out")
+    if dual and dual.agg_time > 0:
+        first = max(timesteps, default=0)
+        print(f"note: the first timestep is {first}, and both branches run above {1000 - 1000 * dual.agg_time:g}: "
+              "this is plain sampling; raise --agg-time")  # fmt: skip
+
+
 def choose_noun(args: argparse.Namespace, base, concept, prompts: list[str]) -> str | None:
     """Return the auxiliary noun; for `auto` print how the candidates did.
 

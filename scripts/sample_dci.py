@@ -5,10 +5,9 @@ python scripts/sample_dci.py --concept logs/RUN/concept.safetensors --prompt "a 
 
 import dataclasses
 
-from branches import Seeing, add_dci_options, choose_noun, settings_of
+from branches import Seeing, add_dci_options, check_steps, choose_noun, settings_of
 from common import (
     Parser,
-    UserError,
     add_sampling_options,
     base_model,
     canvas_and_options,
@@ -37,6 +36,7 @@ def main() -> None:
     from dci import __version__
     from dci.concept import Concept
     from dci.files import file_hash
+    from dci.layers import check_layers
     from dci.prompts import parse_prompt
     from dci.sampling import sample
     from dci.settings import dual_branch
@@ -56,8 +56,9 @@ def main() -> None:
     canvas, options = canvas_and_options(args, model)
     dual = None if args.no_dci else dual_branch(model, **settings_of(args))
     timesteps = make_solver(model, options, canvas).timesteps
-    if args.save_maps and not (dual and any(dual.is_dual(t) for t in timesteps)):
-        raise UserError("--save-maps needs steps with both branches: raise --agg-time, and leave --no-dci out")
+    check_steps(args, dual, timesteps)
+    if dual:
+        check_layers(model, options, dual.layers)
     prompts = parsed(choose_noun(args, model, concept, texts))
     if args.verbose:
         print("\n".join(prompt.describe() for prompt in prompts))

@@ -34,6 +34,25 @@ def tiny(tiny_base):
     return copy.deepcopy(tiny_base)
 
 
+@pytest.fixture(scope="session")
+def finetuned(tiny_base):
+    """A model with a concept that differs from its base, and the concept."""
+    import copy
+
+    from dci.config import ConceptConfig, FinetuneConfig
+    from dci.training import ICOTraining
+
+    model = copy.deepcopy(tiny_base)
+    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), pictures=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    concept = module.concept()
+    model.requires_grad_(False)
+    return model, concept
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

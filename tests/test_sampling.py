@@ -6,12 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dci.config import ConceptConfig, FinetuneConfig
 from dci.integration import DualBranch, TokenMasks, concept_weight, integrating_attend
 from dci.prompts import parse_prompt
 from dci.sampling import sample
 from dci.settings import dual_branch, sampling_options
-from dci.training import ICOTraining
 from ldm.attention import attend, attention_maps
 from ldm.canvas import Canvas
 from ldm.config import ScheduleConfig
@@ -127,22 +125,6 @@ def test_gain_and_lambda_at_their_ends_choose_a_branch():
 
 
 # Whole pictures, with the embedded model.
-
-
-@pytest.fixture(scope="module")
-def finetuned(tiny_base):
-    """A model with a concept that differs from its base, and the concept."""
-    import copy
-
-    model = copy.deepcopy(tiny_base)
-    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), pictures=1)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    concept = module.concept()
-    model.requires_grad_(False)
-    return model, concept
 
 
 PROMPT = parse_prompt("a V* cat on the beach", ("<new1>", "<new2>"), "cat")

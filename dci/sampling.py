@@ -16,7 +16,7 @@ from ldm.decoding import decode
 from ldm.diffusion import LatentDiffusion
 from ldm.loop import Callback, Denoise, Noise, guide, run, timestep_rows
 from ldm.randomness import PictureNoise
-from ldm.sampling import SamplingOptions, check_options, each, guided, make_solver
+from ldm.sampling import SamplingOptions, check_options, guided, make_solver, per_picture
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def sample(
         UserError: options that the model cannot be sampled with.
     """
     check_options(model, options)
-    prompts, shape = each(prompt, indices), model.latent_shape(options.height, options.width)
+    prompts, shape = per_picture(prompt, indices), model.latent_shape(options.height, options.width)
     seed = options.seed if seeds is None else seeds
     noises = tuple(PictureNoise(seed, indices, shape, model.device, stream) for stream in (0, 1))
     contexts = BranchContexts.of(model, concept, prompts, negative)

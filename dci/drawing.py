@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from PIL.Image import Image
 from torch import Tensor
 
 from dci.plan import PlannedPicture
@@ -40,7 +41,7 @@ def draw(folder: SampleFolder, batches: list[range], sample: Sample, done: Calla
                     continue
                 if missing:
                     pictures = [folder.plan.picture(number) for number in numbers]
-                    writers.write(numbers, missing, sample(pictures))
+                    writers.write(numbers, missing, to_pictures(sample(pictures)))
                     drawn |= {picture.prompt for picture in pictures}
                 done(numbers, bool(missing))
         writers.finish()
@@ -64,7 +65,8 @@ def _claimed_and_missing(folder: SampleFolder, numbers: range) -> list[int] | No
 class _Writers:
     """Threads that encode and write pictures, a few batches behind; leaving the context waits for them.
 
-    An error of theirs is raised by the next call, or on leaving.
+    They stay off the device, where a CUDA graph may be being captured. An error of theirs is raised by the
+    next call, or on leaving.
     """
 
     def __init__(self, folder: SampleFolder):
@@ -78,9 +80,9 @@ class _Writers:
         if kind is None:
             self.finish()
 
-    def write(self, numbers: range, missing: list[int], pixels: Tensor) -> None:
+    def write(self, numbers: range, missing: list[int], pictures: list[Image]) -> None:
         """Write the missing ones of a batch, whose claim ends then."""
-        self.submit(self._write, numbers, missing, pixels)
+        self.submit(self._write, numbers, missing, pictures)
 
     def submit(self, call: Callable, *args: object) -> None:
         """Have a call made; waits where too many are waiting."""
@@ -93,9 +95,9 @@ class _Writers:
         while self.waiting:
             self.waiting.popleft().result()
 
-    def _write(self, numbers: range, missing: list[int], pixels: Tensor) -> None:
+    def _write(self, numbers: range, missing: list[int], pictures: list[Image]) -> None:
         try:
-            for number, picture in zip(numbers, to_pictures(pixels), strict=True):
+            for number, picture in zip(numbers, pictures, strict=True):
                 if number in missing:
                     self.folder.save(number, picture)
         finally:

@@ -1,6 +1,5 @@
 """What a sampling command is to make: which pictures, under which numbers, in which batches."""
 
-import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +16,8 @@ class PlannedPicture(NamedTuple):
 class Plan:
     """Every prompt's pictures, `n_samples` with each seed.
 
-    Numbers and batches follow from the plan alone, so that the work may be split in any way.
+    Numbers and batches follow from the plan alone, so that the work may be split in any way. Facts are
+    plain values, lists and dicts, which JSON gives back as they were.
     """
 
     prompts: list[dict]  # facts of each prompt: "prompt", as it was given, and what was derived from it
@@ -41,10 +41,9 @@ class Plan:
         return PlannedPicture(prompt, self.seeds[seed], index)
 
     def facts(self, number: int) -> dict:
-        """Return everything needed to make picture `number` again, as JSON gives it back."""
+        """Return everything needed to make picture `number` again."""
         prompt, seed, index = self.picture(number)
-        facts = self.prompts[prompt] | self.settings | {"seed": seed, "batch_size": self.batch_size, "index": index}
-        return json.loads(json.dumps(facts))
+        return self.prompts[prompt] | self.settings | {"seed": seed, "batch_size": self.batch_size, "index": index}
 
     def batches(self, shard: int = 1, of: int = 1) -> list[range]:
         """Return the numbers of the pictures that are made together.

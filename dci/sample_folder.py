@@ -55,8 +55,9 @@ class SampleFolder:
             record = self._read()
             self.first = self._place(record)
             planned = {self._stem(n): self.plan.facts(n) for n in range(len(self.plan))}
-            if not planned.keys() <= record.keys():
-                write_atomically(self.record, json.dumps(planned | record, indent=2).encode())
+            added = {stem: facts for stem, facts in planned.items() if stem not in record}
+            if added:
+                write_atomically(self.record, json.dumps(record | added, indent=2).encode())
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,7 +20,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.loop import Callback, Denoise, Noise, guide, run, timestep_rows
 from ldm.randomness import PictureNoise
-from ldm.sampling import SamplingOptions, check_options, each, guided, make_solver
+from ldm.sampling import SamplingOptions, check_options, guided, make_solver, per_picture
 
 Weights = dict[str, Tensor]
 """Matrices by their names in a Stable Diffusion checkpoint."""
@@ -189,7 +189,7 @@ def sample(
             the base model's weights are asked for and not given.
     """
     check_options(model, options)
-    prompts, shape = each(prompt, indices), model.latent_shape(options.height, options.width)
+    prompts, shape = per_picture(prompt, indices), model.latent_shape(options.height, options.width)
     if dual is not None:
         check_layers(model, options, dual.layers)
         base = _auxiliary_weights(dual, base)

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def guided(model: LatentDiffusion, unconditional: Tensor, conditional: Tensor, s
     return denoise
 
 
-def each(prompt, indices: list[int]) -> list:
+def per_picture(prompt: Any, indices: list[int]) -> list:
     """Return the prompt of each picture, from one for all or a list of them.
 
     Raises:
@@ -134,7 +135,7 @@ def text_to_image(
         seeds: each picture's seed; None: the options' for all.
     """
     check_options(model, options)
-    prompts, shape = each(prompt, indices), model.latent_shape(options.height, options.width)
+    prompts, shape = per_picture(prompt, indices), model.latent_shape(options.height, options.width)
     noise = PictureNoise(options.seed if seeds is None else seeds, indices, shape, model.device)
     unconditional, conditional = model.text_encoder([negative] * len(prompts) + prompts).chunk(2)
     solver = make_solver(model, options, canvas)

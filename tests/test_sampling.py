@@ -178,6 +178,32 @@ def test_a_picture_does_not_depend_on_its_batch(finetuned):
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dci", [True, False])
+def test_a_batch_may_hold_different_prompts_and_seeds(finetuned, dci):
+    """Each row is what it is alone, whatever the lengths of the others' prompts."""
+    model, concept = finetuned
+    options = sampling_options(model, steps=8, eta=0.5, seed=3)
+    dual = dual_branch(model, agg_lambda=0.7, agg_time=0.6) if dci else None
+    texts = ("V*", "a V* cat on the beach", "a small picture of a V* in a red city street at night, with two dogs and a car")
+    prompts = [parse_prompt(text, ("<new1>", "<new2>"), "cat", "dog") for text in texts]
+    indices, seeds = [4, 0, 2], [3, 9, 3]
+    together = sample(model, concept, prompts, indices, options, dual, seeds=seeds)
+    for row, prompt, index, seed in zip(together, prompts, indices, seeds, strict=True):
+        alone = sample(model, concept, prompt, [index], dataclasses.replace(options, seed=seed), dual)
+        assert (row - alone[0]).abs().max() < 1e-4
+    with pytest.raises(UserError, match="3 prompts for 2 pictures"):
+        sample(model, concept, prompts, [0, 1], options, dual)
+
+
+def test_plain_batches_may_hold_different_prompts_and_seeds(tiny_base):
+    options = sampling_options(tiny_base, steps=4)
+    prompts = ["a dog", "a very small red car in a street of a city at night"]
+    together = text_to_image(tiny_base, prompts, [5, 5], options, seeds=[0, 1], negative="a house")
+    for row, prompt, seed in zip(together, prompts, (0, 1), strict=True):
+        alone = text_to_image(tiny_base, prompt, [5], dataclasses.replace(options, seed=seed), negative="a house")
+        assert (row - alone[0]).abs().max() < 1e-4
+
+
 def test_the_number_of_dual_steps(finetuned):
     """T_a = 0.3 of 50 steps: the 15 steps whose timestep is above 700."""
     model, concept = finetuned

@@ -4,9 +4,13 @@ Pictures of one prompt resemble each other, and so do pictures from one initial 
 not independent and resampling them one by one would give intervals that are too short. Here whole
 factors are resampled: the levels of each are drawn with replacement, independently of the other
 factors, and a picture counts as often as the product of how often its levels were drawn (the
-"pigeonhole" bootstrap; Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). Over crossed
-factors no bootstrap is exact; this one errs on the side of too long intervals. With one
+"pigeonhole" bootstrap; Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). With one
 factor it is the ordinary percentile bootstrap, that of `scipy.stats.bootstrap(method="percentile")`.
+
+Over crossed factors no bootstrap is exact. Simulated with 20 prompts and 8 seeds, intervals of 95 % hold the
+truth in 91 to 94 % of cases where prompts and seeds matter as much as the picture itself, and in over 99 %
+where only the picture does; those over single pictures hold it in as little as 44 %. As with every percentile
+bootstrap, few levels make intervals somewhat short.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -61,16 +61,15 @@ def recorded_references(folder: str | Path) -> list[Path]:
     Raises:
         UserError: `prompts.json` does not lead there.
     """
-    files = [file for file in concept_files(folder) if Path(file).is_file()]
-    folders = []
-    for file in files:
+    files, folders = concept_files(folder), []
+    for file in filter(lambda file: Path(file).is_file(), files):
         config = Concept.load(file).config
         subjects = config.get("concepts") or [config.get("data", {})]
         folders += [Path(subject["images"]) for subject in subjects if subject.get("images")]
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     if not folders:
-        raise UserError(f"{folder} does not say where its concept's reference pictures are: give them with "
-                        "--references FOLDER")  # fmt: skip
+        why = f"its concept {files[0]}, or that one's pictures, are not there" if files else "it names no concept file"
+        raise UserError(f"{folder} does not lead to reference pictures ({why}): give them with --references FOLDER")
     return folders
 
 

@@ -35,7 +35,7 @@ class FeatureStore:
                 self._database.execute(_TABLE)
         except sqlite3.Error as error:
             raise UserError(f"{file} is not a cache of features ({error}): give another file, or delete it") from error
-        self._names: dict[int, str] = {}
+        self._names: dict[Encoder, str] = {}
 
     def features(
         self,
@@ -68,9 +68,9 @@ class FeatureStore:
 
     def _name(self, encoder: Encoder) -> str:
         """The encoder's name with its weights' fingerprint, which is computed once."""
-        if id(encoder) not in self._names:
-            self._names[id(encoder)] = f"{encoder.name} {encoder.fingerprint()} {encoder.preprocessing}"
-        return self._names[id(encoder)]
+        if encoder not in self._names:
+            self._names[encoder] = f"{encoder.name} {encoder.fingerprint()} {encoder.preprocessing}"
+        return self._names[encoder]
 
     def _find(self, encoder: str, digest: str) -> np.ndarray | None:
         query = "SELECT vector FROM features WHERE encoder = ? AND picture = ?"

@@ -137,6 +137,9 @@ def pool(parts: Mapping[str, Scores], resamples: int = RESAMPLES, seed: int = 0)
         summary[KID] = bootstrap_mean(kids, {"concept": list(parts)}, resamples, seed)
     facts = dict(next(iter(parts.values())).facts) if parts else {}
     facts |= {"concepts": list(parts), "pictures": len(rows), "resampled": resampled(rows)}
+    facts["interval"] = {"level": LEVEL, "resamples": resamples, "seed": seed}
+    if KID not in summary:
+        facts.pop("kid", None)
     facts["references"] = [file for part in parts.values() for file in part.facts.get("references", ())]
     return Scores(rows, summary, facts)
 

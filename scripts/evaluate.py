@@ -58,7 +58,7 @@ def main() -> None:
     encoders = load_encoders(args.clip, args.instance, args.kid, pick_device(args.device))
     store, runs = FeatureStore(args.cache or Path(args.out) / "features.sqlite"), []
     for name, folder in folders.items():
-        with tqdm(desc=name, unit="picture") as bar:
+        with tqdm(desc=name, unit=" features") as bar:
             scores = evaluate_folder(
                 folder,
                 args.references,

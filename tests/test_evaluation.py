@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(how, words, tmp_path, capfd):
     folder = folder_of(tmp_path / "run", {"00000": "a cat", "00001": "a cat"})
     spoil(folder, how)
     result = run_here(capfd, "evaluate.py", "--samples", folder, "--references", REFERENCES, "--out", tmp_path / "out")
-    errors = "\n".join(line for line in result.stderr.splitlines() if "picture" not in line or "error" in line)
+    errors = "\n".join(line for line in result.stderr.splitlines() if "features" not in line or "error" in line)
     result.stderr = errors.split("\r")[-1]
     refused(result, *words)
 

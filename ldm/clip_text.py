@@ -66,15 +66,19 @@ class Layer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def _table(rows: int, width: int) -> nn.Embedding:
+    """An embedding drawn from N(0, 0.02); without values on the meta device, where drawing takes seconds of imports."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(std=0.02), freeze=False)
+
+
 class Embeddings(nn.Module):
     """The tables of tokens and of positions."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.max_length, config.width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.position_embedding.weight, std=0.02)
+        self.token_embedding = _table(config.vocab_size, config.width)
+        self.position_embedding = _table(config.max_length, config.width)
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (b, l, d) -> the same with their positions'."""

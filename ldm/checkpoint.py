@@ -41,7 +41,7 @@ def load_model(
     path: str | Path,
     checkpoint: str | Path | None = None,
     *,
-    dtype: torch.dtype | None = torch.float32,
+    dtype: torch.dtype | Callable[[ModelConfig], torch.dtype] | None = torch.float32,
     ema: bool = False,
     clip_skip: int | None = None,
 ) -> LatentDiffusion:
@@ -51,8 +51,8 @@ def load_model(
         path: our YAML file, one of CompVis or Stability AI, or weights that tell their architecture: a .ckpt
             or .safetensors file, a diffusers folder, a hub id.
         checkpoint: weights in place of those that `path` names: as above, or a folder of .safetensors files.
-        dtype: precision of the weights; None keeps the file's own. In the file's precision the weights
-            are memory-mapped and not copied.
+        dtype: precision of the weights, or what tells it from the configuration; None keeps the file's own.
+            In the file's precision the weights are memory-mapped and not copied.
         ema: use the averaged weights (`model_ema.*`) of a training checkpoint for the UNet.
         clip_skip: layers of the text encoder to stop before the end, counted from 1 (none left out).
 
@@ -74,7 +74,7 @@ def load_model(
         raise UserError(f"{path} names no checkpoint: give one with --checkpoint FILE")
     if clip_skip is not None:
         config = dataclasses.replace(config, text_encoder=dataclasses.replace(config.text_encoder, clip_skip=clip_skip))
-    return _fill(config, weights, dtype, ema)
+    return _fill(config, weights, dtype(config) if callable(dtype) else dtype, ema)
 
 
 def read_config(path: str | Path) -> ModelConfig:

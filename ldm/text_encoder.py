@@ -6,7 +6,6 @@ Whoever wants other vectors at some positions puts rows into `embed`'s extra tab
 embeddings between the two steps; the text transformer itself is never patched.
 """
 
-import copy
 import warnings
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm import tokenizer
+from ldm.clip_text import CLIPTextTransformer
 from ldm.config import TextEncoderConfig
 from ldm.errors import UserError
 
@@ -86,48 +86,19 @@ class TextEncoder(nn.Module):
 
 
 class CLIPTextEncoder(TextEncoder):
-    """transformers' CLIPTextModel under SD 1.x's names (`transformer.text_model.*`)."""
+    """CLIP's text transformer under SD 1.x's names (`transformer.text_model.*`)."""
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__(config)
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-        clip = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.width,
-                intermediate_size=config.mlp_width,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                max_position_embeddings=config.max_length,
-                hidden_act=config.hidden_act,
-                bos_token_id=tokenizer.START,
-                eos_token_id=tokenizer.END,
-                attn_implementation="sdpa",
-            )
-        )
         self.transformer = nn.Module()
-        # transformers before version 5 wraps the stack in one module more.
-        self.transformer.text_model = getattr(clip, "text_model", clip)
+        self.transformer.text_model = CLIPTextTransformer(config)
 
     @property
     def token_table(self) -> Tensor:
         return self.transformer.text_model.embeddings.token_embedding.weight
 
     def encode(self, embeddings: Tensor) -> Tensor:
-        text = self.transformer.text_model
-        hidden = text.embeddings(inputs_embeds=embeddings)
-        causal = _causal_mask(hidden, torch.finfo(hidden.dtype).min)[None, None]
-        hidden = self._layers(text.encoder)(inputs_embeds=hidden, attention_mask=causal).last_hidden_state
-        return text.final_layer_norm(hidden)
-
-    def _layers(self, encoder: nn.Module) -> nn.Module:
-        """The encoder, or a view of it that shares its layers and stops where the clip skip says."""
-        if self.depth == len(encoder.layers):
-            return encoder
-        view = copy.copy(encoder)
-        view._modules = {**encoder._modules, "layers": nn.ModuleList(list(encoder.layers)[: self.depth])}
-        return view
+        return self.transformer.text_model(embeddings, self.depth)
 
 
 class OpenCLIPTextEncoder(TextEncoder):

@@ -1,6 +1,7 @@
 """What all programs share: options, errors, the device, and where pictures go."""
 
 import argparse
+import functools
 import math
 import re
 import sys
@@ -104,9 +105,10 @@ def add_sampling_options(parser: Parser) -> None:
     group = parser.add_argument_group("model and machine")
     add_model_options(group)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    group.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of the networks (default fp32)")
+    precisions = ["auto", *PRECISIONS]
+    group.add_argument("--precision", choices=precisions, default="auto", help="default: the device's fastest, and said")
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes at first, faster afterwards")
-    group.add_argument("--channels-last", action="store_true", help="memory layout that some devices prefer")
+    group.add_argument("--channels-last", action="store_true", help="memory layout (GPUs get it in half precision anyway)")
     group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="decode large pictures in tiles of this side")
     group.add_argument("--vae-batch", type=positive, metavar="N", help="pictures decoded at a time (default: a batch)")
 
@@ -179,17 +181,25 @@ def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[s
 
 
 def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
-    """Load the base model, in the precision and layout that the options ask for, still on the CPU."""
+    """Load the base model, in the precision and layout that suit `--device` or are asked for, still on the CPU.
+
+    `--precision auto` is said, and replaced in `args` by what it came to.
+    """
     import torch
 
+    from ldm.acceleration import accelerate, fastest_precision
     from ldm.checkpoint import load_model
 
-    dtype = getattr(torch, PRECISIONS[args.precision])
+    device = pick_device(args.device)
+    if args.precision == "auto":
+        dtype = functools.partial(fastest_precision, device=device)
+    else:
+        dtype = getattr(torch, PRECISIONS[args.precision])
     model = load_model(base, checkpoint, dtype=dtype, ema=args.ema, clip_skip=args.clip_skip)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if args.compile:
-        model.unet.compile(dynamic=False)
+    if args.precision == "auto":
+        args.precision = next(name for name, dtype in PRECISIONS.items() if getattr(torch, dtype) == model.dtype)
+        print(f"Precision: {args.precision}, the fastest for this model on {device}")
+    accelerate(model, device, args.channels_last, args.compile)
     return model
 
 

@@ -93,7 +93,7 @@ class Worker:
         _note(log, "$ " + " ".join(command))
         with open(log, "ab") as file:
             self.program = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                                            env=_environment(self.threads), preexec_fn=_end_with_parent)  # fmt: skip
+                                            env=_environment(self.threads), preexec_fn=_before_program)  # fmt: skip
             code = self.program.wait()
         if code < 0:
             _note(log, f"{Path(command[1]).name} was ended by {signal.Signals(-code).name}")
@@ -136,19 +136,6 @@ def chosen(cells: list[Cell], pattern: str | None) -> list[Cell]:
     return found
 
 
-def read_scores(folder: Path) -> dict[str, float]:
-    """Return the means of the metrics that evaluate.py has written into a folder.
-
-    Raises:
-        CellFailed: there are none.
-    """
-    file = folder / "scores.json"
-    try:
-        return {name: interval["mean"] for name, interval in json.loads(file.read_text())["summary"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CellFailed(f"{file} holds no scores although evaluation ended well") from error
-
-
 def check_recipes(cells: list[Cell]) -> None:
     """Raise UserError for a cell that was begun with other options."""
     for cell in cells:
@@ -158,9 +145,14 @@ def check_recipes(cells: list[Cell]) -> None:
 
 def _finish(cell: Cell) -> None:
     """Write the result, which makes the cell done."""
-    scores = read_scores(cell.folder / "evaluation")
+    file = cell.folder / "evaluation" / "scores.json"
+    try:
+        (run,) = json.loads(file.read_text())["runs"]
+        summary = run["summary"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CellFailed(f"{file} holds no scores although evaluation ended well") from error
     place = {"concept": cell.concept, "method": cell.method, "seed": cell.seed, "setting": cell.setting}
-    write_atomically(cell.result, json.dumps(place | {"scores": scores}, indent=2).encode())
+    write_atomically(cell.result, json.dumps(place | {"summary": summary}, indent=2).encode())
 
 
 def _link_concept(training: Training) -> None:
@@ -184,9 +176,14 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
-    """Before a program starts: it shall not outlive a worker that is killed, nor die of the worker's own signal."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # Linux
+def end_with_parent() -> None:
+    """Let the system kill this process when the process that started it has died (Linux)."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _before_program() -> None:
+    """A program shall not outlive a worker that is killed, nor die of the signal that is meant for the worker."""
+    end_with_parent()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 

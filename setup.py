@@ -6,6 +6,7 @@ setup(
     description="Personalised image generation by ICO and DCI (ECCV 2024)",
     license="Apache-2.0",
     packages=["ldm", "ldm.formats", "ldm.pretraining", "dci"],
+    package_data={"dci": ["templates/*.j2"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.6",
@@ -23,7 +24,9 @@ setup(
         "pillow>=11.1",
         "tensorboard",
         "matplotlib",
+        "jinja2>=3",
+        "timm>=1.0",
         "tqdm",
     ],
-    extras_require={"test": ["pytest", "diffusers>=0.32", "scipy"]},
+    extras_require={"test": ["pytest", "diffusers>=0.32", "scipy", "torchmetrics"]},
 )

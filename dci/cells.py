@@ -144,15 +144,14 @@ def check_recipes(cells: list[Cell]) -> None:
 
 
 def _finish(cell: Cell) -> None:
-    """Write the result, which makes the cell done."""
+    """Write the result, which makes the cell done: its place in the grid, and scores as `Scores.load` reads them."""
     file = cell.folder / "evaluation" / "scores.json"
     try:
-        (run,) = json.loads(file.read_text())["runs"]
-        summary = run["summary"]
+        (scores,) = json.loads(file.read_text())["runs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CellFailed(f"{file} holds no scores although evaluation ended well") from error
     place = {"concept": cell.concept, "method": cell.method, "seed": cell.seed, "setting": cell.setting}
-    write_atomically(cell.result, json.dumps(place | {"summary": summary}, indent=2).encode())
+    write_atomically(cell.result, json.dumps(place | scores, indent=1).encode())
 
 
 def _link_concept(training: Training) -> None:

@@ -110,7 +110,7 @@ def submit_slurm(config: SweepConfig, cells: list[Cell]) -> int:
         with executor.batch():
             jobs = [executor.submit(Job(group, config.threads)) for group in groups]
         ids = {group[0].training.name: job.job_id for group, job in zip(groups, jobs, strict=True)}
-    except (RuntimeError, ValueError, submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+    except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(f"Slurm did not take the jobs ({reason[-1]}): see slurm= in the configuration, "
                         "or cluster=local") from error  # fmt: skip

@@ -5,8 +5,12 @@ import io
 import json
 from pathlib import Path
 
+from dci.bootstrap import bootstrap_mean
 from dci.files import write_atomically
 from dci.grid import Cell
+from dci.metrics import KID
+from dci.report import write_report
+from dci.scores import RunScores, Scores, pool
 
 PLACE = ("concept", "method", "seed", "setting")
 
@@ -26,29 +30,28 @@ def write_table(cells: list[Cell], file: Path) -> None:
 
 
 def write_grid_report(cells: list[Cell], folder: Path, title: str) -> Path:
-    """Write a report with a row for each method and setting, over all concepts and seeds.
+    """Write a report as evaluate.py does, with a row for each method and setting, over all concepts and seeds.
 
     Returns:
         The HTML page.
     """
-    from dci.report import write_report
-    from dci.scores import RunScores, pool
-
     rows = dict.fromkeys((cell.method, cell.setting) for cell in cells)
     several = len({setting for _, setting in rows}) > 1
     runs = []
     for method, setting in rows:
-        members = [cell for cell in cells if (cell.method, cell.setting) == (method, setting)]
-        concepts = dict.fromkeys(cell.concept for cell in members)
-        parts = {concept: _scores([cell for cell in members if cell.concept == concept]) for concept in concepts}
-        runs.append(RunScores(f"{method}, {setting}" if several else method, pool(parts), series=method))
+        parts: dict[str, list[Scores]] = {}
+        for cell in cells:
+            if (cell.method, cell.setting) == (method, setting):
+                parts.setdefault(cell.concept, []).append(Scores.load(cell.result))
+        pooled = pool({concept: _together(scores) for concept, scores in parts.items()})
+        runs.append(RunScores(f"{method}, {setting}" if several else method, pooled, series=method))
     return write_report(folder, runs, title)
 
 
-def _scores(cells: list[Cell]):
-    """The scores of one concept, of all seeds together."""
-    from dci.bootstrap import bootstrap_mean
-    from dci.metrics import KID
-    from dci.scores import RunScores, Scores
-
-    return cells, RunScores, Scores, KID, bootstrap_mean
+def _together(seeds: list[Scores]) -> Scores:
+    """The scores of one concept from all seeds; KID, which pictures do not have by themselves, is the seeds' mean."""
+    summary = {}
+    if all(KID in scores.summary for scores in seeds):
+        labels = {"seed": [str(i) for i in range(len(seeds))]}
+        summary[KID] = bootstrap_mean([scores.summary[KID].mean for scores in seeds], labels)
+    return Scores(tuple(row for scores in seeds for row in scores.rows), summary, seeds[0].facts)

@@ -21,6 +21,7 @@ from dci.files import write_atomically
 from dci.grid import Cell, Training
 from ldm.errors import UserError
 
+_ERROR = "failed: "  # begins a log's line on why the cell failed
 _DONE, _RUNNING, _FAILED, _QUEUED, _WAITING = STATES = ("done", "running", "failed", "queued", "waiting")
 
 
@@ -59,7 +60,7 @@ class Worker:
                     _finish(cell)
                 except (CellFailed, UserError, OSError) as error:
                     failures[cell.name] = str(error)
-                    _note(cell.log, f"error: {str(error).removeprefix('error: ')}")
+                    _note(cell.log, f"{_ERROR}{error}")
         return failures
 
     def stop(self) -> None:
@@ -98,7 +99,7 @@ class Worker:
         if code < 0:
             _note(log, f"{Path(command[1]).name} was ended by {signal.Signals(-code).name}")
         if code:
-            raise CellFailed(last_line(log))
+            raise CellFailed(_last_line(log))
 
 
 def state(cell: Cell, queued: set[str] = frozenset()) -> str:
@@ -116,12 +117,17 @@ def state(cell: Cell, queued: set[str] = frozenset()) -> str:
     return _FAILED if cell.log.is_file() else _WAITING
 
 
-def last_line(log: Path) -> str:
-    """Return the last line of a log that is not empty; of a progress bar, what it showed last."""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 8192))
-        lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was logged")
+def last_words(cell: Cell) -> str:
+    """Return the last line of a failed cell's log; of a worker that was killed, how far its program had come."""
+    if not cell.log.is_file():
+        return "not begun"
+    last = _last_line(cell.log)
+    if _ERROR in last:
+        return last.partition(_ERROR)[2]
+    training = cell.training.folder / "log.txt"
+    if training.is_file() and not cell.training.concept_file.is_file():
+        last = _last_line(training)
+    return f"the worker was killed; before: {last}"
 
 
 def chosen(cells: list[Cell], pattern: str | None) -> list[Cell]:
@@ -141,6 +147,14 @@ def check_recipes(cells: list[Cell]) -> None:
     for cell in cells:
         _check_recipe(cell.folder, cell.recipe)
         _check_recipe(cell.training.folder, cell.training.recipe)
+
+
+def _last_line(log: Path) -> str:
+    """The last line that is not empty; of a progress bar, what it showed last."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 8192))
+        lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was logged")
 
 
 def _finish(cell: Cell) -> None:

@@ -13,7 +13,7 @@ import submitit
 
 from dci.cells import Worker, end_with_parent, state
 from dci.files import write_atomically
-from dci.grid import PROGRAMS, Cell, GridConfig, by_training, grid_folder
+from dci.grid import ROOT, Cell, GridConfig, by_training, grid_folder
 from ldm.errors import UserError
 
 LOCAL, SLURM = "local", "slurm"
@@ -58,6 +58,14 @@ class Job:
         """Called by submitit before the time limit: end the running program; the job is queued again as it was."""
         self.worker.stop()
         return submitit.helpers.DelayedSubmission(Job(self.cells, self.threads))
+
+
+def check(config: SweepConfig) -> None:
+    """Raise UserError for options that no sweep could use."""
+    if config.cluster not in (LOCAL, SLURM):
+        raise UserError(f"cluster={config.cluster}: expected {LOCAL} or {SLURM}")
+    if config.workers is not None and config.workers < 1:
+        raise UserError(f"workers={config.workers}: expected 1 or more")
 
 
 def run_local(config: SweepConfig, cells: list[Cell], say=print) -> None:
@@ -165,7 +173,7 @@ def _gpus() -> list[int]:
 
 def _log_folder(config: SweepConfig) -> Path:
     # Workers find this project's packages as their programs do.
-    paths = [str(PROGRAMS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     return grid_folder(config) / "jobs"
 

@@ -10,7 +10,7 @@ What is done is not done again: the same command begins a sweep, goes on with it
 import shlex
 import sys
 
-from common import Parser, UserError, run
+from common import Parser, run
 
 
 def arguments():
@@ -28,12 +28,11 @@ def main() -> None:
     args = arguments()
 
     from dci.cells import check_recipes, chosen
-    from dci.cluster import LOCAL, SLURM, SweepConfig, queued_trainings, run_local, submit_slurm, wait_slurm
+    from dci.cluster import SLURM, SweepConfig, check, queued_trainings, run_local, submit_slurm, wait_slurm
     from dci.grid import cells, load_grid
 
     config = load_grid(SweepConfig, args.config, args.overrides)
-    if config.cluster not in (LOCAL, SLURM):
-        raise UserError(f"cluster={config.cluster}: expected {LOCAL} or {SLURM}")
+    check(config)
     everything = cells(config)
     some = chosen(everything, args.only)
     check_recipes(some)
@@ -73,26 +72,25 @@ def show_jobs(todo: list, number: int) -> None:
 
 def show_states(some: list, queued: set[str]) -> None:
     """Print a table of the cells, and the last line of the log of those that failed."""
-    from dci.cells import STATES, last_line, state
+    from dci.cells import STATES, last_words, state
 
     states = [state(cell, queued) for cell in some]
     width = max(len(cell.name) for cell in some)
     for cell, found in zip(some, states, strict=True):
-        print(f"{cell.name:{width}}  {found:8}{last_line(cell.log) if found == 'failed' else ''}".rstrip())
+        print(f"{cell.name:{width}}  {found:8}{last_words(cell) if found == 'failed' else ''}".rstrip())
     print(", ".join(f"{states.count(name)} {name}" for name in STATES if name in states))
 
 
 def finish(config, everything: list, some: list) -> None:
     """Write the table and the report if all is there, or list what failed and leave with exit code 1."""
-    from dci.cells import last_line
+    from dci.cells import last_words
     from dci.grid import grid_folder
     from dci.results import write_grid_report, write_table
 
     done = [cell for cell in everything if cell.result.is_file()]
     failed = [cell for cell in some if not cell.result.is_file()]
     for cell in failed:
-        reason = last_line(cell.log) if cell.log.is_file() else "not begun"
-        print(f"failed: {cell.name}: {reason}\n  log: {cell.log}", file=sys.stderr)
+        print(f"failed: {cell.name}: {last_words(cell)}\n  log: {cell.log}", file=sys.stderr)
     if failed:
         print(f"{len(failed)} cells failed; the same command tries them again, with --only NAME one alone", file=sys.stderr)
     if done:

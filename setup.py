@@ -26,6 +26,7 @@ setup(
         "matplotlib",
         "jinja2>=3",
         "timm>=1.0",
+        "submitit>=1.5",
         "tqdm",
     ],
     extras_require={"inception": ["torch-fidelity"], "test": ["pytest", "diffusers>=0.32", "scipy", "torchmetrics"]},

@@ -21,6 +21,7 @@ from dci.files import write_atomically
 from dci.grid import Cell, Training
 from ldm.errors import UserError
 
+_ERROR = "failed: "  # begins a log's line on why the cell failed
 _DONE, _RUNNING, _FAILED, _QUEUED, _WAITING = STATES = ("done", "running", "failed", "queued", "waiting")
 
 
@@ -59,7 +60,7 @@ class Worker:
                     _finish(cell)
                 except (CellFailed, UserError, OSError) as error:
                     failures[cell.name] = str(error)
-                    _note(cell.log, f"error: {str(error).removeprefix('error: ')}")
+                    _note(cell.log, f"{_ERROR}{error}")
         return failures
 
     def stop(self) -> None:
@@ -93,12 +94,12 @@ class Worker:
         _note(log, "$ " + " ".join(command))
         with open(log, "ab") as file:
             self.program = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                                            env=_environment(self.threads), preexec_fn=_end_with_parent)  # fmt: skip
+                                            env=_environment(self.threads), preexec_fn=_before_program)  # fmt: skip
             code = self.program.wait()
         if code < 0:
             _note(log, f"{Path(command[1]).name} was ended by {signal.Signals(-code).name}")
         if code:
-            raise CellFailed(last_line(log))
+            raise CellFailed(_last_line(log))
 
 
 def state(cell: Cell, queued: set[str] = frozenset()) -> str:
@@ -116,12 +117,17 @@ def state(cell: Cell, queued: set[str] = frozenset()) -> str:
     return _FAILED if cell.log.is_file() else _WAITING
 
 
-def last_line(log: Path) -> str:
-    """Return the last line of a log that is not empty; of a progress bar, what it showed last."""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - 8192))
-        lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was logged")
+def last_words(cell: Cell) -> str:
+    """Return the last line of a failed cell's log; of a worker that was killed, how far its program had come."""
+    if not cell.log.is_file():
+        return "not begun"
+    last = _last_line(cell.log)
+    if _ERROR in last:
+        return last.partition(_ERROR)[2]
+    training = cell.training.folder / "log.txt"
+    if training.is_file() and not cell.training.concept_file.is_file():
+        last = _last_line(training)
+    return f"the worker was killed; before: {last}"
 
 
 def chosen(cells: list[Cell], pattern: str | None) -> list[Cell]:
@@ -136,19 +142,6 @@ def chosen(cells: list[Cell], pattern: str | None) -> list[Cell]:
     return found
 
 
-def read_scores(folder: Path) -> dict[str, float]:
-    """Return the means of the metrics that evaluate.py has written into a folder.
-
-    Raises:
-        CellFailed: there are none.
-    """
-    file = folder / "scores.json"
-    try:
-        return {name: interval["mean"] for name, interval in json.loads(file.read_text())["summary"].items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CellFailed(f"{file} holds no scores although evaluation ended well") from error
-
-
 def check_recipes(cells: list[Cell]) -> None:
     """Raise UserError for a cell that was begun with other options."""
     for cell in cells:
@@ -156,11 +149,23 @@ def check_recipes(cells: list[Cell]) -> None:
         _check_recipe(cell.training.folder, cell.training.recipe)
 
 
+def _last_line(log: Path) -> str:
+    """The last line that is not empty; of a progress bar, what it showed last."""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 8192))
+        lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing was logged")
+
+
 def _finish(cell: Cell) -> None:
-    """Write the result, which makes the cell done."""
-    scores = read_scores(cell.folder / "evaluation")
+    """Write the result, which makes the cell done: its place in the grid, and scores as `Scores.load` reads them."""
+    file = cell.folder / "evaluation" / "scores.json"
+    try:
+        (scores,) = json.loads(file.read_text())["runs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CellFailed(f"{file} holds no scores although evaluation ended well") from error
     place = {"concept": cell.concept, "method": cell.method, "seed": cell.seed, "setting": cell.setting}
-    write_atomically(cell.result, json.dumps(place | {"scores": scores}, indent=2).encode())
+    write_atomically(cell.result, json.dumps(place | scores, indent=1).encode())
 
 
 def _link_concept(training: Training) -> None:
@@ -184,9 +189,14 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
 
 
-def _end_with_parent() -> None:
-    """Before a program starts: it shall not outlive a worker that is killed, nor die of the worker's own signal."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # Linux
+def end_with_parent() -> None:
+    """Let the system kill this process when the process that started it has died (Linux)."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _before_program() -> None:
+    """A program shall not outlive a worker that is killed, nor die of the signal that is meant for the worker."""
+    end_with_parent()
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 

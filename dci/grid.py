@@ -13,7 +13,8 @@ from omegaconf import MISSING
 from ldm import config as configuration
 from ldm.errors import UserError
 
-PROGRAMS = Path(__file__).resolve().parent.parent / "scripts"
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAMS = ROOT / "scripts"
 """The folder of train_ico.py, sample_dci.py and evaluate.py."""
 
 

@@ -1,0 +1,188 @@
+"""The batch files and the sweep against a real Slurm: limits, requeues, cancelled jobs, arrays."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NODE = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=4G")  # in place of a GPU machine's resources
+STEPS = 40
+TRAINING = ("--device", "cpu", f"training.steps={STEPS}", "training.batch_size=2", "training.checkpoint_every=null",
+            "logging.every=1", "logging.tensorboard=false")  # fmt: skip
+QUICK = ("--config", "configs/train/ico-tiny.yaml", *TRAINING, "validation.every=0")
+
+
+def output_of(*command):
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def submit(log, *args):
+    return output_of("sbatch", "--parsable", f"--output={log}", *NODE, *args)
+
+
+def wait_for(what, condition, seconds=200):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.5)
+    raise AssertionError(f"{what}: not within {seconds} s; squeue:\n{output_of('squeue', '-r')}")
+
+
+def info(job, name):
+    """A field of what Slurm knows about a job."""
+    fields = output_of("scontrol", "show", "job", job).split()
+    return next(field.partition("=")[2] for field in fields if field.startswith(f"{name}="))
+
+
+def start_now(job, *changes):
+    """Requeued jobs wait for two minutes; the tests do not."""
+    wait_for("requeued", lambda: info(job, "JobState") == "PENDING")
+    output_of("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
+
+
+def finished(job):
+    state = info(job, "JobState")
+    assert state not in ("FAILED", "TIMEOUT", "NODE_FAIL"), state
+    return state == "COMPLETED"
+
+
+def steps(logdir):
+    """How many steps the run in a log folder has made."""
+    files = list(logdir.glob("*/metrics.csv"))
+    assert len(files) < 2, "a second run was begun in place of the first"
+    return int(list(csv.DictReader(files[0].open()))[-1]["step"]) if files else 0
+
+
+def concept(logdir):
+    (file,) = logdir.glob("*/concept.safetensors")
+    return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(slurm, tmp_path_factory):
+    """The concept file of a run that nothing disturbs, as a job of its own."""
+    logdir = tmp_path_factory.mktemp("whole")
+    job = submit(logdir / "log", "scripts/slurm/train_ico.sbatch", *QUICK, "--logdir", logdir)
+    wait_for("the whole run", lambda: finished(job))
+    return concept(logdir)
+
+
+def write_config(file, **validation):
+    content = yaml.safe_load((ROOT / "configs/train/ico-tiny.yaml").read_text())
+    content["model"], content["data"]["images"] = str(ROOT / content["model"]), str(ROOT / content["data"]["images"])
+    content["validation"] |= validation
+    file.write_text(yaml.safe_dump(content))
+
+
+def test_a_job_near_its_limit_queues_itself_again_and_ends_the_same(whole, tmp_path):
+    log, config = tmp_path / "log", tmp_path / "config.yaml"
+    # Pictures between the steps only take time: enough for Slurm to notice, within 30 seconds, that a limit is near.
+    write_config(config, every=1)
+    job = submit(log, "--time=10", "scripts/slurm/train_ico.sbatch", "--config", config, *TRAINING, "--logdir", tmp_path)
+    wait_for("the first steps", lambda: steps(tmp_path) >= 2)
+    # The signal comes 120 to 150 seconds before the limit: now.
+    output_of("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+    wait_for("the signal", lambda: "Stopped at step" in log.read_text())
+    assert steps(tmp_path) < STEPS
+    write_config(config, every=0)
+    start_now(job, "TimeLimit=10")
+    wait_for("the end", lambda: finished(job))
+    assert info(job, "Restarts") == "1"
+    assert "Going on with" in log.read_text()
+    assert concept(tmp_path) == whole
+
+
+def test_requeue_and_cancel_lose_nothing(whole, tmp_path):
+    log, command = tmp_path / "log", ("scripts/slurm/train_ico.sbatch", *QUICK, "--logdir", tmp_path)
+    job = submit(log, *command)
+    wait_for("the first steps", lambda: steps(tmp_path) >= 3)
+    output_of("scontrol", "requeue", job)
+    start_now(job)
+    reached = steps(tmp_path)
+    assert 3 <= reached < STEPS
+    wait_for("more steps", lambda: steps(tmp_path) > reached)
+    output_of("scancel", job)
+    wait_for("cancelled", lambda: info(job, "JobState") == "CANCELLED")
+    wait_for("ended", lambda: not output_of("squeue", "-h", "-j", job))
+    assert reached < steps(tmp_path) < STEPS
+    job = submit(log, *command)
+    wait_for("the end", lambda: finished(job))
+    assert log.read_text().count("Going on with") == 2
+    assert concept(tmp_path) == whole
+
+
+def test_two_processes_share_a_run_and_a_list_of_concepts_is_an_array(slurm, tmp_path):
+    folders = {name: ROOT / "data/concepts" / name for name in ("cat", "car")}
+    (tmp_path / "list").write_text("".join(f"my{name}\t{name}\t{folder}\n" for name, folder in folders.items()))
+    job = submit(tmp_path / "log-%a", "--array=2", "--ntasks-per-node=2", "scripts/slurm/train_many.sbatch",
+                 tmp_path / "list", *QUICK, "training.steps=3", "--logdir", tmp_path)  # fmt: skip
+    wait_for("the end", lambda: finished(job))
+    (run,) = tmp_path.glob("*_mycar")
+    config = (run / "configs/config.yaml").read_text()
+    assert "class_noun: car" in config and "devices: 2" in config
+    assert (run / "concept.safetensors").is_file()
+    assert "GLOBAL_RANK: 0, MEMBER: 1/2" in (tmp_path / "log-2").read_text()
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a photo of a {}\na {} on the beach\na {} in the snow\n")
+    return file
+
+
+def pixels(folder):
+    return {file.name: Image.open(file).tobytes() for file in sorted((folder / "samples").glob("*.png"))}
+
+
+def test_an_array_of_shards_makes_the_pictures_of_one_process(slurm, tmp_path, prompts):
+    trained = tmp_path / "trained"
+    output_of(sys.executable, "scripts/train_ico.py", *QUICK, "training.steps=1", "--logdir", trained)
+    (file,) = trained.glob("*/concept.safetensors")
+    options = ("--concept", file, "--from-file", prompts, "--n-samples", 4, "--batch-size", 2, "--steps", 10,
+               "--device", "cpu", "--outdir")  # fmt: skip
+    one, several, report = tmp_path / "one", tmp_path / "several", tmp_path / "report"
+    array = submit(tmp_path / "log-%a", "--array=1-4", "scripts/slurm/sample_dci.sbatch", *options, several)
+    evaluation = submit(tmp_path / "log-evaluate", f"--dependency=afterok:{array}", "scripts/slurm/evaluate.sbatch",
+                        "--samples", several, "--references", ROOT / "data/concepts/cat", "--out", report)  # fmt: skip
+    # Two of the shards are disturbed on their way.
+    wait_for("pictures", lambda: list((several / "samples").glob("*.png")))
+    running = output_of("squeue", "-h", "-t", "running", "-o", "%i %F", "-r").split()[::2]
+    for job in running[:1]:
+        output_of("scontrol", "requeue", job)
+        start_now(job)
+    wait_for("the end", lambda: all(state == "COMPLETED" for state in states(array)))
+    output_of(sys.executable, "scripts/sample_dci.py", *options, one)
+    assert len(pixels(one)) == 12
+    assert pixels(several) == pixels(one)
+    wait_for("the report", lambda: finished(evaluation))
+    assert (report / "report.html").is_file()
+
+
+def states(array):
+    shown = output_of("scontrol", "show", "job", array).split()
+    return [field.partition("=")[2] for field in shown if field.startswith("JobState=")]
+
+
+def test_the_sweep_tiny_is_the_same_on_slurm_and_here(slurm, tmp_path):
+    options = ("--config", "configs/sweep/tiny.yaml", "workers=2", "slurm={gpus_per_node: 0, cpus_per_task: 1, mem: 2GB}")
+    for cluster in ("slurm", "local"):
+        output_of(sys.executable, "scripts/sweep.py", *options, f"cluster={cluster}", f"outdir={tmp_path / cluster}")
+    tables = [(tmp_path / cluster / "tiny/results.csv").read_bytes() for cluster in ("slurm", "local")]
+    assert tables[0] == tables[1]
+    assert len(tables[0].splitlines()) == 9
+    assert json.loads((tmp_path / "slurm/tiny/jobs.json").read_text()).keys() == {
+        f"{name}/{method}/{seed}" for name in ("cat", "car") for method in ("ico", "custom-diffusion") for seed in (0, 1)
+    }
+    assert os.path.isfile(tmp_path / "slurm/tiny/report/report.html")

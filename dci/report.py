@@ -162,7 +162,7 @@ def _cell(name: str, value: Interval | None, signed: bool = False) -> tuple[str,
     factor, spec = (100, ".1f") if name in _SHARE else (1, ".4f")
     spec = ("+" if signed else "") + spec
     texts = [format(factor * number, spec).replace("-", "−") for number in (value.mean, value.low, value.high)]
-    unit = " %" if name in _SHARE else ""
+    unit = (" pp" if signed else " %") if name in _SHARE else ""
     return texts[0] + unit, "" if math.isnan(value.low) else f"[{texts[1]}, {texts[2]}]"
 
 

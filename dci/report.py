@@ -142,7 +142,7 @@ def _about_kid(facts: dict) -> str:
     kernel = "(x·y / d + 1)³" if facts["features"] == INCEPTION else "(cosine + 1)³"
     return (
         f"KID: squared maximum mean discrepancy (kernel {kernel}, unbiased) of the features of {facts['features']} to "
-        f"{facts['real']} real pictures, over 100 subsets of {facts['subset_size']}; the interval is of the estimate from all."
+        f"{facts['real']} real pictures, over 100 subsets of {facts['subset_size']}; the interval is that of all."
     )
 
 
@@ -152,8 +152,8 @@ def _about_intervals(facts: dict) -> str:
         if len(facts["resampled"]) > 1 else "drawn with replacement"  # fmt: skip
     settings = facts["interval"]
     return (
-        f"Intervals: {100 * settings['level']:.0f} % percentile bootstrap over {factors}, {several}; {settings['resamples']} "
-        f"resamples, seed {settings['seed']}."
+        f"Intervals: {100 * settings['level']:.0f} % percentile bootstrap over {factors}, {several}; "
+        f"{settings['resamples']} resamples, seed {settings['seed']}."
     )
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from dci.bootstrap import Interval
+from dci.encoders import INCEPTION
 from dci.files import write_atomically
 from dci.metrics import CLIP_I, CLIP_T, DINO_I, KID, LABELS
 from dci.plots import fidelity_editability_plane, inline_svg, scores_by_prompt
@@ -138,9 +139,10 @@ def how_measured(runs: Sequence[RunScores]) -> list[str]:
 
 
 def _about_kid(facts: dict) -> str:
+    kernel = "(x·y / d + 1)³" if facts["features"] == INCEPTION else "(cosine + 1)³"
     return (
-        f"KID: squared maximum mean discrepancy (cubic kernel, unbiased) of the features of {facts['features']} to "
-        f"{facts['real']} real pictures, over 100 subsets of {facts['subset_size']}."
+        f"KID: squared maximum mean discrepancy (kernel {kernel}, unbiased) of the features of {facts['features']} to "
+        f"{facts['real']} real pictures, over 100 subsets of {facts['subset_size']}; the interval is that of all."
     )
 
 
@@ -150,8 +152,8 @@ def _about_intervals(facts: dict) -> str:
         if len(facts["resampled"]) > 1 else "drawn with replacement"  # fmt: skip
     settings = facts["interval"]
     return (
-        f"Intervals: {settings['level']:.0%} percentile bootstrap over {factors}, {several}; {settings['resamples']} "
-        f"resamples, seed {settings['seed']}."
+        f"Intervals: {100 * settings['level']:.0f} % percentile bootstrap over {factors}, {several}; "
+        f"{settings['resamples']} resamples, seed {settings['seed']}."
     )
 
 
@@ -162,7 +164,7 @@ def _cell(name: str, value: Interval | None, signed: bool = False) -> tuple[str,
     factor, spec = (100, ".1f") if name in _SHARE else (1, ".4f")
     spec = ("+" if signed else "") + spec
     texts = [format(factor * number, spec).replace("-", "−") for number in (value.mean, value.low, value.high)]
-    unit = " %" if name in _SHARE else ""
+    unit = (" pp" if signed else " %") if name in _SHARE else ""
     return texts[0] + unit, "" if math.isnan(value.low) else f"[{texts[1]}, {texts[2]}]"
 
 

@@ -1,4 +1,4 @@
-"""Done cells of a suite -> rows of a report, sentences, sheets of pictures."""
+"""What a suite's report says besides the tables: which run is better, and sheets of pictures."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,27 +8,11 @@ from PIL import Image, ImageDraw
 from dci.grid import Cell
 from dci.metrics import CLIP_T, DINO_I
 from dci.samples import read_samples
-from dci.scores import RunScores, Scores, difference, pool
+from dci.scores import RunScores, difference
 from ldm.images import captioned_grid, list_pictures, read_picture, square
 
 AXES = {DINO_I: "fidelity", CLIP_T: "editability"}
 """The two axes that personalisation trades against each other, by the metric of each."""
-
-
-def run_name(cell: Cell) -> str:
-    """What a method with a sampling setting is called."""
-    return f"{cell.method}, {cell.setting}"
-
-
-def runs(cells: Sequence[Cell]) -> list[RunScores]:
-    """Pool the scores of all concepts and training seeds under each method and setting."""
-    parts: dict[str, dict[str, Scores]] = {}
-    methods: dict[str, str] = {}
-    for cell in cells:
-        name = run_name(cell)
-        parts.setdefault(name, {})[f"{cell.concept}/{cell.seed}"] = Scores.load(cell.folder / "evaluation/scores.json")
-        methods[name] = cell.method
-    return [RunScores(name, pool(scores), methods[name]) for name, scores in parts.items()]
 
 
 def verdict(run: RunScores, baseline: RunScores) -> str:

@@ -29,12 +29,8 @@ def write_table(cells: list[Cell], file: Path) -> None:
     write_atomically(file, content.getvalue().encode())
 
 
-def write_grid_report(cells: list[Cell], folder: Path, title: str) -> Path:
-    """Write a report as evaluate.py does, with a row for each method and setting, over all concepts and seeds.
-
-    Returns:
-        The HTML page.
-    """
+def pooled_runs(cells: list[Cell]) -> list[RunScores]:
+    """Return the scores of each method and setting, over all concepts and seeds."""
     rows = dict.fromkeys((cell.method, cell.setting) for cell in cells)
     several = len({setting for _, setting in rows}) > 1
     runs = []
@@ -45,7 +41,16 @@ def write_grid_report(cells: list[Cell], folder: Path, title: str) -> Path:
                 parts.setdefault(cell.concept, []).append(Scores.load(cell.result))
         pooled = pool({concept: _together(scores) for concept, scores in parts.items()})
         runs.append(RunScores(f"{method}, {setting}" if several else method, pooled, series=method))
-    return write_report(folder, runs, title)
+    return runs
+
+
+def write_grid_report(cells: list[Cell], folder: Path, title: str) -> Path:
+    """Write a report as evaluate.py does, with a row for each method and setting.
+
+    Returns:
+        The HTML page.
+    """
+    return write_report(folder, pooled_runs(cells), title)
 
 
 def _together(seeds: list[Scores]) -> Scores:

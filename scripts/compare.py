@@ -77,8 +77,9 @@ def report(suite, plan: list, outdir: Path) -> Path:
     """Write the tables, the plane, the verdicts and a sheet of each concept; return the page."""
     from dci import comparison
     from dci.report import write_report
+    from dci.results import pooled_runs
 
-    runs = comparison.runs(plan)
+    runs = pooled_runs(plan)
     notes = [*suite.notes, *(comparison.verdict(run, runs[0]) for run in runs[1:])]
     outdir.mkdir(parents=True, exist_ok=True)
     for concept in suite.concepts:

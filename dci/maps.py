@@ -23,7 +23,7 @@ class BranchMaps:
 
 
 MapsCallback = Callable[[BranchMaps], None]
-"""Gets the maps of every integrated layer, as the layers run."""
+"""Gets the maps of every integrated layer, as the layers run; the UNet must not be compiled."""
 
 
 def observer(

@@ -53,8 +53,10 @@ def check_steps(args: argparse.Namespace, dual, timesteps: list[int]) -> None:
     """Say so where no step has both branches although they were asked for.
 
     Raises:
-        UserError: maps of both branches were asked for.
+        UserError: maps of both branches were asked for, or of a compiled UNet.
     """
+    if args.save_maps and args.compile:
+        raise UserError("--save-maps cannot look into a compiled UNet: leave --compile out")
     if dual and any(dual.is_dual(t) for t in timesteps):
         return
     if args.save_maps:

@@ -8,7 +8,6 @@ rearranged once.
 import torch
 from torch import Tensor, nn
 
-
 LARGE = 2**20  # weights of a convolution from which on rearranging them in every call is felt
 
 

@@ -1,7 +1,9 @@
 """DBIM, the dual-branch integration module (Sec. 3.3): cross-attention while both branches run."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -93,8 +95,13 @@ def integrating_attend(masks: TokenMasks, dual: DualBranch, concept: slice, auxi
         concept, auxiliary: which rows of the batch belong to the branches; others are left as they are.
     """
 
+    kernels = fused_kernels(masks.concept.device)
+
     def integrate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v)
+        if kernels is not None:
+            kernels.integrate(out, q, k, masks, dual, concept, auxiliary)
+            return out
         # The gain magnifies rounding, so the weights are worked out in full precision.
         maps = (attention_maps(q[rows].float(), k[rows].float()) for rows in (concept, auxiliary))
         weight = concept_weight(*maps, masks, dual)[..., None].to(out.dtype)
@@ -102,3 +109,10 @@ def integrating_attend(masks: TokenMasks, dual: DualBranch, concept: slice, auxi
         return out
 
     return integrate
+
+
+def fused_kernels(device: torch.device) -> ModuleType | None:
+    """Return `dci.integration_triton` for a GPU where Triton is installed; None: the arithmetic above serves."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("dci.integration_triton")

@@ -51,8 +51,8 @@ def markdown(content: dict) -> str:
     for result in content["measurements"]:
         for way, figures in result["ways"].items():
             ratio = result["ratios"].get(way, {})
-            cells = [f"{result['name']}: {way}", _ranged(figures), _ranged(ratio), _mib(figures.get("peak_bytes")),
-                     _number(ratio.get("memory")), _number(figures.get("flops"), 1e-9), _percent(figures.get("share"))]  # fmt: skip
+            cells = [f"{result['name']}: {way}", _ranged(figures), _ranged(ratio), _mib(figures.get("peak_bytes"))]
+            cells += [_number(ratio.get("memory")), _number(figures.get("flops"), 1e-9), _percent(figures.get("share"))]
             lines.append(f"| {' | '.join(cells)} |")
         notes += [f"{result['name']}: {key.replace('_', ' ')} {value:.4g}" for key, value in result.get("notes", {}).items()]
     clocks = {result["clock"] for result in content["measurements"]}

@@ -15,7 +15,7 @@ Way = Callable[[], object]
 def compare(
     name: str, ways: dict[str, Way], device: str, rounds: int, rate: float = 0, counted: dict[str, Way] | None = None
 ) -> dict:
-    """Measure ways to do the same, in alternation, after one round to warm up.
+    """Measure ways to do the same, in alternation, after warming up.
 
     Args:
         name: what is done.
@@ -27,13 +27,15 @@ def compare(
         {"name", "clock", "ways": {way: {"median", "range", "peak_bytes", "flops", "share"}},
         "ratios": {way: {"median", "range", "memory"}}}; seconds, and bytes above those allocated before.
     """
-    seconds = alternate(ways, device, rounds)
+    # Counting runs everything once, which warms up; a graph is compiled, recorded and replayed first.
+    flops = {way: count_flops(call) for way, call in (ways if counted is None else counted).items()}
+    seconds = alternate(ways, device, rounds, warm_up=0 if counted is None else 3)
     result = {"name": name, "clock": clock(device).__name__, "ways": {}, "ratios": {}}
     for way, times in seconds.items():
         figures = {**summary(times), "peak_bytes": peak_bytes(ways[way], device)}
-        if call := (ways if counted is None else counted).get(way):
-            figures["flops"] = count_flops(call)
-            figures["share"] = figures["flops"] / figures["median"] / rate if rate else None
+        if way in flops:
+            figures["flops"] = flops[way]
+            figures["share"] = flops[way] / figures["median"] / rate if rate else None
         result["ways"][way] = figures
     ours, *others = ways
     for way in others:
@@ -48,16 +50,16 @@ def summary(values: list[float]) -> dict:
     return {"median": statistics.median(values), "range": [min(values), max(values)]}
 
 
-def alternate(ways: dict[str, Way], device: str, rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each way in each round; a round to warm up is not counted."""
+def alternate(ways: dict[str, Way], device: str, rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Return the seconds of each way in each round; rounds to warm up come first and are not counted."""
     now, seconds = clock(device), {way: [] for way in ways}
-    for round_ in range(rounds + 1):
+    for round_ in range(-warm_up, rounds):
         for way, call in ways.items():
             synchronise(device)
             start = now()
             call()
             synchronise(device)
-            if round_:
+            if round_ >= 0:
                 seconds[way].append(now() - start)
     return seconds
 

@@ -1,7 +1,9 @@
 """DBIM, the dual-branch integration module (Sec. 3.3): cross-attention while both branches run."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -105,8 +107,14 @@ def integrating_attend(
         observe: shown what the integration works with.
     """
 
+    # Who wants to see the maps gets them from the plain version, the fused one never makes them.
+    kernels = fused_kernels(masks.concept.device) if observe is None else None
+
     def integrate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attend(q, k, v)
+        if kernels is not None:
+            kernels.integrate(out, q, k, masks, dual, concept, auxiliary)
+            return out
         # The gain magnifies rounding, so the weights are worked out in full precision.
         maps = [attention_maps(q[rows].float(), k[rows].float()) for rows in (concept, auxiliary)]
         weight = concept_weight(*maps, masks, dual)
@@ -117,3 +125,10 @@ def integrating_attend(
         return out
 
     return integrate
+
+
+def fused_kernels(device: torch.device) -> ModuleType | None:
+    """Return `dci.integration_triton` for a GPU where Triton is installed; None: the arithmetic above serves."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("dci.integration_triton")

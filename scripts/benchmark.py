@@ -1,67 +1,47 @@
-"""Time sampling with DCI against plain sampling, in alternation in one process.
+"""Measure speed and memory, ours beside a peer's, in alternation in one process on the same weights.
 
-python scripts/benchmark.py --rounds 5
+python scripts/benchmark.py                                                  # DCI over plain sampling
+python scripts/benchmark.py sample --model sd-v1 --peer diffusers --size 256 --precision bf16
 """
 
-import json
-import statistics
-import time
+import importlib
+from pathlib import Path
 
-from common import TINY, Parser, pick_device, positive, run
+from common import PRECISIONS, ROOT, Parser, number, pick_device, positive, run
+
+WHAT = {"sample": "DCI over plain sampling, or the UNet's step and plain sampling beside a peer", "train": "a training step",
+        "dbim": "the integration module", "load": "loading weights, in processes of their own"}  # fmt: skip
+
+
+def arguments():
+    parser = Parser(description=__doc__.splitlines()[0])
+    kinds = "; ".join(f"{name}: {text}" for name, text in WHAT.items())
+    parser.add_argument("what", nargs="?", choices=list(WHAT), default="sample", help=f"{kinds} (default sample)")
+    parser.add_argument("--model", choices=("tiny", "sd-v1"), default="tiny", help="sd-v1 has random weights (default tiny)")
+    parser.add_argument("--peer", choices=("none", "diffusers", "naive"), default="none", help="(default none)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of both (default fp32)")
+    parser.add_argument("--compile", action="store_true", help="compile the UNets, the peer's too where it samples")
+    parser.add_argument("--batch", type=positive, default=1, help="pictures at a time (default 1)")
+    parser.add_argument("--size", type=positive, metavar="PIXELS", help="side of the pictures (default: the model's)")
+    parser.add_argument("--steps", type=positive, default=50, help="solver steps (default 50)")
+    parser.add_argument("--agg-time", type=number, default=0.3, help="T_a (default 0.3)")
+    parser.add_argument("--rounds", type=positive, default=5, help="counted rounds, after one to warm up (default 5)")
+    parser.add_argument("--out", default=str(ROOT / "benchmarks/results"), help="folder (default benchmarks/results)")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=positive, default=5, help="counted rounds, after one to warm up (default 5)")
-    parser.add_argument("--batch", type=positive, default=4, help="pictures at a time (default 4)")
-    parser.add_argument("--steps", type=positive, default=50)
-    parser.add_argument("--agg-time", type=float, default=0.3)
-    parser.add_argument("--model", default=str(TINY))
-    parser.add_argument("--checkpoint", "--ckpt")
-    parser.add_argument("--device", default="auto")
-    args = parser.parse_args()
+    args = arguments()
+    args.device = pick_device(args.device)
+    given = {key: value for key, value in vars(args).items() if key != "out"}
+    args.dtype = PRECISIONS[args.precision]
 
-    import torch
+    from benchmarks import report
 
-    from dci.config import ConceptConfig, FinetuneConfig
-    from dci.prompts import parse_prompt
-    from dci.sampling import sample
-    from dci.settings import dual_branch, sampling_options
-    from dci.training import ICOTraining
-    from ldm.checkpoint import load_model
-
-    device = pick_device(args.device)
-    model = load_model(args.model, args.checkpoint).to(device)
-    # An untrained concept costs what a trained one does.
-    concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), pictures=1).concept()
-    model.requires_grad_(False)
-    prompt = parse_prompt("a V* dog on the beach", concept.modifier_tokens, "dog")
-    options = sampling_options(model, steps=args.steps)
-    ways = {"plain": None, "dci": dual_branch(model, agg_time=args.agg_time)}
-
-    seconds = {name: [] for name in ways}
-    for round_ in range(args.rounds + 1):
-        for name, dual in ways.items():
-            start = time.perf_counter()
-            sample(model, concept, prompt, list(range(args.batch)), options, dual)
-            if device != "cpu":
-                torch.cuda.synchronize()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-
-    ratios = [dci / plain for dci, plain in zip(seconds["dci"], seconds["plain"], strict=True)]
-    result = {
-        "device": torch.cuda.get_device_name() if device != "cpu" else f"cpu, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "model": model.config.name,
-        "batch": args.batch,
-        "steps": args.steps,
-        "agg_time": args.agg_time,
-        **{f"{name}_seconds_median": round(statistics.median(times), 3) for name, times in seconds.items()},
-        "dci_over_plain_median": round(statistics.median(ratios), 3),
-        "dci_over_plain_range": [round(min(ratios), 3), round(max(ratios), 3)],
-    }
-    print(json.dumps(result, indent=2))
+    results = importlib.import_module(f"benchmarks.{args.what}").measure(args)
+    page = report.write(Path(args.out), given, results)
+    print(f"{page.read_text()}\nWritten to {page} and {page.with_suffix('.json').name}")
 
 
 if __name__ == "__main__":

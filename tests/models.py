@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import math
 from pathlib import Path
 
 import open_clip
@@ -15,8 +14,9 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from open_clip.transformer import TextTransformer
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel
 
+from benchmarks.peers import diffusers_unet, diffusers_vae, empty, random_weight, transformers_text
 from ldm import tokenizer
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from ldm.diffusion import LatentDiffusion
@@ -40,14 +40,6 @@ def small_v2():
     text = TextEncoderConfig(kind="openclip", width=64, layers=2, heads=4, mlp_width=256, hidden_act="gelu")
     return ModelConfig(name="sd-v2-v", image_size=32, unet=unet, autoencoder=SMALL_VAE, text_encoder=text,
                        schedule=ScheduleConfig(parameterization="v"), sampling=presets.sampling())  # fmt: skip
-
-
-def random_weight(shape):
-    """A weight that keeps the scale of what passes, nowhere zero or one; fp16 holds it exactly, so that files in both
-    precisions hold the same model."""
-    if len(shape) < 2:
-        return (1 + 0.1 * torch.randn(shape)).half().float()
-    return (0.5 * torch.randn(shape) * math.prod(shape[1:]) ** -0.5).half().float()
 
 
 def randomized(module):
@@ -95,47 +87,9 @@ def make(config):
     return Theirs(config, unet.eval().requires_grad_(False), vae.eval().requires_grad_(False), text, clip, state | entries)
 
 
-def empty(build):
-    with torch.device("meta"):
-        return build()
-
-
-def diffusers_unet(config, side):
-    widths = [int(config.model_channels * mult) for mult in config.channel_mult]
-    cross = [2**i in config.attention_resolutions for i in range(len(widths))]
-    width = config.num_head_channels
-    return lambda: UNet2DConditionModel(
-        sample_size=side,
-        block_out_channels=widths,
-        layers_per_block=config.num_res_blocks,
-        down_block_types=["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in cross],
-        up_block_types=["CrossAttnUpBlock2D" if c else "UpBlock2D" for c in reversed(cross)],
-        attention_head_dim=[w // width for w in widths] if width else config.num_heads,
-        cross_attention_dim=config.context_dim,
-        use_linear_projection=config.use_linear_in_transformer,
-    )
-
-
-def diffusers_vae(config):
-    widths = [config.ch * mult for mult in config.ch_mult]
-    return lambda: AutoencoderKL(
-        block_out_channels=widths,
-        down_block_types=["DownEncoderBlock2D"] * len(widths),
-        up_block_types=["UpDecoderBlock2D"] * len(widths),
-        layers_per_block=config.num_res_blocks,
-        latent_channels=config.z_channels,
-        norm_num_groups=config.num_groups,
-        sample_size=32,
-    )
-
-
 def text_models(config):
     """(transformers' model, open_clip's or None, entries of SD's state dict)."""
-    text = CLIPTextModel(
-        CLIPTextConfig(vocab_size=config.vocab_size, hidden_size=config.width, intermediate_size=config.mlp_width,
-                       num_hidden_layers=config.layers, num_attention_heads=config.heads, hidden_act=config.hidden_act,
-                       projection_dim=config.width)
-    )  # fmt: skip
+    text = transformers_text(config)
     wrapped = any(name.startswith("text_model.") for name in text.state_dict())
     if config.kind == "clip":
         prefix = "cond_stage_model.transformer." + ("" if wrapped else "text_model.")

@@ -13,7 +13,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,8 @@ class Worker:
         if self.program is not None and self.program.returncode is None:
             self.program.send_signal(signal.SIGUSR1)
             # Popen.wait would wait for the lock of the Popen.wait that the signal has interrupted.
-            os.waitid(os.P_PID, self.program.pid, os.WEXITED | os.WNOWAIT)
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PID, self.program.pid, os.WEXITED | os.WNOWAIT)
 
     def _train(self, cell: Cell, untrained: dict[str, str]) -> None:
         training = cell.training

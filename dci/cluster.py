@@ -111,7 +111,8 @@ def submit_slurm(config: SweepConfig, cells: list[Cell]) -> int:
         return 0
     resources = SLURM_DEFAULTS | config.slurm
     resources.setdefault("job_name", f"sweep-{config.name}")
-    resources.setdefault("srun_args", [f"--cpus-per-task={resources['cpus_per_task']}"])  # srun does not take it over
+    if resources["cpus_per_task"] is not None:
+        resources.setdefault("srun_args", [f"--cpus-per-task={resources['cpus_per_task']}"])  # srun does not take it over
     try:
         executor = submitit.SlurmExecutor(_log_folder(config), max_num_timeout=_REQUEUES)
         executor.update_parameters(**{name: value for name, value in resources.items() if value is not None})
@@ -119,9 +120,9 @@ def submit_slurm(config: SweepConfig, cells: list[Cell]) -> int:
             jobs = [executor.submit(Job(group, config.threads)) for group in groups]
         ids = {group[0].training.name: job.job_id for group, job in zip(groups, jobs, strict=True)}
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(f"Slurm did not take the jobs ({reason[-1]}): see slurm= in the configuration, "
-                        "or cluster=local") from error  # fmt: skip
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])
+        raise UserError(f"Slurm did not take the jobs ({reason}): change slurm.NAME=VALUE, or cluster=local") from error
     write_atomically(_jobs_file(config), json.dumps(_submitted(config) | ids, indent=2).encode())
     return len(jobs)
 

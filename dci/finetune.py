@@ -50,6 +50,7 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
         Interrupted: a signal asked to stop; a checkpoint is written.
     """
     check(config)
+    processes.check_launched(config.training.devices * config.training.nodes)
     check_device(config.training.precision, model.device)
     run = find_run(config, logdir)
     try:
@@ -149,6 +150,7 @@ def _trainer(config: FinetuneConfig, folder: Path, device: torch.device, callbac
         devices=training.devices if several or one == "auto" else one,
         num_nodes=training.nodes,
         strategy=ProcessesInStep() if several else "auto",
+        plugins=processes.environments(),
         use_distributed_sampler=False,
         precision=lightning_name(training.precision),
         max_epochs=1,

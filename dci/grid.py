@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
+from dci.files import file_hash
 from ldm import config as configuration
 from ldm.errors import UserError
 
@@ -211,7 +212,8 @@ def _cell(config: GridConfig, concept: ConceptEntry, method: MethodEntry, seed: 
         folder=folder,
         sampling=_command("sample_dci.py", places | drawing),
         evaluation=_command("evaluate.py", measuring | {"device": config.device}),
-        recipe={"training": training.recipe, "sampling": drawing, "evaluation": config.evaluation},
+        recipe={"training": training.recipe, "sampling": drawing, "prompts": file_hash(concept.prompts),
+                "evaluation": config.evaluation},  # fmt: skip
         references=tuple(concept.folders),
     )
 

@@ -3,7 +3,10 @@
 import os
 
 import torch
+from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
+
+from ldm.errors import UserError
 
 
 def rank() -> int:
@@ -14,6 +17,21 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes that a launcher (torchrun, srun) has started together; 1 before Lightning starts its own."""
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1) if _launched() else 1
+
+
+def check_launched(wanted: int) -> None:
+    """Raise UserError if a launcher has started several processes, but not as many as the run is to have."""
+    if world_size() not in (1, wanted):
+        raise UserError(f"{world_size()} processes were started, but training.devices times training.nodes is {wanted}: "
+                        "give both as they are started")  # fmt: skip
+
+
+def environments() -> list[ClusterEnvironment]:
+    """Return what to tell Lightning about the launcher: that there is none, in a batch job without srun.
+
+    By itself it would wait for as many processes as the job has tasks.
+    """
+    return [LightningEnvironment()] if "SLURM_NTASKS" in os.environ and not _launched() else []
 
 
 def say(message: str) -> None:

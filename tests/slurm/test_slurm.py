@@ -1,8 +1,12 @@
-"""The batch files and the sweep against a real Slurm: limits, requeues, cancelled jobs, arrays."""
+"""The batch files and the sweep against a real Slurm of one node: limits, requeues, cancelled jobs, arrays.
+
+It is started for these tests, in a folder of theirs; they are skipped where it cannot run.
+"""
 
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +16,19 @@ import pytest
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+
+def why_not():
+    """Why no Slurm can be started here."""
+    if os.geteuid() != 0:
+        return "Slurm's daemons need root"
+    missing = [name for name in ("slurmctld", "slurmd", "munged") if not shutil.which(name)]
+    return f"not installed: {', '.join(missing)} (tests/slurm/install.sh)" if missing else None
+
+
+pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")]
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 NODE = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=4G")  # in place of a GPU machine's resources
 STEPS = 40
 TRAINING = ("--device", "cpu", f"training.steps={STEPS}", "training.batch_size=2", "training.checkpoint_every=null",
@@ -67,6 +83,25 @@ def steps(logdir):
 def concept(logdir):
     (file,) = logdir.glob("*/concept.safetensors")
     return file.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    """A running Slurm; sbatch and its like find it through the environment."""
+    folder = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run(["bash", HERE / "start.sh", folder], capture_output=True, text=True)
+    try:
+        if started.returncode:
+            pytest.skip(f"Slurm does not start here: {started.stderr.strip()}")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+            # Jobs inherit the environment: this Python, no hub, and as many threads everywhere.
+            patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+            for name, value in (("HF_HUB_OFFLINE", "1"), ("TRANSFORMERS_OFFLINE", "1"), ("OMP_NUM_THREADS", "1")):
+                patch.setenv(name, value)
+            yield
+    finally:
+        subprocess.run(["bash", HERE / "stop.sh", folder])
 
 
 @pytest.fixture(scope="module")
@@ -150,21 +185,22 @@ def test_an_array_of_shards_makes_the_pictures_of_one_process(slurm, tmp_path, p
     trained = tmp_path / "trained"
     output_of(sys.executable, "scripts/train_ico.py", *QUICK, "training.steps=1", "--logdir", trained)
     (file,) = trained.glob("*/concept.safetensors")
-    options = ("--concept", file, "--from-file", prompts, "--n-samples", 4, "--batch-size", 2, "--steps", 10,
+    options = ("--concept", file, "--from-file", prompts, "--n-samples", 8, "--batch-size", 2, "--steps", 25,
                "--device", "cpu", "--outdir")  # fmt: skip
     one, several, report = tmp_path / "one", tmp_path / "several", tmp_path / "report"
     array = submit(tmp_path / "log-%a", "--array=1-4", "scripts/slurm/sample_dci.sbatch", *options, several)
     evaluation = submit(tmp_path / "log-evaluate", f"--dependency=afterok:{array}", "scripts/slurm/evaluate.sbatch",
                         "--samples", several, "--references", ROOT / "data/concepts/cat", "--out", report)  # fmt: skip
-    # Two of the shards are disturbed on their way.
+    # The shards that run at first are disturbed: one is queued again from outside, one queues itself on the signal.
     wait_for("pictures", lambda: list((several / "samples").glob("*.png")))
-    running = output_of("squeue", "-h", "-t", "running", "-o", "%i %F", "-r").split()[::2]
-    for job in running[:1]:
-        output_of("scontrol", "requeue", job)
+    requeued, signalled = f"{array}_1", f"{array}_2"
+    output_of("scontrol", "requeue", requeued)
+    output_of("scancel", "--signal=USR1", signalled)
+    for job in (requeued, signalled):
         start_now(job)
-    wait_for("the end", lambda: all(state == "COMPLETED" for state in states(array)))
+    wait_for("the end", lambda: set(states(array)) == {"COMPLETED"})
     output_of(sys.executable, "scripts/sample_dci.py", *options, one)
-    assert len(pixels(one)) == 12
+    assert len(pixels(one)) == 24
     assert pixels(several) == pixels(one)
     wait_for("the report", lambda: finished(evaluation))
     assert (report / "report.html").is_file()

@@ -1,18 +1,24 @@
 """What a suite's report says besides the tables: which run is better, and sheets of pictures."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from dci.grid import Cell
-from dci.metrics import CLIP_T, DINO_I
+from dci.metrics import CLIP_T, DINO_I, PLACE
+from dci.plots import curves
 from dci.samples import read_samples
-from dci.scores import RunScores, difference
+from dci.scores import RunScores, Scores, difference
 from ldm.images import captioned_grid, list_pictures, read_picture, square
 
 AXES = {DINO_I: "fidelity", CLIP_T: "editability"}
 """The two axes that personalisation trades against each other, by the metric of each."""
+
+PLAIN = "plain"
+"""The setting without DCI goes by this name."""
 
 
 def verdict(run: RunScores, baseline: RunScores) -> str:
@@ -29,6 +35,24 @@ def verdict(run: RunScores, baseline: RunScores) -> str:
     words = [f"better in {' and '.join(better)}"] if better else []
     words += [f"worse in {' and '.join(worse)}"] if worse else []
     return f"{run.name} against {baseline.name}: {', '.join(words) or 'no difference shown'}; {'; '.join(said)}."
+
+
+def setting_curves(runs: Sequence[RunScores]) -> list[tuple[str, Figure]]:
+    """Return (caption, figure) for each method that was drawn with several values of a setting."""
+    figures = []
+    for method in dict.fromkeys(run.series for run in runs):
+        settings: dict[str, dict[float, Scores]] = {}
+        for run in runs:
+            found = re.fullmatch(r".*-(\w+)=(-?[\d.]+)", run.name)
+            if found and run.series == method:
+                settings.setdefault(found[1], {})[float(found[2])] = run.scores
+        settings = {name: values for name, values in settings.items() if len(values) > 1}
+        if settings:
+            plain = next((run.scores for run in runs if run.name == f"{method}, {PLAIN}"), None)
+            shown = [metric for metric in (DINO_I, CLIP_T, PLACE) if all(metric in run.scores.summary for run in runs)]
+            caption = f"{method}: one setting changed at a time" + ("; dashed: plain sampling" if plain else "")
+            figures.append((caption, curves(settings, plain, shown)))
+    return figures
 
 
 def sheet(cells: Sequence[Cell], columns: int = 10, width: int = 128) -> Image.Image:

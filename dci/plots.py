@@ -4,7 +4,7 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dci.bootstrap import Interval, bootstrap_mean
 from dci.metrics import CLIP_T, DINO_I, LABELS
-from dci.scores import PictureScore, RunScores, columns
+from dci.scores import PictureScore, RunScores, Scores, columns
 
 INK = "#2f3033"
 """Colour of text and axes; `inline_svg` makes it the page's own."""
@@ -91,6 +91,33 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(LABELS[metric])
         _add_legend(figure, len(runs))
+    return figure
+
+
+def curves(settings: Mapping[str, Mapping[float, Scores]], plain: Scores | None, metrics: Sequence[str]) -> Figure:
+    """Draw each metric over each setting's values, with intervals; the dashed line is plain sampling.
+
+    Args:
+        settings: such as "agg_time" -> value -> scores.
+        metrics: a row of plots each.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(2.9 * len(settings), 2.2 * len(metrics)), layout="constrained")
+        grid = figure.subplots(len(metrics), len(settings), squeeze=False, sharey="row")
+        for row, metric in zip(grid, metrics, strict=True):
+            row[0].set_ylabel(LABELS[metric])
+            for axes, (name, values) in zip(row, settings.items(), strict=True):
+                intervals = [scores.summary[metric] for _, scores in sorted(values.items())]
+                arms = [[_arms(interval)[side][0] for interval in intervals] for side in (0, 1)]
+                axes.errorbar(sorted(values), [i.mean for i in intervals], yerr=arms, fmt="o-", color=COLOURS[0],
+                              markersize=4, elinewidth=1, capsize=2)  # fmt: skip
+                if min(values) > 0 and max(values) / min(values) > 10:
+                    axes.set_xscale("log")
+                axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
+                axes.minorticks_off()
+                axes.set_xlabel(name)
+                if plain is not None:
+                    axes.axhline(plain.summary[metric].mean, color="#8a8d93", linestyle="--", linewidth=1)
     return figure
 
 

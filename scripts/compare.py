@@ -85,7 +85,7 @@ def report(suite, plan: list, outdir: Path) -> Path:
     for concept in suite.concepts:
         chosen = [cell for cell in plan if cell.concept == concept.name and cell.seed == suite.seeds[0]]
         comparison.sheet(chosen).save(outdir / f"sheet-{concept.name}.png", optimize=True)
-    return write_report(outdir, runs, suite.title, notes)
+    return write_report(outdir, runs, suite.title, notes, comparison.setting_curves(runs))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Measure how often the embedded base model draws the noun and the place that a prompt asks for.
 
 python scripts/evaluate_base.py        # 16 pictures for each of 200 prompts; --prompts, --pictures for less
+
+Repeating the command goes on where it stopped.
 """
 
 import json
-import time
 from pathlib import Path
 
 from common import ROOT, TINY, Parser, number, pick_device, positive, run
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(TINY))
     parser.add_argument("--checkpoint", help="weights, in place of the configuration's own")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--cache", help="folder that keeps what is drawn, to go on from (default outputs/base/<options>)")
     parser.add_argument("--outdir", default=str(ROOT / "docs"), help="folder of the results (default docs)")
     args = parser.parse_args()
 
@@ -29,7 +31,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from dci.settings import sampling_options
-    from ldm.checkpoint import load_model
+    from ldm.checkpoint import fingerprint, load_model
     from ldm.judges import JUDGES, load_classifier
     from ldm.pretraining.evaluation import draw_pictures, draw_questions, held_out_pictures, judge
     from ldm.pretraining.vae import psnr
@@ -41,14 +43,17 @@ def main() -> None:
     outdir = Path(args.outdir)
     outdir.mkdir(parents=True, exist_ok=True)
 
-    begin = time.time()
+    drawing = f"{args.prompts}x{args.pictures}-{args.steps}-{args.scale:g}-{args.seed}-{args.precision}"
+    cache = Path(args.cache or "outputs/base") / f"{fingerprint(model)[:12]}-{drawing}"
+    cache.mkdir(parents=True, exist_ok=True)
+
     bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16")
     with bf16, tqdm(total=len(questions) * args.pictures, desc="drawing", unit="picture") as bar:
-        drawn = draw_pictures(model, [q.prompt for q in questions], args.pictures, options, args.batch_size, bar.update)
+        prompts = [question.prompt for question in questions]
+        drawn = draw_pictures(model, prompts, args.pictures, options, args.batch_size, bar.update, cache)
     result = {"psnr": round(psnr(model.autoencoder, held_out_pictures()), 2), **judge(classifier, questions, drawn)}
     result |= {"pictures": len(drawn), "guidance": args.scale, "steps": args.steps, "seed": args.seed}
     result["precision"] = args.precision
-    result |= {"seconds": round(time.time() - begin), "device": args.device}
     result["classifier_on_rendered_pictures"] = json.loads((JUDGES / "accuracy.json").read_text())["classifier"]
     write(outdir, result, questions, drawn, args.pictures)
 

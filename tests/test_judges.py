@@ -14,7 +14,7 @@ from test_scripts import run_main
 
 from ldm.errors import UserError
 from ldm.judges import JUDGES, UNKNOWN, load_classifier, load_clip, load_instance_encoder
-from ldm.pretraining import judges
+from ldm.pretraining import evaluation, judges
 from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instance_accuracy
 from ldm.pretraining.artwork import HELD_OUT, NOUNS
 from ldm.pretraining.cache import RenderedWorld
@@ -283,7 +283,14 @@ def test_psnr_of_a_known_error_and_of_the_held_out_pictures(tiny_base):
 
 
 def test_the_base_model_is_evaluated(tmp_path):
-    run_main("evaluate_base.py", "--prompts", 2, "--pictures", 2, "--steps", 2, "--device", "cpu", "--outdir", tmp_path)
+    places = ("--outdir", tmp_path, "--cache", tmp_path / "cache")
+    options = ("--prompts", 2, "--pictures", 2, "--steps", 2, "--device", "cpu", *places)
+    run_main("evaluate_base.py", *options)
+    first = (tmp_path / "base-evaluation.json").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "text_to_image", None)  # the second time nothing is drawn
+        run_main("evaluate_base.py", *options)
+    assert (tmp_path / "base-evaluation.json").read_text() == first
     result = json.loads((tmp_path / "base-evaluation.json").read_text())
     assert result["pictures"] == 4
     assert 25 < result["psnr"] < 35

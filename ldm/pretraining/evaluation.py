@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm.checkpoint import save_weights
 from ldm.diffusion import LatentDiffusion
 from ldm.images import read_picture
 from ldm.judges import Classifier
@@ -43,16 +45,26 @@ def draw_pictures(
     options: SamplingOptions,
     batch_size: int,
     progress: Callable[[int], None],
+    folder: Path | None = None,
 ) -> Tensor:
     """Return `pictures` pictures of every prompt: (prompts * pictures, 3, h, w) uint8, on the CPU.
 
     Picture j of prompt i starts from noise number i * pictures + j of the seed, whatever the batch size.
+
+    Args:
+        folder: where each batch is kept, to go on from after an interruption; None keeps nothing.
     """
     drawn, total = [], len(prompts) * pictures
     for start in range(0, total, batch_size):
         rows = list(range(start, min(start + batch_size, total)))
-        pixels = text_to_image(model, [prompts[row // pictures] for row in rows], rows, options)
-        drawn.append(((pixels + 1) * 127.5).round().byte().cpu())
+        file = folder and folder / f"{start:06}-{len(rows)}.safetensors"
+        if file and file.is_file():
+            drawn.append(load_file(file)["pictures"])
+        else:
+            pixels = text_to_image(model, [prompts[row // pictures] for row in rows], rows, options)
+            drawn.append(((pixels + 1) * 127.5).round().byte().cpu())
+            if file:
+                save_weights({"pictures": drawn[-1]}, file)
         progress(len(rows))
     return torch.cat(drawn)
 

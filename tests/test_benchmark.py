@@ -20,29 +20,28 @@ from ldm.packing import PackedConv2d, pack
 from ldm.unet import UNet
 
 RUNS = {
-    "sample": ["DCI", "plain"],
     "sample --peer diffusers": ["ours", "diffusers"],
     "sample --peer naive": ["ours", "naive"],
     "dbim": ["ours", "attention alone"],
     "dbim --peer naive": ["ours", "naive"],
     "train --peer diffusers --precision bf16": ["ours", "diffusers"],
-    "load --peer diffusers": ["ours", "diffusers"],
+    "load": ["ours"],
 }
 
 
 @pytest.mark.parametrize("command", RUNS)
 def test_every_comparison_writes_what_it_measured(command, tmp_path):
-    run_main("benchmark.py", *command.split(), "--rounds", 1, "--steps", 4, "--device", "cpu", "--out", tmp_path)
+    run_main("benchmark.py", *command.split(), "--rounds", 1, "--steps", 2, "--device", "cpu", "--out", tmp_path)
     (file,) = tmp_path.glob("*.json")
     content = json.loads(file.read_text())
     assert content["versions"]["torch"] == torch.__version__.split("+")[0]
-    ours, other = RUNS[command]
+    ours, *others = RUNS[command]
     for result in content["measurements"]:
-        assert list(result["ways"]) == [ours, other]
+        assert list(result["ways"]) == [ours, *others]
         for figures in result["ways"].values():
             assert 0 < figures["range"][0] <= figures["median"] <= figures["range"][1]
             assert figures["peak_bytes"] > 0
-        assert result["ratios"][other]["median"] > 0
+        assert all(result["ratios"][other]["median"] > 0 for other in others)
         # The same weights and inputs: the outputs equal each other.
         assert result.get("notes", {}).get("relative_difference", 0) < 1e-4
         assert f"| {result['name']}: {ours} |" in file.with_suffix(".md").read_text()
@@ -50,7 +49,7 @@ def test_every_comparison_writes_what_it_measured(command, tmp_path):
 
 def test_dci_costs_what_its_steps_say(tmp_path):
     """FLOPs of the whole process: a dual step has three rows, a plain one two."""
-    run_main("benchmark.py", "--rounds", 1, "--steps", 4, "--agg-time", 1, "--device", "cpu", "--out", tmp_path)
+    run_main("benchmark.py", "--rounds", 1, "--steps", 2, "--agg-time", 1, "--device", "cpu", "--out", tmp_path)
     (file,) = tmp_path.glob("*.json")
     (result,) = json.loads(file.read_text())["measurements"]
     assert 1.3 < result["ways"]["DCI"]["flops"] / result["ways"]["plain"]["flops"] < 1.55
@@ -84,10 +83,12 @@ def test_naive_integration_computes_the_same(agg_lambda):
 def test_memory_and_flops_are_those_of_known_work():
     a, b = torch.randn(64, 128), torch.randn(128, 256)
     assert count_flops(lambda: a @ b) == 2 * 64 * 128 * 256
-    # Two buffers of 64 KiB are held at once, a third comes after they are freed.
-    assert peak_bytes(lambda: [(a @ b) + 1, None] and (a @ b), "cpu") == 2 * 4 * 64 * 256
+    # The product and the sum are held at once; the second product comes when both are gone.
+    assert peak_bytes(lambda: [(a @ b) + 1] and a @ b, "cpu") == pytest.approx(2 * 4 * 64 * 256, rel=0.01)
     q, k = torch.randn(1, 1, 512, 8), torch.randn(1, 1, 512, 8)
-    assert peak_bytes(lambda: naive.attend(q, k, k), "cpu") >= 2 * 4 * 512**2 > 4 * peak_bytes(lambda: attend(q, k, k), "cpu")
+    maps = 4 * 512**2
+    assert peak_bytes(lambda: naive.attend(q, k, k), "cpu") >= 2 * maps
+    assert peak_bytes(lambda: attend(q, k, k), "cpu") < maps / 2
 
 
 @torch.no_grad()

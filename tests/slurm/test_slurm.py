@@ -217,7 +217,8 @@ def states(array):
 def test_the_sweep_tiny_is_the_same_on_slurm_and_here(slurm, tmp_path):
     # One of the two seeds, for time; both: python -m pytest tests/slurm -k sweep with SWEEP_SEEDS=[0,1].
     seeds = json.loads(os.environ.get("SWEEP_SEEDS", "[0]"))
-    options = ("--config", "configs/sweep/tiny.yaml", f"seeds={seeds}", "workers=2", "slurm={gpus_per_node: 0, cpus_per_task: 1, mem: 2GB}")
+    options = ("--config", "configs/sweep/tiny.yaml", f"seeds={seeds}", "workers=2",
+               "slurm={gpus_per_node: 0, cpus_per_task: 1, mem: 2GB}")  # fmt: skip
     for cluster in ("slurm", "local"):
         output_of(sys.executable, "scripts/sweep.py", *options, f"cluster={cluster}", f"outdir={tmp_path / cluster}")
     tables = [(tmp_path / cluster / "tiny/results.csv").read_bytes() for cluster in ("slurm", "local")]

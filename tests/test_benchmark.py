@@ -99,7 +99,9 @@ def test_packed_convolutions_compute_the_same():
     t, context = torch.tensor([3, 871]), torch.randn(2, 77, 32)
     inputs = [torch.randn(2, 4, side, side) for side in (8, 16)]  # the second of another size than was packed for
     expected = [unet(x, t, context) for x in inputs]
+    flops = count_flops(lambda: unet(inputs[0], t, context))
     pack(unet)
+    assert count_flops(lambda: unet(inputs[0], t, context)) == flops
     assert any(isinstance(module, PackedConv2d) for module in unet.modules())
     for x, output in zip(inputs, expected, strict=True):
         torch.testing.assert_close(unet(x, t, context), output, rtol=1e-4, atol=1e-4)

@@ -26,6 +26,7 @@ TOKENS = ("<new1>", "<new2>")
 PROMPT = parse_prompt("a V* cat on the beach", TOKENS, "cat")
 OTHER = parse_prompt("two red V* cats in space", TOKENS, "cat")
 ONE = -1e6  # a lambda so negative that w_c rounds to 1
+ROUNDING = 1e-4  # of pixels: batches of other sizes round differently, and guidance and decoder magnify that
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_weight_of_one_is_plain_sampling_in_every_mode(finetuned, base, settin
     more = {"options": options, "negative": "a car", "canvas": half_a_picture(model), "base": base}
     plain = draw(finetuned, None, **more)
     dual = dual_branch(model, agg_time=0.6, **settings)
-    assert (draw(finetuned, dataclasses.replace(dual, agg_lambda=ONE), **more) - plain).abs().max() < 1e-5
+    assert (draw(finetuned, dataclasses.replace(dual, agg_lambda=ONE), **more) - plain).abs().max() < ROUNDING
     assert (draw(finetuned, dataclasses.replace(dual, agg_lambda=2.0), **more) - plain).abs().max() > 0.01
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
+from dci.bootstrap import Interval
 from dci.grid import Cell
 from dci.metrics import CLIP_T, DINO_I, PLACE
 from dci.plots import curves
 from dci.samples import read_samples
-from dci.scores import RunScores, Scores, difference
+from dci.scores import RunScores, difference
 from ldm.images import captioned_grid, list_pictures, read_picture, square
 
 AXES = {DINO_I: "fidelity", CLIP_T: "editability"}
@@ -37,21 +38,20 @@ def verdict(run: RunScores, baseline: RunScores) -> str:
     return f"{run.name} against {baseline.name}: {', '.join(words) or 'no difference shown'}; {'; '.join(said)}."
 
 
-def setting_curves(runs: Sequence[RunScores]) -> list[tuple[str, Figure]]:
-    """Return (caption, figure) for each method that was drawn with several values of a setting."""
-    figures = []
+def setting_curves(runs: Sequence[RunScores]) -> dict[str, Figure]:
+    """Return, for each method drawn plainly and with several values of a setting, how these differ from plain."""
+    figures = {}
     for method in dict.fromkeys(run.series for run in runs):
-        settings: dict[str, dict[float, Scores]] = {}
+        plain = next((run.scores for run in runs if run.name == f"{method}, {PLAIN}"), None)
+        settings: dict[str, dict[float, dict[str, Interval]]] = {}
         for run in runs:
             found = re.fullmatch(r".*-(\w+)=(-?[\d.]+)", run.name)
-            if found and run.series == method:
-                settings.setdefault(found[1], {})[float(found[2])] = run.scores
+            if plain and found and run.series == method:
+                settings.setdefault(found[1], {})[float(found[2])] = difference(run.scores, plain)
         settings = {name: values for name, values in settings.items() if len(values) > 1}
         if settings:
-            plain = next((run.scores for run in runs if run.name == f"{method}, {PLAIN}"), None)
             shown = [metric for metric in (DINO_I, CLIP_T, PLACE) if all(metric in run.scores.summary for run in runs)]
-            caption = f"{method}: one setting changed at a time" + ("; dashed: plain sampling" if plain else "")
-            figures.append((caption, curves(settings, plain, shown)))
+            figures[method] = curves(settings, shown)
     return figures
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dci.bootstrap import Interval, bootstrap_mean
 from dci.metrics import CLIP_T, DINO_I, LABELS
-from dci.scores import PictureScore, RunScores, Scores, columns
+from dci.scores import PictureScore, RunScores, columns
 
 INK = "#2f3033"
 """Colour of text and axes; `inline_svg` makes it the page's own."""
@@ -94,30 +94,32 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
     return figure
 
 
-def curves(settings: Mapping[str, Mapping[float, Scores]], plain: Scores | None, metrics: Sequence[str]) -> Figure:
-    """Draw each metric over each setting's values, with intervals; the dashed line is plain sampling.
+def curves(differences: Mapping[str, Mapping[float, Mapping[str, Interval]]], metrics: Sequence[str]) -> Figure:
+    """Draw over each setting's values how much each metric differs from plain sampling, with intervals.
+
+    Paired differences: the scores' own intervals are those of concepts and prompts, which are the same for all values.
 
     Args:
-        settings: such as "agg_time" -> value -> scores.
+        differences: such as "agg_time" -> value -> metric -> mean difference.
         metrics: a row of plots each.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(2.9 * len(settings), 2.2 * len(metrics)), layout="constrained")
-        grid = figure.subplots(len(metrics), len(settings), squeeze=False, sharey="row")
+        figure = Figure(figsize=(2.9 * len(differences), 2.2 * len(metrics)), layout="constrained")
+        grid = figure.subplots(len(metrics), len(differences), squeeze=False, sharey="row")
         for row, metric in zip(grid, metrics, strict=True):
-            row[0].set_ylabel(LABELS[metric])
-            for axes, (name, values) in zip(row, settings.items(), strict=True):
-                intervals = [scores.summary[metric] for _, scores in sorted(values.items())]
+            row[0].set_ylabel(f"{LABELS[metric]}, less plain")
+            for axes, (name, values) in zip(row, differences.items(), strict=True):
+                xs = sorted(values)
+                intervals = [values[x][metric] for x in xs]
                 arms = [[_arms(interval)[side][0] for interval in intervals] for side in (0, 1)]
-                axes.errorbar(sorted(values), [i.mean for i in intervals], yerr=arms, fmt="o-", color=COLOURS[0],
+                axes.errorbar(xs, [i.mean for i in intervals], yerr=arms, fmt="o-", color=COLOURS[0],
                               markersize=4, elinewidth=1, capsize=2)  # fmt: skip
-                if min(values) > 0 and max(values) / min(values) > 10:
+                if min(xs) > 0 and max(xs) / min(xs) > 10:
                     axes.set_xscale("log")
-                axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
+                axes.set_xticks(xs, [f"{value:g}" for value in xs])
                 axes.minorticks_off()
                 axes.set_xlabel(name)
-                if plain is not None:
-                    axes.axhline(plain.summary[metric].mean, color="#8a8d93", linestyle="--", linewidth=1)
+                axes.axhline(0, color="#8a8d93", linestyle="--", linewidth=1)
     return figure
 
 

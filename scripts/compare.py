@@ -76,6 +76,7 @@ def work(suite, plan: list) -> dict[str, str]:
 def report(suite, plan: list, outdir: Path) -> Path:
     """Write the tables, the plane, the verdicts and a sheet of each concept; return the page."""
     from dci import comparison
+    from dci.plots import fidelity_editability_plane
     from dci.report import write_report
     from dci.results import pooled_runs
 
@@ -84,8 +85,13 @@ def report(suite, plan: list, outdir: Path) -> Path:
     outdir.mkdir(parents=True, exist_ok=True)
     for concept in suite.concepts:
         chosen = [cell for cell in plan if cell.concept == concept.name and cell.seed == suite.seeds[0]]
-        comparison.sheet(chosen).save(outdir / f"sheet-{concept.name}.png", optimize=True)
-    return write_report(outdir, runs, suite.title, notes, comparison.setting_curves(runs))
+        comparison.sheet(chosen).save(outdir / f"sheet-{concept.name}.webp", quality=90)
+    fidelity_editability_plane(runs).savefig(outdir / "plane.png", dpi=120)
+    figures = []
+    for method, curves in comparison.setting_curves(runs).items():
+        curves.savefig(outdir / f"curves-{method}.png", dpi=120)
+        figures.append((f"{method}: one setting changed at a time, less plain sampling of the same noise", curves))
+    return write_report(outdir, runs, suite.title, notes, figures)
 
 
 if __name__ == "__main__":

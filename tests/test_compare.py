@@ -145,7 +145,7 @@ def test_a_suite_from_training_to_report(dreambench, tmp_path, capfd):  # noqa: 
     folder = tmp_path / "dreambench-tiny"
     page = (folder / "report/report.html").read_text()
     assert "ico, dci against ico, plain" in page
-    assert (folder / "report/sheet-dog6.png").is_file()
+    assert (folder / "report/sheet-dog6.webp").is_file()
     files = {file: file.stat().st_mtime_ns for file in folder.rglob("*.png") if "report" not in file.parts}
     assert len([file for file in files if file.parent.name == "samples"]) == 2
     run_main("compare.py", *given)

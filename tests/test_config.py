@@ -4,7 +4,9 @@ import pytest
 from conftest import ROOT
 
 from dci.config import FinetuneConfig
+from dci.grid import GridConfig
 from dci.settings import finetune_config
+from dci.suites import SuiteConfig
 from ldm import config
 from ldm.config import ModelConfig
 from ldm.errors import UserError
@@ -13,7 +15,9 @@ from ldm.pretraining.config import PretrainConfig
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda f: f.stem)
 def test_every_configuration_fits_its_schema(file):
-    schema = {"model": ModelConfig, "train": FinetuneConfig, "pretrain": PretrainConfig}[file.parent.name]
+    schemas = {"model": ModelConfig, "train": FinetuneConfig, "pretrain": PretrainConfig}
+    schemas |= {"sweep": GridConfig, "eval": SuiteConfig}
+    schema = schemas[file.parent.name]
     needed = ["data.images=x", "concept.class_noun=x"] if schema is FinetuneConfig else []
     config.load(schema, file, needed)
 

@@ -224,15 +224,15 @@ def test_a_longer_file_adds_to_a_folder(whole, tmp_path):
 
 
 def test_a_full_disk_loses_nothing_that_was_drawn(tmp_path, monkeypatch):
-    from dci import samples
+    from dci import sample_folder
 
-    def write(path, content, write=samples.write_atomically):
+    def write(path, content, write=sample_folder.write_atomically):
         if path.name == "00005.png":
             raise OSError(28, "No space left on device", str(path))
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(samples, "write_atomically", write)
+        patch.setattr(sample_folder, "write_atomically", write)
         with pytest.raises(OSError, match="00005.png"):
             fill(tmp_path, plan())
     assert {f"{n:05}.png" for n in range(5)} <= {f.name for f in (tmp_path / "samples").iterdir()}

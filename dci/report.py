@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -49,7 +50,7 @@ def write_report(
     Raises:
         UserError: a picture that the page should show cannot be read.
     """
-    outdir, runs = Path(outdir), list(runs)
+    outdir, runs = Path(outdir), [_from_here(run) for run in runs]
     differences = differences_to_first(runs)
     plane = {LABELS[name]: fidelity_editability_plane(runs, fidelity=name) for name in (DINO_I, CLIP_I)}
     plots = [(f"Editability (CLIP-T) and fidelity ({name}). Bars: 95 % intervals; dashed: Pareto front.", figure)
@@ -75,6 +76,20 @@ def write_report(
     write_atomically(outdir / SUMMARY, _csv(_summary_rows(runs)).encode())
     write_atomically(outdir / PICTURES, _csv(_picture_rows(runs)).encode())
     return outdir / PAGE
+
+
+def _from_here(run: RunScores) -> RunScores:
+    """Name files below the current folder by their paths from there: a report may be passed on."""
+
+    def short(file: str) -> str:
+        return str(Path(file).relative_to(Path.cwd())) if Path(file).is_relative_to(Path.cwd()) else file
+
+    scores = run.scores
+    rows = tuple(dataclasses.replace(row, file=short(row.file)) for row in scores.rows)
+    facts = scores.facts | {"references": [short(file) for file in scores.facts.get("references", ())]}
+    if "folder" in facts:
+        facts["folder"] = short(facts["folder"])
+    return dataclasses.replace(run, scores=dataclasses.replace(scores, rows=rows, facts=facts))
 
 
 def differences_to_first(runs: Sequence[RunScores]) -> dict[str, dict[str, Interval]]:

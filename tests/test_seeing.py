@@ -122,7 +122,7 @@ def test_sheets_of_a_program(concept_file, tmp_path, capfd):
 
 def test_no_sheets_unless_asked_for(concept_file, tmp_path):
     run_main("sample_dci.py", "--concept", concept_file, "--prompt", "a V*", "--steps", 2, "--outdir", tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["grid.png", "prompts.json", "samples"]
+    assert sorted(file.name for file in tmp_path.glob("[!.]*")) == ["grid.png", "prompts.json", "samples"]
 
 
 # The auxiliary noun.

@@ -83,16 +83,16 @@ def estimate(cells: Sequence[Cell], device: str, rate: float) -> Estimate:
     """
     left = [cell for cell in cells if not cell.result.is_file()]
     trainings = {cell.training.name: cell.training for cell in left if not cell.training.concept_file.exists()}
-    costs: dict[str, Cost] = {}
+    configs = {cell.training.name: _config_of(cell.training) for cell in left}
+    models = {path: _model_of(path) for path in {config.model for config in configs.values()}}
+    costs = {path: cost(model) for path, model in models.items()}
     training_flops = sampling_flops = pictures = 0
-    for training in trainings.values():
-        config = _config_of(training)
-        training_flops += BACKWARD * _cost_of(config.model, costs).unet * config.training.steps * config.training.batch_size
+    for name in trainings:
+        config = configs[name]
+        training_flops += BACKWARD * costs[config.model].unet * config.training.steps * config.training.batch_size
     for cell in left:
-        config, number = _config_of(cell.training), _pictures(cell)
-        model = configuration.load(ModelConfig, config.model)
-        price = _cost_of(config.model, costs)
-        sampling_flops += number * (_rows(cell, model) * price.unet + price.decode)
+        path, number = configs[cell.training.name].model, _pictures(cell)
+        sampling_flops += number * (_rows(cell, models[path]) * costs[path].unet + costs[path].decode)
         pictures += number
     speed = rate * UTILISATION["cpu" if device == "cpu" else "cuda"] * 3600
     return Estimate(len(trainings), pictures, training_flops / speed, sampling_flops / speed)
@@ -102,12 +102,10 @@ def _config_of(training: Training) -> FinetuneConfig:
     return finetune_config(training.recipe["config"], list(training.recipe["options"]))
 
 
-def _cost_of(path: str, costs: dict[str, Cost]) -> Cost:
-    if path not in costs:
-        if not Path(path).is_file() or Path(path).suffix not in (".yaml", ".yml"):
-            raise UserError(f"no estimate: the shape of {path} is in its weights; give a configuration and checkpoint=")
-        costs[path] = cost(configuration.load(ModelConfig, path))
-    return costs[path]
+def _model_of(path: str) -> ModelConfig:
+    if not Path(path).is_file() or Path(path).suffix not in (".yaml", ".yml"):
+        raise UserError(f"no estimate: the shape of {path} is in its weights; give a configuration and checkpoint=")
+    return configuration.load(ModelConfig, path)
 
 
 def _pictures(cell: Cell) -> int:

@@ -97,7 +97,7 @@ def test_an_estimate_counts_what_is_left(tmp_path):
     whole = estimate(plan, "cpu", rate=1e9)
     assert (whole.trainings, whole.pictures) == (16, len(plan) * 40)
     price = cost(configuration.load(ModelConfig, ROOT / "configs/model/tiny.yaml"))
-    rows = 16 * 40 * 20 * (2 + 2.3)  # 20 steps; with DCI 0.3 of a row more
+    rows = 16 * 40 * 20 * (2 + 2.5)  # 20 steps; with DCI, whose T_a is 0.5 there, half a row more
     assert whole.sampling_hours == pytest.approx((rows * price.unet + 32 * 40 * price.decode) / (0.5 * 1e9 * 3600))
     first = plan[0]
     for file in (first.result, first.training.concept_file):

@@ -38,6 +38,14 @@ def verdict(run: RunScores, baseline: RunScores) -> str:
     return f"{run.name} against {baseline.name}: {', '.join(words) or 'no difference shown'}; {'; '.join(said)}."
 
 
+def verdicts(runs: Sequence[RunScores]) -> list[str]:
+    """Compare each run with the first one, and with the first one of its own method."""
+    pairs = [(run, runs[0]) for run in runs[1:]]
+    firsts = {run.series: run for run in reversed(runs)}
+    pairs += [(run, firsts[run.series]) for run in runs if firsts[run.series] not in (run, runs[0])]
+    return [verdict(*pair) for pair in pairs]
+
+
 def setting_curves(runs: Sequence[RunScores]) -> dict[str, Figure]:
     """Return, for each method drawn plainly and with several values of a setting, how these differ from plain."""
     figures = {}

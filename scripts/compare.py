@@ -81,7 +81,7 @@ def report(suite, plan: list, outdir: Path) -> Path:
     from dci.results import pooled_runs
 
     runs = pooled_runs(plan)
-    notes = [*suite.notes, *(comparison.verdict(run, runs[0]) for run in runs[1:])]
+    notes = [*suite.notes, *comparison.verdicts(runs)]
     outdir.mkdir(parents=True, exist_ok=True)
     for concept in suite.concepts:
         chosen = [cell for cell in plan if cell.concept == concept.name and cell.seed == suite.seeds[0]]

@@ -56,7 +56,7 @@ def fidelity_editability_plane(
             if len(members) > 1:
                 _draw_front(axes, [(x.mean, y.mean) for x, y in points], color=colour, linewidth=1.2)
                 for run, (x, y) in zip(members, points, strict=True):
-                    text = run.name.removeprefix(name).strip() or run.name
+                    text = run.name.removeprefix(name).strip(" ,") or run.name
                     axes.annotate(text, (x.mean, y.mean), (4, 4), textcoords="offset points", fontsize=7)
         means = [(run.scores.summary[editability].mean, run.scores.summary[fidelity].mean) for run in shown]
         _draw_front(axes, means, color="#8a8d93", linestyle="--", linewidth=1, zorder=1)

@@ -58,7 +58,15 @@ def cost(config: ModelConfig) -> Cost:
 
 def matrix_rate(device: str, threads: int = 1, seconds: float = 0.3) -> float:
     """Measure FLOP/s of large matrix products: fp32 on a CPU with so many threads, bf16 on a GPU."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    try:
+        return _matrix_rate(device, seconds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _matrix_rate(device: str, seconds: float) -> float:
     n, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
     a = torch.randn(n, n, device=device, dtype=dtype)
     done, start = -1, time.perf_counter()

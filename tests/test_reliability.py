@@ -197,7 +197,8 @@ def test_two_processes_train_into_one_folder_only_in_turn(whole, capfd):
 def test_one_and_two_processes_have_the_same_loss_curve(tmp_path):
     """Contexts of pictures that a process does not see included; the first process alone writes."""
     options = ("training.steps=20", "training.save_every=20")
-    train(tmp_path / "one", *options)
+    # Both as programs: what other tests did to this process has no part in it.
+    ok(run("train_ico.py", "--config", CONFIG, "--logdir", tmp_path / "one", *SHORT, *options))
     out = run("train_ico.py", "--config", CONFIG, "--logdir", tmp_path / "two", *SHORT, *options, "training.devices=2")
     assert ok(out).count("Run folder") == 1
     (one,), (two,) = ((tmp_path / n).iterdir() for n in ("one", "two"))

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
+# One thread: the same rounding on every machine, and some tests fork, which OpenMP's threads do not survive.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -69,6 +69,8 @@ def measure(args: argparse.Namespace) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from benchmarks.measure import PACKED
+
     module, parts, context = prepare(args)
     optimizer = module.configure_optimizers()
 
@@ -83,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     result = {"setting": args.only, "model": args.model, "size": module.model.config.image_size, "batch": args.batch}
     if args.flops:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=PACKED) as counter:
             step()
         result["flops_per_picture"] = counter.get_total_flops() / args.batch
         counts = counter.get_flop_counts()

@@ -19,6 +19,7 @@ from ldm import attention, checkpoint
 from ldm.autoencoder import Posterior
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
+from ldm.packing import pack
 from ldm.schedule import q_sample, training_target
 
 TRAINABLE = ("crossattn-kv", "crossattn", "none")
@@ -92,6 +93,8 @@ class ICOTraining(pl.LightningModule):
             model.unet.to(memory_format=torch.channels_last)
         if training.compile:
             self.predict = torch.compile(model.predict)  # only here: validation would compile for each prompt
+        elif model.device.type == "cpu":
+            pack(model.unet)
 
     @property
     def steps_done(self) -> int:

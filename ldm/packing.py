@@ -1,8 +1,8 @@
 """Weights in the layout that a CPU computes in.
 
 oneDNN, which PyTorch convolves with on CPUs, works on blocks of channels. A plain weight is rearranged in
-every call, which at a UNet's lowest resolutions takes longer than the convolution itself. Here it is
-rearranged once.
+every call, forward and backward, which at a UNet's lowest resolutions takes longer than the convolution
+itself. Here frozen weights are rearranged once.
 """
 
 import torch
@@ -12,8 +12,9 @@ LARGE = 2**20  # weights of a convolution from which on rearranging them in ever
 
 
 class PackedConv2d(nn.Module):
-    """A convolution for inference on a CPU, whose weight is rearranged at the first call and then kept so.
+    """A frozen convolution on a CPU, whose weight is rearranged at the first call and then kept so.
 
+    The gradient reaches its input. For that a second copy of the weight is made at the first backward.
     The best layout depends on the size of the features: pictures of another size than the first are
     convolved as correctly, only less fast.
     """
@@ -22,22 +23,59 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.geometry = [list(conv.stride), list(conv.padding), list(conv.dilation), conv.groups]
+        self.backward_weight: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        stride, padding, dilation, groups = self.geometry
+        x = x.to(self.weight.dtype)
+        return _Convolution.apply(x, self) if x.requires_grad else self.convolve(x)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """Return the convolution of x (b, c, h, w)."""
         if not self.weight.is_mkldnn:
-            packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-                self.weight.detach().to_mkldnn(), padding, stride, dilation, groups, list(x.shape)
-            )
-            self.weight = nn.Parameter(packed, requires_grad=False)
-        # The operator of compiled graphs; torch.mkldnn_convolution would rearrange the weight again.
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], ""
-        )
+            self.weight = nn.Parameter(_rearranged(self.weight.detach(), self.geometry, x), requires_grad=False)
+        return _convolve(x, self.weight, self.bias, self.geometry)
+
+    def input_gradient(self, gradient: Tensor, shape: torch.Size) -> Tensor:
+        """Return the gradient by the input, of a shape (b, c, h, w), from that by the output."""
+        stride, padding, dilation, groups = self.geometry
+        turned_padding = [side - 1 - p for side, p in zip(self.weight.shape[2:], padding, strict=True)]
+        if [stride, dilation, groups] != [[1, 1], [1, 1], 1] or min(turned_padding) < 0:
+            weight = self.weight.to_dense()
+            return nn.grad.conv2d_input(shape, weight, gradient, stride, padding, dilation, groups)
+        # Without strides it is a convolution too, with the kernel turned.
+        geometry = [stride, turned_padding, dilation, groups]
+        if self.backward_weight is None:
+            turned = self.weight.to_dense().flip(2, 3).transpose(0, 1).contiguous()
+            self.backward_weight = _rearranged(turned, geometry, gradient)
+        return _convolve(gradient, self.backward_weight, None, geometry)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, conv: PackedConv2d) -> Tensor:
+        ctx.conv, ctx.shape = conv, x.shape  # of the input no more is needed: the weight is frozen
+        return conv.convolve(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.conv.input_gradient(gradient, ctx.shape), None
+
+
+def _rearranged(weight: Tensor, geometry: list, x: Tensor) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch._C._nn.mkldnn_reorder_conv2d_weight(
+        weight.to_mkldnn(), padding, stride, dilation, groups, list(x.shape)
+    )  # fmt: skip
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list) -> Tensor:
+    # The operator of compiled graphs; torch.mkldnn_convolution would rearrange the weight again.
+    stride, padding, dilation, groups = geometry
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
 
 
 def pack(network: nn.Module) -> None:
-    """Give the large convolutions of a network on a CPU packed weights; from then on it is for inference as it is."""
+    """Give the large convolutions of a network on a CPU packed weights; from then on they are frozen."""
     if not torch.backends.mkldnn.is_available():
         return
     for module in list(network.modules()):

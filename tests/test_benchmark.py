@@ -1,5 +1,6 @@
 """The benchmarks: each runs and writes its files, the peers compute the same, and programs start without the networks."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -105,6 +106,24 @@ def test_packed_convolutions_compute_the_same():
     assert any(isinstance(module, PackedConv2d) for module in unet.modules())
     for x, output in zip(inputs, expected, strict=True):
         torch.testing.assert_close(unet(x, t, context), output, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [{"padding": 1}, {"padding": 1, "stride": 2}, {}, {"padding": 2}, {"padding": 3}, {"padding": 2, "dilation": 2}],
+    ids=str,
+)
+def test_the_gradient_passes_packed_convolutions(geometry):
+    conv = torch.nn.Conv2d(32, 48, 3, **geometry).requires_grad_(False)
+    packed = PackedConv2d(copy.deepcopy(conv))
+    for side in (9, 12):
+        x = torch.randn(2, 32, side, side, requires_grad=True)
+        y = conv(x)
+        torch.testing.assert_close(packed(x), y)
+        gradient = torch.randn_like(y)
+        (expected,) = torch.autograd.grad(y, x, gradient)
+        (actual,) = torch.autograd.grad(packed(x), x, gradient)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_embedded_model_is_sampled_as_it_is(tiny):

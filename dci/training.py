@@ -105,7 +105,8 @@ class ICOTraining(pl.LightningModule):
         optimizer, total = self.optimizers(), 0.0
         for part in parts:
             loss = self.loss(part)
-            self.manual_backward(loss)
+            if loss.requires_grad:  # regularization pictures alone reach nothing in a frozen UNet
+                self.manual_backward(loss)
             gradients.take()
             total += loss.item()
         number = len(parts) * self.trainer.world_size
@@ -168,12 +169,12 @@ class ICOTraining(pl.LightningModule):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def check_trained(self) -> None:
-        """Assert that training has reached every modifier token, and that all numbers are finite."""
+        """Raise UserError unless training has reached every modifier token."""
         moved = (self.learned.modifiers.detach().cpu() != self.first_modifiers.cpu()).any(dim=1)
         names = [token for subject in self.subjects for token in subject.modifier_tokens]
         still = [name for name, has_moved in zip(names, moved.tolist(), strict=True) if not has_moved]
-        assert not still, f"training has not reached {', '.join(still)}"
-        assert all(p.isfinite().all() for p in self.trained().values()), "weights that are not finite"
+        if still:
+            raise UserError(f"training has not reached {', '.join(still)}: give more steps, or a larger training.batch_size")
 
     def concept(self) -> Concept:
         """Return what has been learned so far; keys and values rounded to fp16."""

@@ -160,9 +160,14 @@ def load(schema: type[T], path: str | Path, overrides: list[str] = ()) -> T:
     return build(schema, read_yaml(path), overrides, source=str(path))
 
 
+def to_yaml(config: Any) -> str:
+    """Return a dataclass as YAML, in a form that `load` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
 def save(config: Any, path: str | Path) -> None:
     """Write a dataclass as YAML, in a form that `load` reads back."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
 def key_names(schema: type, prefix: str = "") -> list[str]:

@@ -41,6 +41,8 @@ def main() -> None:
         args.overrides.append(f"resume={args.resume}")
     file = args.config or run_folder_of(args.resume) / CONFIG_FILE
     config = finetune_config(file, args.overrides, args.name)
+    if config.training.trainable == "none" and (args.rank or args.energy):
+        raise UserError("training.trainable=none learns tokens and no weights: leave out --rank and --energy")
     model = load_model(config.model, config.checkpoint).to(own_device(pick_device(args.device)))
     entries = subjects(config)
     for entry in entries:

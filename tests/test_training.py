@@ -289,10 +289,10 @@ def test_trainable_sets(tiny, tmp_path, which):
 
 def test_every_modifier_token_must_have_been_trained(tiny):
     module = ICOTraining(tiny, config(), pictures=1)
-    with pytest.raises(AssertionError, match="has not reached <new1>, <new2>"):
+    with pytest.raises(UserError, match="has not reached <new1>, <new2>"):
         module.check_trained()
     module.learned.modifiers.data[0] += 1
-    with pytest.raises(AssertionError, match="has not reached <new2>"):
+    with pytest.raises(UserError, match="has not reached <new2>"):
         module.check_trained()
 
 

@@ -188,6 +188,7 @@ class Saving(pl.Callback):
         """
         if self.run.state["base"] != module.base:
             raise UserError(f"{self.run.folder} was trained on another base model: give its own with model= and checkpoint=")
+        module.reached |= self.run.state.get("reached", module.reached)
         trained = module.trained()
         with torch.no_grad():
             for name, value in self.run.state["weights"].items():
@@ -246,6 +247,7 @@ class Saving(pl.Callback):
             "config": json.dumps(dataclasses.asdict(self.config)),
             "pictures": self.pictures,
             "weights": {name: p.detach().cpu() for name, p in module.trained().items()},
+            "reached": module.reached,
             "optimizer": trainer.optimizers[0].state_dict(),
             "precision": trainer.precision_plugin.state_dict(),
         }

@@ -250,6 +250,12 @@ def test_a_concept_that_no_step_has_seen_is_named(tmp_path, capfd):
     assert result.returncode == 2
     assert re.search(r"error: training has not reached <new\d>, <new\d>: give more steps", result.stderr)
     assert not list(tmp_path.glob("*/concept.safetensors"))
+    # Nor does taking the run up again, with no step left, make it so; more steps do.
+    (folder,) = tmp_path.iterdir()
+    again = run_here(capfd, "train_ico.py", "--resume", folder, "--device", "cpu")
+    assert (again.returncode, "has not reached" in again.stderr) == (2, True)
+    run_main("train_ico.py", "--resume", folder, "--device", "cpu", "training.steps=10")
+    assert (folder / "concept.safetensors").is_file()
 
 
 def test_two_processes_train_into_one_folder_only_in_turn(whole, capfd):

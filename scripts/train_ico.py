@@ -12,7 +12,7 @@ from common import Parser, add_rank_options, check_rank_options, compress_file, 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", help="configs/train/ico-tiny.yaml, or one of your own")
+    parser.add_argument("--config", help="a file of configs/train/, or one of your own")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run (a folder, or a checkpoint of it), or auto")
     parser.add_argument("--name", help="ends the run folder's name (default: the configuration's)")
     parser.add_argument("--logdir", default="logs", help="where the run folder is made (default logs)")

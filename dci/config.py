@@ -78,7 +78,7 @@ class TrainingConfig:
     steps: int = 900
     trainable: str = "crossattn-kv"  # of the UNet: crossattn-kv, crossattn (all of cross-attention), none
     batch_size: int = 6  # pictures of a step, over all devices; half of it regularization pictures, where there are any
-    micro_batch: int | None = None  # pictures that a device takes at a time; null: its whole share
+    micro_batch: int | None = None  # pictures that a device takes at a time, at most; null: its whole share
     learning_rate: float = 6e-5  # of the UNet's weights; rates are used as they are
     modifier_learning_rate: float | None = None  # of the modifier tokens; null: learning_rate, as in the paper
     context_learning_rate: float = 6e-4

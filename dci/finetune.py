@@ -16,6 +16,7 @@ from dci.augment import LARGEST
 from dci.checkpoints import Checkpoints
 from dci.config import GENERATE, FinetuneConfig, subjects
 from dci.data import BatchOrder, ConceptDataset
+from dci.files import write_atomically
 from dci.generation import generate
 from dci.gradients import ProcessesInStep, largest_over_processes
 from dci.interruption import Interrupted, Interruption
@@ -24,7 +25,7 @@ from dci.precision import check_device, lightning_name
 from dci.runs import CONCEPT_FILE, CONFIG_FILE, Run, find_run, new_run
 from dci.settings import check
 from dci.training import ICOTraining
-from dci.watching import ValidationPictures, Watching, loggers
+from dci.watching import ValidationPictures, Watching, errors_told_once, loggers
 from ldm import config as configuration
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
@@ -62,7 +63,8 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
             run = run or new_run(config, logdir)
             order.steps = range(run.step, config.training.steps)
             if processes.rank() == 0:
-                configuration.save(dataclasses.replace(config, resume=None), run.folder / CONFIG_FILE)
+                content = configuration.to_yaml(dataclasses.replace(config, resume=None))
+                write_atomically(run.folder / CONFIG_FILE, content.encode())
             processes.say(dataset.describe())
             loader = DataLoader(dataset, batch_sampler=order, collate_fn=_as_it_is)
             _fit(module, loader, run, interruption, _digest(dataset))
@@ -105,7 +107,8 @@ def _order(config: FinetuneConfig, references: int, others: int) -> BatchOrder:
     training = config.training
     world = training.devices * training.nodes
     share = training.batch_size // world
-    micro_batches = -(-share // training.micro_batch) if training.micro_batch and share else 1
+    most = training.micro_batch or share
+    micro_batches = next((n for n in range(1, share + 1) if share % n == 0 and share // n <= most), 1)
     # Before Lightning has started the others, this is the first one.
     process = (processes.rank(), world)
     return BatchOrder(references, others, training.batch_size, range(0), training.seed, process, micro_batches)
@@ -124,7 +127,8 @@ def _fit(module: ICOTraining, loader: DataLoader, run: Run, interruption: Interr
         callbacks = [Watching(config, run.folder), ValidationPictures(config, run.folder), saving]
         trainer = _trainer(config, run.folder, module.model.device, callbacks)
         try:
-            trainer.fit(module, loader)
+            with errors_told_once():
+                trainer.fit(module, loader)
         except OSError as error:
             if trainer.strategy.launcher is not None:  # the others would wait for this process for ever
                 trainer.strategy.launcher.kill(signal.SIGKILL)
@@ -133,7 +137,7 @@ def _fit(module: ICOTraining, loader: DataLoader, run: Run, interruption: Interr
             raise UserError(f"{error}: {saving.how_to_go_on()}") from error
         if saving.stopped_by:
             raise Interrupted(f"\nStopped at step {module.steps_done}; {saving.how_to_go_on()}", saving.stopped_by)
-        module.check_trained()
+    module.check_trained()
     if processes.rank() == 0:
         module.concept().save(run.folder / CONCEPT_FILE)
 
@@ -184,6 +188,7 @@ class Saving(pl.Callback):
         """
         if self.run.state["base"] != module.base:
             raise UserError(f"{self.run.folder} was trained on another base model: give its own with model= and checkpoint=")
+        module.reached |= self.run.state.get("reached", module.reached)
         trained = module.trained()
         with torch.no_grad():
             for name, value in self.run.state["weights"].items():
@@ -207,8 +212,10 @@ class Saving(pl.Callback):
         if trainer.is_global_zero:
             try:
                 if training.save_every and step % training.save_every == 0:
+                    self._check_finite(module, step)
                     module.concept().save(self.checkpoints.folder / f"concept-{step:06}.safetensors")
                 if last or number or (every and step % every == 0):
+                    self._check_finite(module, step)
                     self._save(trainer, module, step)
             except (OSError, UserError) as caught:
                 error = caught
@@ -217,9 +224,6 @@ class Saving(pl.Callback):
         if number and not last:
             self.stopped_by = number
             trainer.should_stop = True
-
-    def on_fit_end(self, *_: object) -> None:
-        self.interruption.training = False
 
     def how_to_go_on(self) -> str:
         """Say which checkpoint is good, and the command that goes on from it."""
@@ -232,16 +236,18 @@ class Saving(pl.Callback):
         """Say what could not be written, and why."""
         return f"cannot write {error.filename or self.run.folder} ({error.strerror or error}): make room; "
 
+    def _check_finite(self, module: ICOTraining, step: int) -> None:
+        for name, parameter in module.trained().items():
+            if not parameter.detach().half().isfinite().all():  # concept files hold fp16
+                raise UserError(f"{name} has values that are not finite, or beyond fp16, after step {step}")
+
     def _save(self, trainer: pl.Trainer, module: ICOTraining, step: int) -> None:
-        weights = {name: p.detach().cpu() for name, p in module.trained().items()}
-        bad = [name for name, value in weights.items() if not value.isfinite().all()]
-        if bad:
-            raise UserError(f"{bad[0]} is not finite after step {step}")
         state = {
             "base": module.base,
             "config": json.dumps(dataclasses.asdict(self.config)),
             "pictures": self.pictures,
-            "weights": weights,
+            "weights": {name: p.detach().cpu() for name, p in module.trained().items()},
+            "reached": module.reached,
             "optimizer": trainer.optimizers[0].state_dict(),
             "precision": trainer.precision_plugin.state_dict(),
         }

@@ -40,7 +40,7 @@ def inspect_tokens(concept: Concept, model: LatentDiffusion, nearest: int = 5, c
     table = model.text_encoder.token_table.detach().float().cpu()
     vectors = torch.stack([vector.float() for _, vector in named])
     cosines = torch.nn.functional.normalize(vectors) @ torch.nn.functional.normalize(table).T
-    values, ids = cosines.topk(nearest, dim=1)
+    values, ids = cosines.topk(min(nearest, len(table)), dim=1)
     words = [
         [Neighbour(tokenizer.decode([i]), cosine) for i, cosine in zip(*row, strict=True)]
         for row in zip(ids.tolist(), values.tolist(), strict=True)
@@ -71,3 +71,8 @@ def short_name(weight: str) -> str:
     part, _, rest = weight.removeprefix("model.diffusion_model.").partition("_block")
     number = rest.lstrip("s.").split(".")[0] if part != "middle" else ""
     return f"{part} {number}".strip()
+
+
+def kind_of(weight: str) -> str:
+    """"...attn2.to_k.weight" -> "to_k"; of a bias "to_out.0.bias"."""
+    return weight.split("attn2.")[1].removesuffix(".weight")

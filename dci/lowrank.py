@@ -20,7 +20,7 @@ class Compression:
     ranks: dict[str, int]
     error: float  # |change - u v| / |change|, Frobenius norms over all weights together
     worst: tuple[str, float]  # the weight whose own error is largest
-    megabytes: float  # of the factors
+    megabytes: float  # of all that the file will hold: factors, biases, tokens and contexts
 
     def describe(self) -> str:
         """Say it in one line."""
@@ -57,10 +57,10 @@ def compress(
         model: the base model, without the concept.
         rank: of every change; or
         energy: share of each change's squared singular values that is kept, 0 to 1.
-        most_megabytes: that the factors may take.
+        most_megabytes: that the concept may take.
 
     Raises:
-        UserError: the concept has no weights, an option is out of range, or the factors take too much.
+        UserError: the concept has no weights, an option is out of range, or it takes too much.
     """
     base, weights = model.state_dict(), concept.weights(model)
     if not weights:
@@ -72,10 +72,10 @@ def compress(
     if energy is not None and not 0 < energy <= 1:
         raise UserError(f"energy {energy}: expected a share above 0, at most 1")
     changes = {name: weight - base[name].float().cpu() for name, weight in weights.items()}
-    whole = {name: change for name, change in changes.items() if change.dim() < 2}  # biases stay as they are
+    whole = {name: weights[name].half() for name, change in changes.items() if change.dim() < 2}  # biases
     ranks = {n: _rank(c, rank, energy) for n, c in changes.items() if n not in whole}
-    numbers = sum(r * sum(changes[n].shape) for n, r in ranks.items())
-    megabytes = 2 * numbers / MEGABYTE
+    rest = sum(t.nbytes for t in (concept.modifiers, concept.prefixes, concept.suffixes, *whole.values()))
+    megabytes = (2 * sum(r * sum(changes[n].shape) for n, r in ranks.items()) + rest) / MEGABYTE
     if megabytes > most_megabytes:
         asked = f"rank {rank}" if rank is not None else f"energy {energy}"
         raise UserError(f"{asked} takes {megabytes:.1f} MB, over the limit of {most_megabytes:g} MB: give a smaller one, "
@@ -86,9 +86,8 @@ def compress(
     errors = {n: (wrong / total.clamp(min=1e-30)).sqrt().item() for n, (wrong, total) in squares.items()}
     wrong, total = (sum(values) for values in zip(*squares.values(), strict=True))
     worst = max(errors, key=errors.get)
-    kept = {name: weights[name].half() for name in whole}
     return Compression(
-        replace(concept, keys_values=kept, low_rank=low_rank), ranks, (wrong / total.clamp(min=1e-30)).sqrt().item(),
+        replace(concept, keys_values=whole, low_rank=low_rank), ranks, (wrong / total.clamp(min=1e-30)).sqrt().item(),
         (worst, errors[worst]), megabytes,
     )  # fmt: skip
 

@@ -95,7 +95,7 @@ def merge(
         kept = max(kept, ((c @ stored.T - values).norm() / values.norm()).item())
         changed += (c_reg @ (stored - w_0).T).square().sum().item()
         before += (c_reg @ w_0.T).square().sum().item()
-    return Merged(_joined(concepts, low_rank), kept, (changed / before) ** 0.5)
+    return Merged(_joined(concepts, low_rank), kept, (changed / before) ** 0.5 if names else 0.0)
 
 
 def _target_rows(model: LatentDiffusion, concept: Concept, prompt: str) -> Tensor:

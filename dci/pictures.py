@@ -43,7 +43,7 @@ def read_references(folder: str | Path, config: DataConfig, size: int, say: Call
 
     def read(file: Path) -> Picture:
         picture = open_picture(file)
-        mask = _mask_tensor(square(object_mask(file, picture), size)) if config.masked_loss else None
+        mask = _mask_tensor(file, square(object_mask(file, picture), size)) if config.masked_loss else None
         return Picture(file, to_tensor(square(flatten(picture), size)), mask)
 
     return _read_all(files, read, folder, config.on_bad_image, say)
@@ -125,5 +125,7 @@ def _read_all(files: list[Path], read: Callable, folder: str | Path, on_bad: str
     return pictures
 
 
-def _mask_tensor(mask: Image.Image) -> Tensor:
+def _mask_tensor(file: Path, mask: Image.Image) -> Tensor:
+    if mask.getextrema()[1] == 0:
+        raise UserError(f"the object of {file} lies outside the middle square, which alone is used: cut picture and mask")
     return torch.from_numpy(np.array(mask)).float()[None] / 255

@@ -2,6 +2,9 @@
 
 import csv
 import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,17 @@ def loggers(config: FinetuneConfig, run_folder: Path) -> list[Logger]:
     if config.logging.wandb:
         found.append(WandbLogger(project=config.logging.wandb, name=run_folder.name, save_dir=run_folder))
     return found
+
+
+@contextmanager
+def errors_told_once() -> Iterator[None]:
+    """Keep threads from printing what they cannot write: TensorBoard's raises it again in the main thread."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 class Watching(pl.Callback):

@@ -6,6 +6,7 @@ the nearest known key) and a resolved configuration can be saved and read back.
 
 import dataclasses
 import difflib
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,9 +161,14 @@ def load(schema: type[T], path: str | Path, overrides: list[str] = ()) -> T:
     return build(schema, read_yaml(path), overrides, source=str(path))
 
 
+def to_yaml(config: Any) -> str:
+    """Return a dataclass as YAML, in a form that `load` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
 def save(config: Any, path: str | Path) -> None:
     """Write a dataclass as YAML, in a form that `load` reads back."""
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True))
+    Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
 def key_names(schema: type, prefix: str = "") -> list[str]:
@@ -194,6 +200,11 @@ def _reject_unknown(layer: dict, schema: type, known: list[str], origin: str, pr
             raise UserError(f"{origin}: unknown key '{name}'; did you mean '{leaf[0] if leaf else near}'?")
         if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
             _reject_unknown(value, fields[key], known, origin, name + ".")
+        for section in filter(dataclasses.is_dataclass, typing.get_args(fields[key])):  # a list of sections
+            for i, entry in enumerate(value if isinstance(value, list) else []):
+                if isinstance(entry, dict):
+                    prefixed = key_names(section, f"{name}[{i}].")
+                    _reject_unknown(entry, section, prefixed, origin, f"{name}[{i}].")
 
 
 def project_root(config_path: str | Path) -> Path:

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from ldm.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-UNSUPPORTED = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+UNSUPPORTED = (
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".exr", ".hdr", ".svg", ".eps", ".psd", ".dng",
+    ".cr2", ".cr3", ".nef", ".arw", ".raw",
+)  # fmt: skip
 """Pictures too, but of formats that are not read here."""
 
 MASK_ENDINGS = (".mask", "_mask")  # of the stem of a mask's file; of one length

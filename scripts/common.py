@@ -207,7 +207,7 @@ def add_rank_options(parser: Parser) -> None:
     """Add the options of a low-rank concept file."""
     parser.add_argument("--rank", type=positive, help="store the change of each weight as a product of this rank")
     parser.add_argument("--energy", type=number, help="or of as small a rank as keeps this share of its squares, 0 to 1")
-    parser.add_argument("--max-mb", type=number, default=10.0, help="that the products may take (default 10)")
+    parser.add_argument("--max-mb", type=number, default=10.0, help="that the file may take (default 10)")
 
 
 def check_rank_options(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from dci.concept import Concept
-    from dci.inspection import inspect_tokens, short_name, weight_changes
+    from dci.inspection import inspect_tokens, kind_of, short_name, weight_changes
     from ldm.checkpoint import load_model
 
     concept = Concept.load(args.concept)
@@ -29,10 +29,12 @@ def main() -> None:
         print(f"{token.name:24} length {token.norm:.3f}   near: {words}")
     changes = weight_changes(concept, model)
     for name, change in changes.items():
-        print(f"{short_name(name):12} {name.split('attn2.')[1].removesuffix('.weight'):9} changed by {change:.4f}")
-    if args.plot:
+        print(f"{short_name(name):12} {kind_of(name):9} changed by {change:.4f}")
+    if args.plot and changes:
         draw_changes(changes, args.plot)
         print(f"Plot: {args.plot}")
+    elif args.plot:
+        print("No plot: only tokens were trained, no layer has changed")
 
 
 def draw_changes(changes: dict[str, float], file: str) -> None:
@@ -42,19 +44,23 @@ def draw_changes(changes: dict[str, float], file: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from dci.inspection import short_name
+    from dci.inspection import kind_of, short_name
+    from ldm.errors import UserError
 
     layers = list(dict.fromkeys(short_name(name) for name in changes))
-    kinds = list(dict.fromkeys(name.split("attn2.")[1].removesuffix(".weight") for name in changes))
+    kinds = list(dict.fromkeys(kind_of(name) for name in changes))
     figure, axes = pyplot.subplots(figsize=(max(6, 0.6 * len(layers)), 4), layout="constrained")
     for k, kind in enumerate(kinds):
-        values = {short_name(n): change for n, change in changes.items() if n.endswith(f"attn2.{kind}.weight")}
+        values = {short_name(n): change for n, change in changes.items() if kind_of(n) == kind}
         places = [i + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for i in range(len(layers))]
         axes.bar(places, [values.get(layer, 0) for layer in layers], 0.8 / len(kinds), label=kind)
     axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
     axes.set_ylabel("change, relative to the base's weight")
     axes.legend()
-    figure.savefig(file, dpi=120)
+    try:
+        figure.savefig(file, dpi=120)
+    except ValueError as error:
+        raise UserError(f"--plot {file}: expected a name that ends in .png, .svg or .pdf") from error
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def main() -> None:
     concepts = [Concept.load(file) for file in args.concepts]
     if not Path(args.captions).is_file():
         raise UserError(f"no file {args.captions}: give one with a caption in each line")
-    captions = [line.strip() for line in Path(args.captions).read_text(encoding="utf-8").splitlines() if line.strip()]
+    text = Path(args.captions).read_text(encoding="utf-8-sig", errors="replace")
+    captions = [line.strip() for line in text.splitlines() if line.strip()]
     model = load_model(*base_model(args, concepts[0].config))
     merged = merge(concepts, model, captions, args.prompt, print)
     merged.concept.save(args.out)

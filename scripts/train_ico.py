@@ -12,7 +12,7 @@ from common import Parser, add_rank_options, check_rank_options, compress_file, 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", help="configs/train/ico-tiny.yaml, or one of your own")
+    parser.add_argument("--config", help="a file of configs/train/, or one of your own")
     parser.add_argument("--resume", metavar="RUN", help="go on with this run (a folder, or a checkpoint of it), or auto")
     parser.add_argument("--name", help="ends the run folder's name (default: the configuration's)")
     parser.add_argument("--logdir", default="logs", help="where the run folder is made (default logs)")
@@ -41,6 +41,8 @@ def main() -> None:
         args.overrides.append(f"resume={args.resume}")
     file = args.config or run_folder_of(args.resume) / CONFIG_FILE
     config = finetune_config(file, args.overrides, args.name)
+    if config.training.trainable == "none" and (args.rank or args.energy):
+        raise UserError("training.trainable=none learns tokens and no weights: leave out --rank and --energy")
     model = load_model(config.model, config.checkpoint).to(own_device(pick_device(args.device)))
     entries = subjects(config)
     for entry in entries:

@@ -100,7 +100,14 @@ def test_what_cannot_be_merged_is_refused(tiny_base, two):
         merge(two, tiny_base, [])
 
 
-def test_low_rank_changes_are_the_best_of_their_rank(tiny_base, two):
+def test_concepts_of_tokens_alone_are_merged_without_a_change_of_weights(tiny_base):
+    concepts = [learned(tiny_base, noun, ["ktn"], i, trainable="none") for i, noun in enumerate(("dog", "cat"))]
+    merged = merge(concepts, tiny_base, CAPTIONS[:2])
+    assert (merged.changed, merged.concept.weights(tiny_base)) == (0, {})
+    assert torch.equal(merged.concept.modifiers, torch.cat([concept.modifiers for concept in concepts]))
+
+
+def test_low_rank_changes_are_the_best_of_their_rank(tiny_base, two, tmp_path):
     base = tiny_base.state_dict()
     small = compress(two[0], tiny_base, rank=5)
     wrong = total = 0
@@ -120,6 +127,9 @@ def test_low_rank_changes_are_the_best_of_their_rank(tiny_base, two):
         assert values[: rank - 1].sum() < 0.8 * values.sum() <= values[:rank].sum() * (1 + 1e-6)
     with pytest.raises(UserError, match="over the limit of 0.01 MB"):
         compress(two[0], tiny_base, rank=64, most_megabytes=0.01)
+    # The limit is the file's, whose tokens and contexts take room too.
+    small.concept.save(tmp_path / "small.safetensors")
+    assert 0 < (tmp_path / "small.safetensors").stat().st_size / 1e6 - small.megabytes < 0.02
 
 
 def test_a_low_rank_file_is_applied_like_a_whole_one(tiny, two, tmp_path):
@@ -169,3 +179,26 @@ def test_the_programs(two, tmp_path, capfd):
     assert re.search(r"<new2> +length \d\.\d+ +near: \S+ -?\d", out)
     assert re.search(r"middle +to_v +changed by 0\.\d+", out)
     assert (tmp_path / "plot.png").stat().st_size > 5000
+    refused(run_here(capfd, "inspect_concept.py", files[0], "--plot", tmp_path / "plot.txt"), "plot.txt", ".png")
+    (tmp_path / "latin.txt").write_bytes("ein schönes Haus\n".encode("latin-1"))
+    run_main("merge_concepts.py", *files, "--captions", tmp_path / "latin.txt", "--out", tmp_path / "d.safetensors")
+
+
+def test_a_plot_has_a_bar_for_every_weight_that_was_trained(tiny_base, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    bars = {}
+    monkeypatch.setattr(Axes, "bar", lambda self, x, heights, *args, label, **options: bars.update({label: heights}))
+    monkeypatch.setattr(Axes, "legend", lambda self: None)
+    learned(tiny_base, "dog", ["ktn"], 1, trainable="crossattn").save(tmp_path / "all.safetensors")
+    run_main("inspect_concept.py", tmp_path / "all.safetensors", "--no-contexts", "--nearest", 10**6, "--plot",
+             tmp_path / "a.png")  # fmt: skip
+    assert set(bars) == {"to_q", "to_k", "to_v", "to_out.0", "to_out.0.bias"}
+    assert all(height > 0 for heights in bars.values() for height in heights)
+
+
+def test_a_concept_of_tokens_alone_has_nothing_to_plot(tiny_base, tmp_path, capfd):
+    learned(tiny_base, "dog", ["ktn"], 1, trainable="none").save(tmp_path / "tokens.safetensors")
+    run_main("inspect_concept.py", tmp_path / "tokens.safetensors", "--plot", tmp_path / "a.png")
+    assert "No plot" in capfd.readouterr().out
+    assert not (tmp_path / "a.png").exists()

@@ -47,6 +47,11 @@ def test_unknown_keys_name_the_nearest_known_one(key, nearest):
     assert str(error.value).endswith(f"did you mean '{nearest}'?")
 
 
+def test_unknown_keys_in_a_list_of_sections_are_named_too():
+    with pytest.raises(UserError, match=r"unknown key 'concepts\[1\].image'; did you mean 'concepts\[1\].images'\?"):
+        config.build(FinetuneConfig, {}, ["concepts=[{class_noun: cat, images: a}, {class_noun: car, image: b}]"])
+
+
 def test_paths_are_relative_to_the_files_project(tmp_path, monkeypatch):
     (tmp_path / "project/configs/train").mkdir(parents=True)
     file = tmp_path / "project/configs/train/a.yaml"

@@ -65,6 +65,15 @@ def test_a_mask_drawn_before_the_rotation_is_turned_with_its_picture(tmp_path):
     assert mask[34:].max() < 0.01
 
 
+def test_an_object_in_what_is_cut_off_is_named(tmp_path):
+    Image.new("RGB", (120, 40)).save(tmp_path / "a.png")
+    mask = Image.new("L", (120, 40), 0)
+    mask.paste(255, (0, 0, 20, 40))
+    mask.save(tmp_path / "a.mask.png")
+    with pytest.raises(UserError, match="object of .*a.png lies outside the middle square"):
+        references(tmp_path, masked_loss=True)
+
+
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [(None, "no mask for"), (Image.new("L", (30, 30), 255), "30 x 30 px, its picture a.png 40 x 40"),

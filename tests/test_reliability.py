@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 from test_scripts import ok, refused, run, run_here, run_main
 
@@ -168,6 +170,34 @@ def test_a_full_disk_stops_with_one_line_and_keeps_the_last_checkpoint(whole, tm
     assert (folder / "concept.safetensors").read_bytes() == (whole / "concept.safetensors").read_bytes()
 
 
+def test_a_full_disk_leaves_the_configuration_of_a_resumed_run(whole, capfd, monkeypatch):
+    """It is written again when a run goes on; the old one stays until the new one is whole."""
+    before = (whole / "configs/config.yaml").read_bytes()
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync)
+        result = run_here(capfd, "train_ico.py", "--resume", whole, "--device", "cpu", "training.steps=7")
+    assert result.returncode == 2
+    assert "config.yaml: No space left on device" in result.stderr
+    assert (whole / "configs/config.yaml").read_bytes() == before
+
+
+def test_tensorboard_on_a_full_disk_prints_no_traceback(tmp_path, capfd, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    result = run_here(capfd, "train_ico.py", "--config", CONFIG, "--logdir", tmp_path, *SHORT, "logging.tensorboard=true")
+    assert result.returncode == 2
+    assert "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, capfd, monkeypatch):
     original = Watching.on_train_batch_end
 
@@ -183,6 +213,49 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(tmp_path, 
     assert "the loss is nan at step 4" in line
     assert "step-000002.ckpt" in line
     assert not list(tmp_path.glob("*/concept.safetensors"))
+
+
+def test_weights_beyond_fp16_are_not_saved(tmp_path, capfd, monkeypatch):
+    original = Watching.on_train_batch_end
+
+    def spoil(self, trainer, module, *args):
+        original(self, trainer, module, *args)
+        if module.steps_done == 4:
+            next(iter(module.keys_values.values())).data[0, 0] = 1e6
+
+    monkeypatch.setattr(Watching, "on_train_batch_end", spoil)
+    result = run_here(capfd, "train_ico.py", "--config", CONFIG, "--logdir", tmp_path, *SHORT)
+    assert result.returncode == 2
+    assert "attn2.to_k.weight has values that are not finite, or beyond fp16, after step 4" in result.stderr
+    assert [f.name for f in tmp_path.glob("*/checkpoints/*")] == ["step-000002.ckpt"]
+
+
+@pytest.mark.parametrize("options", [("training.batch_size=5", "training.micro_batch=2"),
+                                     ("training.batch_size=2", "training.micro_batch=1", "training.trainable=none")])
+def test_micro_batches_that_do_not_divide_a_batch_or_reach_nothing(tmp_path, options):
+    """Five pictures go one at a time; captions alone, which train nothing in a frozen UNet, are no error."""
+    others = tmp_path / "cats"
+    others.mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (90 * i, 0, 0)).save(others / f"{i}.png")
+        (others / f"{i}.txt").write_text("a cat")
+    train(tmp_path / "logs", "training.steps=2", *options, f"data.regularization={others}")
+    assert len(list(tmp_path.glob("logs/*/concept.safetensors"))) == 1
+
+
+def test_a_concept_that_no_step_has_seen_is_named(tmp_path, capfd):
+    config = ROOT / "configs/train/ico-joint-tiny.yaml"
+    result = run_here(capfd, "train_ico.py", "--config", config, "--logdir", tmp_path, *SHORT, "training.batch_size=1",
+                      "training.steps=1")  # fmt: skip
+    assert result.returncode == 2
+    assert re.search(r"error: training has not reached <new\d>, <new\d>: give more steps", result.stderr)
+    assert not list(tmp_path.glob("*/concept.safetensors"))
+    # Nor does taking the run up again, with no step left, make it so; more steps do.
+    (folder,) = tmp_path.iterdir()
+    again = run_here(capfd, "train_ico.py", "--resume", folder, "--device", "cpu")
+    assert (again.returncode, "has not reached" in again.stderr) == (2, True)
+    run_main("train_ico.py", "--resume", folder, "--device", "cpu", "training.steps=10")
+    assert (folder / "concept.safetensors").is_file()
 
 
 def test_two_processes_train_into_one_folder_only_in_turn(whole, capfd):

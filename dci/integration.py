@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dci.prompts import BranchPrompts
 from ldm.attention import Attend, attend, attention_maps
+from ldm.memory import upload
 
 FINETUNED, BASE = "finetuned", "base"
 """What `DualBranch.auxiliary_weights` can be."""
@@ -57,7 +58,7 @@ class TokenMasks:
             rows = torch.zeros(len(positions), width, dtype=torch.bool)
             for row, places in zip(rows, positions, strict=True):
                 row[list(places)] = True
-            return rows.to(device)
+            return upload(rows, device)
 
         concept_width = max(p.concept_length for p in prompts)
         auxiliary_width = max(p.auxiliary_length for p in prompts)

@@ -38,12 +38,9 @@ class BranchContexts:
     def of(model: LatentDiffusion, concept: Concept, prompts: list[BranchPrompts], negative: str = "") -> "BranchContexts":
         """Encode a batch's prompts, the modifier tokens with the concept's embeddings."""
         text = model.text_encoder
-        unconditional = text.tokenize([negative] * len(prompts))
-        rows = [prompt.concept_ids for prompt in prompts] + [prompt.auxiliary_ids for prompt in prompts]
-        ids = torch.cat([unconditional, torch.tensor(rows, device=model.device)])
-        # Pictures of one prompt share its context.
-        distinct, row_of = ids.unique(dim=0, return_inverse=True)
-        context = text.encode(text.embed(distinct, concept.modifiers.to(model.device)))[row_of]
+        unconditional = text.tokenize([negative]).tolist() * len(prompts)
+        rows = [*unconditional, *(p.concept_ids for p in prompts), *(p.auxiliary_ids for p in prompts)]
+        context = text.contexts(rows, concept.modifiers)
         return BranchContexts(*context.chunk(3))
 
 

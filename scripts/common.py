@@ -109,7 +109,7 @@ def add_sampling_options(parser: Parser) -> None:
     group.add_argument("--precision", choices=precisions, default="auto", help="default: the device's fastest, and said")
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes at first, faster afterwards")
     group.add_argument("--channels-last", action="store_true", help="memory layout (GPUs get it in half precision anyway)")
-    group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="decode large pictures in tiles (default: if need be)")
+    group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="decode large pictures in tiles (default: if needed)")
     group.add_argument("--vae-batch", type=positive, metavar="N", help="pictures decoded at a time (default: what fits)")
 
 

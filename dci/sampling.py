@@ -193,7 +193,7 @@ def sample(
     seed = options.seed if seeds is None else seeds
     noises = tuple(PictureNoise(seed, indices, shape, model.device, stream) for stream in (0, 1))
     contexts = BranchContexts.of(model, concept, prompts, negative)
-    masks = TokenMasks.of(prompts, model.device)
+    masks = TokenMasks.of(prompts, model.device, model.text_encoder.max_length - 1 if model.static_shapes else 0)
     latents = sample_latents(model, contexts, masks, dual, options, noises, callback, canvas, base, maps)
     pixels = decode(model, latents, options.vae_tile, options.vae_batch)
     return canvas.finish(pixels) if canvas else pixels

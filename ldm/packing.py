@@ -36,11 +36,20 @@ class PackedConv2d(nn.Module):
         )
 
 
-def pack(network: nn.Module) -> None:
-    """Give the large convolutions of a network on a CPU packed weights; from then on it is for inference as it is."""
+def pack(network: nn.Module) -> int:
+    """Give the large convolutions of a network on a CPU packed weights; from then on it is for inference as it is.
+
+    Returns:
+        The number of these convolutions.
+    """
     if not torch.backends.mkldnn.is_available():
-        return
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Conv2d) and child.weight.numel() >= LARGE:
-                setattr(module, name, PackedConv2d(child))
+        return 0
+    large = [
+        (module, name, child)
+        for module in network.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Conv2d) and child.weight.numel() >= LARGE
+    ]
+    for module, name, child in large:
+        setattr(module, name, PackedConv2d(child))
+    return len(large)

@@ -1,21 +1,23 @@
 """What is done for speed: compiled graphs are as few as there are phases, and whatever is done is said."""
 
-import copy
-from dataclasses import replace
-
 import torch
 from test_scripts import pixels, run_main
 
+from dci.config import ConceptConfig, FinetuneConfig
 from dci.prompts import parse_prompt
 from dci.sampling import sample
 from dci.settings import dual_branch, sampling_options
+from dci.training import ICOTraining
 from ldm.acceleration import accelerate
 from ldm.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
 from ldm.diffusion import LatentDiffusion
 from ldm.unet import UNet
 
+UNET = UNetConfig(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2], context_dim=64)
+VAE, TEXT = AutoencoderConfig(ch=32, ch_mult=[1, 2], num_res_blocks=1), TextEncoderConfig(width=64, layers=1, heads=2)
 
-def test_sampling_compiles_one_graph_for_each_phase(finetuned, monkeypatch):
+
+def test_sampling_compiles_one_graph_for_each_phase(monkeypatch):
     """Traced as for compiling, without breaks, and executed as it is."""
     graphs, plain = [], torch.nn.Module.compile
 
@@ -27,8 +29,9 @@ def test_sampling_compiles_one_graph_for_each_phase(finetuned, monkeypatch):
         return plain(module, dynamic=dynamic, fullgraph=True, backend=collect)
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    model, concept = copy.deepcopy(finetuned[0]), finetuned[1]
-    options, dual = sampling_options(model, steps=2, scale=4.0), dual_branch(model, agg_time=0.6)
+    model = LatentDiffusion(ModelConfig(image_size=32, unet=UNET, autoencoder=VAE, text_encoder=TEXT)).eval()
+    concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), pictures=1).concept()
+    options, dual = sampling_options(model, steps=2), dual_branch(model, agg_time=0.6, gain=5.0)
     texts = ["a V* cat", "a V* cat and a red car on the beach", "V* in the snow at night"]
     batches = [[parse_prompt(text, concept.modifier_tokens, "cat") for text in pair] for pair in (texts[:2], texts[1:])]
 
@@ -63,8 +66,8 @@ def test_what_is_done_for_speed_is_said(tiny):
     assert accelerate(tiny, "cpu") == []  # narrow networks gain nothing
     assert accelerate(tiny, "cpu", channels_last=True) == ["channels last in memory"]
     assert tiny.unet.out[-1].weight.is_contiguous(memory_format=torch.channels_last)
-    wide = UNetConfig(model_channels=352, channel_mult=[1], num_res_blocks=1, attention_resolutions=[], context_dim=8)
-    small = ModelConfig(autoencoder=AutoencoderConfig(ch=32, ch_mult=[1]), text_encoder=TextEncoderConfig(layers=1))
-    assert accelerate(LatentDiffusion(replace(small, unet=wide)), "cpu") == ["convolutions' weights packed"]
+    wide = UNetConfig(model_channels=352, channel_mult=[1], num_res_blocks=1, attention_resolutions=[], context_dim=64)
+    model = LatentDiffusion(ModelConfig(unet=wide, autoencoder=VAE, text_encoder=TEXT))
+    assert accelerate(model, "cpu") == ["convolutions' weights packed"]
     # For a GPU, where half precision has its own layout; the model is moved there later.
     assert accelerate(tiny.half(), "cuda") == ["channels last in memory"]

@@ -3,6 +3,7 @@
 import torch
 from test_scripts import pixels, run_main
 
+from benchmarks.measure import count_flops
 from dci.config import ConceptConfig, FinetuneConfig
 from dci.prompts import parse_prompt
 from dci.sampling import sample
@@ -40,6 +41,10 @@ def test_sampling_compiles_one_graph_for_each_phase(monkeypatch):
 
     expected = drawn()
     assert accelerate(model, "cpu", compiled=True) == ["compiled UNet"]
+    x, t, context = torch.randn(1, 4, 16, 16), torch.zeros(1), torch.randn(1, 77, 64)
+    eager = count_flops(lambda: model.unet.forward(x, t, context))
+    assert eager == count_flops(lambda: model.unet(x, t, context), compiled=True) > 0
+    assert not graphs
     torch.testing.assert_close(drawn(), expected, rtol=1e-3, atol=1e-3)
     assert len(graphs) == 2
     torch.compiler.reset()

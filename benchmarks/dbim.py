@@ -17,6 +17,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """Measure each resolution; rows are [unconditional, concept, auxiliary] of `--batch` pictures."""
     if args.peer == "diffusers":
         raise UserError("dbim --peer diffusers: diffusers has no DCI; give --peer none or --peer naive")
+    if args.compile:
+        raise UserError("dbim --compile: the module is measured as it is; sample --compile has it in a compiled UNet")
     torch.manual_seed(0)
     rate = matrix_rate(args.device, getattr(torch, args.dtype))
     with torch.inference_mode():

@@ -23,6 +23,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """Load random weights of the model's size from each usual format, or from a diffusers folder beside diffusers."""
     if args.peer == "naive":
         raise UserError("load --peer naive: attention has no part in loading; give --peer none or --peer diffusers")
+    if args.compile or args.device != "cpu":
+        raise UserError("load measures loading into main memory: give --device cpu, and leave --compile out")
     model = peers.build(args.model, getattr(torch, args.dtype), "cpu")
     with tempfile.TemporaryDirectory() as name:
         files = _save(model, args, Path(name))

@@ -1,5 +1,6 @@
 """Time, memory and FLOPs of callables that are compared with one another in one process."""
 
+import contextlib
 import math
 import statistics
 import time
@@ -13,31 +14,26 @@ Way = Callable[[], object]
 """One way to do the work that is measured."""
 
 
-def compare(
-    name: str, ways: dict[str, Way], device: str, rounds: int, rate: float = 0, counted: dict[str, Way] | None = None
-) -> dict:
+def compare(name: str, ways: dict[str, Way], device: str, rounds: int, rate: float = 0, compiled: bool = False) -> dict:
     """Measure ways to do the same, in alternation, after warming up.
 
     Args:
         name: what is done.
         ways: the first is ours; ratios are its time, and its memory, over each other's.
         rate: FLOP/s of matrix products on this device, see `matrix_rate`; 0 leaves the share out.
-        counted: the same work where its operators can be counted, which a compiled graph's cannot; None: `ways`.
+        compiled: some of the ways have compiled graphs in them.
 
     Returns:
         {"name", "clock", "ways": {way: {"median", "range", "peak_bytes", "flops", "share"}},
         "ratios": {way: {"median", "range", "memory"}}}; seconds, and bytes above those allocated before.
     """
     # Counting runs everything once, which warms up; a graph is compiled, recorded and replayed first.
-    flops = {way: count_flops(call) for way, call in (ways if counted is None else counted).items()}
-    seconds = alternate(ways, device, rounds, warm_up=0 if counted is None else 3)
+    flops = {way: count_flops(call, compiled) for way, call in ways.items()}
+    seconds = alternate(ways, device, rounds, warm_up=3 if compiled else 0)
     result = {"name": name, "clock": clock(device).__name__, "ways": {}, "ratios": {}}
     for way, times in seconds.items():
-        figures = {**summary(times), "peak_bytes": peak_bytes(ways[way], device)}
-        if way in flops:
-            figures["flops"] = flops[way]
-            figures["share"] = flops[way] / figures["median"] / rate if rate else None
-        result["ways"][way] = figures
+        figures = {**summary(times), "peak_bytes": peak_bytes(ways[way], device), "flops": flops[way]}
+        result["ways"][way] = {**figures, "share": flops[way] / figures["median"] / rate if rate else None}
     ours, *others = ways
     for way in others:
         ratios = [a / b for a, b in zip(seconds[ours], seconds[way], strict=True)]
@@ -94,9 +90,14 @@ def peak_bytes(call: Way, device: str) -> int:
     return peak
 
 
-def count_flops(call: Way) -> int:
-    """Floating-point operations of the matrix products and convolutions in a call, a multiply-add as 2."""
-    with FlopCounterMode(display=False, custom_mapping=PACKED) as counter:
+def count_flops(call: Way, compiled: bool = False) -> int:
+    """Floating-point operations of the matrix products and convolutions in a call, a multiply-add as 2.
+
+    Args:
+        compiled: run what was compiled operator by operator, for a graph's cannot be counted.
+    """
+    eagerly = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with eagerly, FlopCounterMode(display=False, custom_mapping=PACKED) as counter:
         call()
     return counter.get_total_flops()
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ldm.checkpoint import load_model, load_weights
 from ldm.config import AutoencoderConfig, TextEncoderConfig, UNetConfig
 from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
 from ldm.formats import presets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,14 +25,26 @@ def random_weight(shape: torch.Size) -> Tensor:
     return (0.5 * torch.randn(shape) * math.prod(shape[1:]) ** -0.5).half().float()
 
 
-def build(name: str, dtype: torch.dtype, device: str) -> LatentDiffusion:
-    """Return the embedded model ("tiny"), or one of Stable Diffusion's size with random weights ("sd-v1")."""
+def build(name: str, dtype: torch.dtype, device: str, size: int | None = None) -> LatentDiffusion:
+    """Return the embedded model ("tiny"), or one of Stable Diffusion's size with random weights ("sd-v1").
+
+    Args:
+        size: side of its pictures in pixels; None: the model's own.
+
+    Raises:
+        UserError: the model has no pictures of that size.
+    """
     if name == "tiny":
-        return load_model(ROOT / "configs/model/tiny.yaml", dtype=dtype).to(device)
-    with torch.device("meta"):
-        model = LatentDiffusion(presets.sd_v1())
-    state = {name: random_weight(tensor.shape).to(dtype) for name, tensor in model.state_dict().items()}
-    load_weights(model, state, "random weights", dtype)
+        model = load_model(ROOT / "configs/model/tiny.yaml", dtype=dtype)
+    else:
+        with torch.device("meta"):
+            model = LatentDiffusion(presets.sd_v1())
+    if size is not None and size % model.config.size_multiple:
+        raise UserError(f"--size {size}: expected a multiple of {model.config.size_multiple} pixels for the model '{name}'")
+    model.config.image_size = size or model.config.image_size
+    if name != "tiny":
+        state = {name: random_weight(tensor.shape).to(dtype) for name, tensor in model.state_dict().items()}
+        load_weights(model, state, "random weights", dtype)
     return model.to(device).eval().requires_grad_(False)
 
 

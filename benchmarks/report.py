@@ -17,6 +17,8 @@ def environment(device: str) -> dict:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    if device != "cpu":
+        versions["cuda"] = torch.version.cuda
     name = _processor() if device == "cpu" else torch.cuda.get_device_name(device)
     threads = torch.get_num_threads() if device == "cpu" else None
     return {"device": name, "threads": threads, "versions": versions}
@@ -31,7 +33,10 @@ def write(folder: Path, arguments: dict, results: list[dict]) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = (arguments[key] for key in ("what", "model", "peer", "device", "precision"))
-    stem = "-".join(str(part).replace(":", "") for part in parts) + ("-compiled" if arguments.get("compile") else "")
+    stem = "-".join(str(part).replace(":", "") for part in parts)
+    stem += f"-batch{arguments['batch']}" if arguments["batch"] != 1 else ""
+    stem += f"-{arguments['size']}px" if arguments["size"] else ""
+    stem += "-compiled" if arguments["compile"] else ""
     content = {"command": " ".join(["python scripts/benchmark.py", *sys.argv[1:]]), **environment(arguments["device"]),
                "arguments": arguments, "measurements": results}  # fmt: skip
     (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")

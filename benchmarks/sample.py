@@ -21,20 +21,46 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """Run the comparison that `--peer` names; the options are those of scripts/benchmark.py."""
     torch.manual_seed(0)
     dtype = getattr(torch, args.dtype)
-    model = peers.build(args.model, dtype, args.device)
-    model.config.image_size = args.size or model.config.image_size
+    model = peers.build(args.model, dtype, args.device, args.size)
     rate = matrix_rate(args.device, dtype)
+    # What shares the weights is made first: ours may be packed or compiled then.
+    plain = naive.naive_unet(model.unet) if args.peer == "naive" else None
+    theirs = peers.with_weights_of(model) if args.peer == "diffusers" else None
+    accelerate(model, args.device, compiled=args.compile)
     with torch.inference_mode():
-        if args.peer == "none":
+        if plain:
+            return [unet_step(args, model, {"naive": plain}, rate)]
+        if theirs is None:
             return [dci_over_plain(args, model, rate)]
-        if args.peer == "naive":
-            others = {"naive": naive.naive_unet(model.unet)}
-            return [unet_step(args, model, others, rate)]
-        theirs = peers.with_weights_of(model)
-        if args.compile:
-            theirs.unet.compile(dynamic=False, mode="reduce-overhead" if args.device != "cpu" else None)
+    prepare(theirs, args)
+    with torch.inference_mode():
         step = unet_step(args, model, {"diffusers": lambda *inputs: theirs.unet(*inputs).sample}, rate)
         return [step, plain_sampling(args, model, theirs, rate)]
+
+
+def prepare(theirs: peers.Theirs, args: argparse.Namespace) -> None:
+    """Give diffusers' networks what `accelerate` gives ours: the layout, and compiled graphs."""
+    on_gpu = args.device != "cpu"
+    if on_gpu and args.dtype != "float32":
+        for network in (theirs.unet, theirs.vae):
+            network.to(memory_format=torch.channels_last)
+    if args.compile:
+        theirs.unet.compile(dynamic=False, mode="reduce-overhead" if on_gpu else None)
+
+
+def anew(model: LatentDiffusion, call: Way) -> Way:
+    """Return a way to make a call that encodes its prompts, whatever was encoded before."""
+
+    def way() -> object:
+        model.text_encoder.remembered.forget()
+        return call()
+
+    return way
+
+
+def per_second(args: argparse.Namespace, result: dict) -> dict:
+    """Pictures per second, of each way."""
+    return {f"pictures_per_second,_{way}": args.batch / figures["median"] for way, figures in result["ways"].items()}
 
 
 def dci_over_plain(args: argparse.Namespace, model: LatentDiffusion, rate: float) -> dict:
@@ -48,19 +74,18 @@ def dci_over_plain(args: argparse.Namespace, model: LatentDiffusion, rate: float
     # An untrained concept costs what a trained one does.
     with torch.inference_mode(False):
         concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), pictures=1).concept()
-    model.requires_grad_(False)
     prompt = parse_prompt("a V* dog on the beach", concept.modifier_tokens, "dog")
     options = sampling_options(model, steps=args.steps)
-    accelerate(model, args.device, compiled=args.compile)
 
     def way(dual) -> Way:
-        return lambda: sample(model, concept, prompt, list(range(args.batch)), options, dual)
+        return anew(model, lambda: sample(model, concept, prompt, list(range(args.batch)), options, dual))
 
     dual = dual_branch(model, agg_time=args.agg_time)
     name = f"sampling, {options.steps} steps, {options.height}x{options.width} px, batch {args.batch}"
     ways = {"DCI": way(dual), "plain": way(None)}
-    result = compare(name, ways, args.device, args.rounds, rate, {} if args.compile else None)
-    return result | {"notes": {"share_of_time_inside_the_networks": share_inside(model, way(dual), args.device)}}
+    result = compare(name, ways, args.device, args.rounds, rate, args.compile)
+    inside = {"share_of_time_inside_the_networks": share_inside(model, way(dual), args.device)}
+    return result | {"notes": inside | per_second(args, result)}
 
 
 def share_inside(model: LatentDiffusion, call: Way, device: str) -> float:
@@ -79,7 +104,8 @@ def share_inside(model: LatentDiffusion, call: Way, device: str) -> float:
 
         return run
 
-    places = ((model.unet, "forward"), (model.autoencoder, "decode"), (model.text_encoder, "encode"))
+    # Not the UNet's own call, which may be compiled.
+    places = ((model, "predict"), (model.autoencoder, "decode"), (model.text_encoder, "encode"))
     for network, name in places:
         setattr(network, name, timed(getattr(network, name)))
     start = time.perf_counter()
@@ -92,15 +118,13 @@ def share_inside(model: LatentDiffusion, call: Way, device: str) -> float:
 
 def unet_step(args: argparse.Namespace, model: LatentDiffusion, others: dict[str, Callable], rate: float) -> dict:
     """One guided step of `--batch` pictures: twice as many rows."""
-    accelerate(model, args.device, compiled=args.compile)
     rows, side = 2 * args.batch, model.config.image_size // model.config.autoencoder.downsampling
     x = torch.randn(rows, model.config.autoencoder.embed_dim, side, side, device=args.device, dtype=model.dtype)
     t = torch.full((rows,), 500, device=args.device)
     context = torch.randn(rows, 77, model.config.unet.context_dim, device=args.device, dtype=model.dtype)
     networks = {"ours": model.unet, **others}
     ways, outputs = remembering({name: functools.partial(net, x, t, context) for name, net in networks.items()})
-    eager = {"ours": functools.partial(model.unet.forward, x, t, context)} if args.compile else None
-    result = compare(f"UNet step, {side}x{side} latents, {rows} rows", ways, args.device, args.rounds, rate, eager)
+    result = compare(f"UNet step, {side}x{side} latents, {rows} rows", ways, args.device, args.rounds, rate, args.compile)
     ours, theirs = outputs.values()
     return result | {"notes": {"relative_difference": difference(ours, theirs)}}
 
@@ -129,18 +153,22 @@ def plain_sampling(args: argparse.Namespace, model: LatentDiffusion, theirs: pee
                         latents=latents, num_inference_steps=options.steps, guidance_scale=options.scale,
                         height=options.height, width=options.width, output_type="pt").images  # fmt: skip
 
-    ours = functools.partial(text_to_image, model, PROMPT, indices, options)
+    ours = anew(model, lambda: text_to_image(model, PROMPT, indices, options))
     ways, outputs = remembering({"ours": ours, "diffusers": diffusers})
     name = f"plain sampling, {options.steps} steps, {options.height}x{options.width} px, batch {args.batch}"
-    result = compare(name, ways, args.device, args.rounds, rate, {} if args.compile else None)
-    return result | {"notes": {"relative_difference": difference(outputs["ours"], 2 * outputs["diffusers"] - 1)}}
+    result = compare(name, ways, args.device, args.rounds, rate, args.compile)
+    apart = {"relative_difference": difference(outputs["ours"], 2 * outputs["diffusers"] - 1)}
+    return result | {"notes": apart | per_second(args, result)}
 
 
 def remembering(ways: dict[str, Way]) -> tuple[dict[str, Way], dict[str, Tensor]]:
     """Return the ways, and where each will put its last output."""
     outputs: dict[str, Tensor] = {}
-    return {name: functools.partial(lambda name, way: outputs.update({name: way()}), name, way)
-            for name, way in ways.items()}, outputs  # fmt: skip
+
+    def kept(name: str, way: Way) -> None:
+        outputs[name] = way().clone()  # another CUDA graph may take the memory of this one's output
+
+    return {name: functools.partial(kept, name, way) for name, way in ways.items()}, outputs
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -140,7 +140,7 @@ def prepare(args: argparse.Namespace):
     model.config.image_size = args.size or model.config.image_size
     check_device(config.training.precision, model.device)
     pictures = read_references(config.data.images, config.data, model.config.image_size)
-    module = ICOTraining(model, config, len(pictures))
+    module = ICOTraining(model, config, len(pictures)).to(args.device)
     dataset = ConceptDataset(model, pictures[: args.batch], [], config.data)
     parts = dataset.__getitems__([[Draw(i % len(dataset), 0, i) for i in range(args.batch)]])[0].to(args.device)
     module.prepare()

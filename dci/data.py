@@ -23,6 +23,7 @@ from dci.pictures import Picture
 from ldm import tokenizer
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
+from ldm.memory import upload
 from ldm.tokenizer import tokenize
 
 REGULARIZATION = -1  # in place of a reference picture's index
@@ -55,7 +56,7 @@ class ConceptBatch:
 
     def to(self, device: torch.device) -> "ConceptBatch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: v.to(device) for name, v in values.items() if isinstance(v, Tensor)})
+        return replace(self, **{name: upload(v, device) for name, v in values.items() if isinstance(v, Tensor)})
 
 
 class ConceptDataset(Dataset):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dci.prompts import BranchPrompts
 from ldm.attention import Attend, attend, attention_maps
+from ldm.memory import upload
 
 FINETUNED, BASE = "finetuned", "base"
 """What `DualBranch.auxiliary_weights` can be."""
@@ -41,7 +42,7 @@ class DualBranch:
 class TokenMasks:
     """Which tokens behind the start token count, and which are named, each a bool tensor.
 
-    Rows may belong to different prompts; the width is the longest prompt's length.
+    Rows may belong to different prompts; the width is the longest prompt's length, or more.
     """
 
     concept_counts: Tensor  # (b, L_c)
@@ -50,17 +51,21 @@ class TokenMasks:
     auxiliary: Tensor  # M_a (b, L_a)
 
     @staticmethod
-    def of(prompts: list[BranchPrompts], device: torch.device | str = "cpu") -> "TokenMasks":
-        """Collect the positions and lengths of a batch of prompts."""
+    def of(prompts: list[BranchPrompts], device: torch.device | str = "cpu", width: int = 0) -> "TokenMasks":
+        """Collect the positions and lengths of a batch of prompts.
+
+        Args:
+            width: of all masks, at least: compiled graphs want one width for all prompts.
+        """
 
         def mask(positions: list[Sequence[int]], width: int) -> Tensor:
             rows = torch.zeros(len(positions), width, dtype=torch.bool)
             for row, places in zip(rows, positions, strict=True):
                 row[list(places)] = True
-            return rows.to(device)
+            return upload(rows, device)
 
-        concept_width = max(p.concept_length for p in prompts)
-        auxiliary_width = max(p.auxiliary_length for p in prompts)
+        concept_width = max(width, *(p.concept_length for p in prompts))
+        auxiliary_width = max(width, *(p.auxiliary_length for p in prompts))
         return TokenMasks(
             mask([range(p.concept_length) for p in prompts], concept_width),
             mask([p.concept_positions for p in prompts], concept_width),

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dci.maps import MapsCallback
 from dci.prompts import BranchPrompts, parse_prompt
 from dci.sampling import sample
 from dci.settings import dual_branch, sampling_options
+from ldm.acceleration import accelerate, fastest_precision
 from ldm.canvas import Canvas, fitting_size
 from ldm.checkpoint import load_model
 from ldm.diffusion import LatentDiffusion
@@ -41,7 +43,7 @@ class Pipeline:
         model: str | Path | None = None,
         checkpoint: str | Path | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> "Pipeline":
         """Load a concept file and the base model that it belongs to.
 
@@ -49,7 +51,7 @@ class Pipeline:
             model: anything that scripts/sample_dci.py takes for --model; None: what the concept was trained on.
             checkpoint: weights in place of the model's own.
             device: None: CUDA where there is one, else the CPU.
-            dtype: of the networks.
+            dtype: of the networks; None: what the device computes them fastest in, as `pipeline.model.dtype` tells.
 
         Raises:
             UserError: a file is missing or broken, or the concept was learned on another base model.
@@ -58,10 +60,12 @@ class Pipeline:
         if model is None:
             model, trained = _trained_on(found)
             checkpoint = checkpoint or trained
-        loaded = load_model(model, checkpoint, dtype=dtype)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loaded = load_model(model, checkpoint, dtype=dtype or partial(fastest_precision, device=device))
         base = found.replaced(loaded)
         found.apply(loaded)
-        return Pipeline(loaded.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), found, base)
+        accelerate(loaded, device)
+        return Pipeline(loaded.to(device), found, base)
 
     def __call__(
         self,

@@ -38,12 +38,9 @@ class BranchContexts:
     def of(model: LatentDiffusion, concept: Concept, prompts: list[BranchPrompts], negative: str = "") -> "BranchContexts":
         """Encode a batch's prompts, the modifier tokens with the concept's embeddings."""
         text = model.text_encoder
-        unconditional = text.tokenize([negative] * len(prompts))
-        rows = [prompt.concept_ids for prompt in prompts] + [prompt.auxiliary_ids for prompt in prompts]
-        ids = torch.cat([unconditional, torch.tensor(rows, device=model.device)])
-        # Pictures of one prompt share its context.
-        distinct, row_of = ids.unique(dim=0, return_inverse=True)
-        context = text.encode(text.embed(distinct, concept.modifiers.to(model.device)))[row_of]
+        unconditional = text.tokenize([negative]).tolist() * len(prompts)
+        rows = [*unconditional, *(p.concept_ids for p in prompts), *(p.auxiliary_ids for p in prompts)]
+        context = text.contexts(rows, concept.modifiers)
         return BranchContexts(*context.chunk(3))
 
 
@@ -196,7 +193,7 @@ def sample(
     seed = options.seed if seeds is None else seeds
     noises = tuple(PictureNoise(seed, indices, shape, model.device, stream) for stream in (0, 1))
     contexts = BranchContexts.of(model, concept, prompts, negative)
-    masks = TokenMasks.of(prompts, model.device)
+    masks = TokenMasks.of(prompts, model.device, model.text_encoder.max_length - 1 if model.static_shapes else 0)
     latents = sample_latents(model, contexts, masks, dual, options, noises, callback, canvas, base, maps)
     pixels = decode(model, latents, options.vae_tile, options.vae_batch)
     return canvas.finish(pixels) if canvas else pixels

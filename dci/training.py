@@ -92,7 +92,7 @@ class ICOTraining(pl.LightningModule):
         if training.channels_last:
             model.unet.to(memory_format=torch.channels_last)
         if training.compile:
-            self.predict = torch.compile(model.predict)  # only here: validation would compile for each prompt
+            self.predict = torch.compile(model.predict, dynamic=False)  # only here: validation would compile for each prompt
         elif model.device.type == "cpu":
             pack(model.unet)
 

@@ -25,18 +25,25 @@ def fastest_precision(config: ModelConfig, device: torch.device | str) -> torch.
 
 def accelerate(
     model: LatentDiffusion, device: torch.device | str, channels_last: bool = False, compiled: bool = False
-) -> None:
+) -> list[str]:
     """Prepare a model for fast sampling on a device that it will be moved to; it computes the same to rounding.
 
     Args:
         channels_last: ask for this memory layout; GPUs get it in half precision without asking.
         compiled: compile the UNet, with static shapes: a graph while both branches run and one afterwards, which
             a GPU replays without launching kernels one by one.
+
+    Returns:
+        What was done, in words.
     """
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu, done = torch.device(device).type == "cuda", []
     if channels_last or (on_gpu and model.dtype != torch.float32):
         model.to(memory_format=torch.channels_last)
+        done.append("channels last in memory")
     if compiled:
+        model.static_shapes = True
         model.unet.compile(dynamic=False, mode="reduce-overhead" if on_gpu else None)
-    elif torch.device(device).type == "cpu":
-        pack(model.unet)
+        done.append("compiled UNet, replayed as CUDA graphs" if on_gpu else "compiled UNet")
+    elif torch.device(device).type == "cpu" and pack(model.unet):
+        done.append("convolutions' weights packed")
+    return done

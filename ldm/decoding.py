@@ -1,10 +1,13 @@
 """Decoding large pictures and large batches in bounded memory: slices of the batch, tiles of the picture.
 
-Tiles decoded by themselves would show: each would be normalised by its own statistics. So the tiles
-pass through one layer at a time, with the statistics of the whole picture, and nothing is blended.
-Whole feature maps wait in main memory; the device holds a tile of one layer.
+How many pictures are decoded together follows from the memory that is left. Tiles decoded by themselves
+would show: each would be normalised by its own statistics. So the tiles pass through one layer at a time,
+with the statistics of the whole picture, and nothing is blended. Whole feature maps wait in main memory;
+the device holds a tile of one layer.
 """
 
+import math
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -12,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.autoencoder import Decoder, ResnetBlock
+from ldm.config import AutoencoderConfig
 from ldm.diffusion import LatentDiffusion
+from ldm.memory import free_memory
+
+SHARE = 0.5  # of what the device has left, for decoding
+MAPS = 5  # of the widest layer, that are held at once
+SMALLEST = 4  # latent cells of a tile's side
 
 
 def decode(model: LatentDiffusion, latents: Tensor, tile: int | None = None, batch: int | None = None) -> Tensor:
@@ -20,13 +29,56 @@ def decode(model: LatentDiffusion, latents: Tensor, tile: int | None = None, bat
 
     Args:
         tile: work on tile x tile pixels at a time; None, or a tile no smaller than the picture: whole.
-        batch: pictures at a time; None: all.
+        batch: pictures at a time.
+
+    Where neither is given, both follow from the memory that is left, with a warning if that is short.
     """
     f = model.config.autoencoder.downsampling
     height, width = (f * side for side in latents.shape[-2:])
+    if tile is None and batch is None:
+        batch, tile = within_memory(model, len(latents), height, width)
     if tile is not None and tile**2 < height * width:
         return torch.cat([_tiled(model, one, tile**2) for one in latents.split(1)])
     return torch.cat([model.decode(part) for part in latents.split(batch or max(len(latents), 1))])
+
+
+def within_memory(
+    model: LatentDiffusion, pictures: int, height: int, width: int, free: int | None = None
+) -> tuple[int, int | None]:
+    """Return how many pictures to decode at a time, and the side of their tiles in pixels, None for whole ones.
+
+    Args:
+        free: bytes that the device has left; None: as it is now.
+    """
+    config, size = model.config.autoencoder, model.dtype.itemsize
+    budget = SHARE * (free_memory(model.device) if free is None else free)
+    each = decoding_bytes(config, height, width, size)
+    if pictures * each <= budget:
+        return max(pictures, 1), None
+    # Powers of two: the slices are of one size, and the same as long as about as much is left.
+    batch, tile = 2 ** int(math.log2(max(budget / each, 1))), None
+    # On a CPU tiles would save little: whole maps wait in the same memory.
+    if each > budget and model.device.type != "cpu":
+        widest = config.ch * max(config.ch_mult)
+        tile = max(math.isqrt(int(budget / (MAPS * widest * size))), SMALLEST * config.downsampling)
+    if tile or batch < pictures:
+        how = f"tiles of {tile} px" if tile else f"{batch} of {pictures} pictures at a time"
+        warnings.warn(f"decoding in {how}: all {pictures} of {width}x{height} px together would take about "
+                      f"{pictures * each / 2**30:.1f} GiB, too much for what is free on {model.device}; --vae-batch and "
+                      "--vae-tile (vae_batch, vae_tile) decide otherwise", stacklevel=3)  # fmt: skip
+    return min(batch, pictures), tile
+
+
+def decoding_bytes(config: AutoencoderConfig, height: int, width: int, size: int) -> int:
+    """Estimate the memory that decoding one picture takes above weights and result, from above.
+
+    Args:
+        size: bytes of a number.
+    """
+    # A level starts as wide as the one below it was; the outermost pixels count most.
+    entering = [*config.ch_mult[1:], config.ch_mult[-1]]
+    widest = max(config.ch * mult / 4**level for level, mult in enumerate(entering))
+    return int(MAPS * widest * height * width * size)
 
 
 def _tiled(model: LatentDiffusion, latents: Tensor, area: int) -> Tensor:

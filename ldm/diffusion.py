@@ -18,6 +18,7 @@ class LatentDiffusion(nn.Module):
         super().__init__()
         self.config = config
         self.loaded_fingerprint: str | None = None  # of the file, where the weights were rounded in loading
+        self.static_shapes = False  # the UNet was compiled: tensors of another shape would have it compiled again
         self.model = nn.Module()
         self.model.diffusion_model = UNet(config.unet)
         self.first_stage_model = AutoencoderKL(config.autoencoder)
@@ -81,4 +82,5 @@ class LatentDiffusion(nn.Module):
         """The UNet's output (noise or v) for noisy latents x (b, c, h, w) at timesteps t (b,), in x's precision."""
         weights = self.unet.out[-1].weight.dtype
         context = context.to(weights) if isinstance(context, Tensor) else context
-        return self.unet(x.to(weights), t, context, attend).to(x.dtype)
+        # A copy in any case: the next call writes a CUDA graph's output anew.
+        return self.unet(x.to(weights), t, context, attend).to(x.dtype, copy=True)

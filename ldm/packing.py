@@ -74,11 +74,20 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: list) ->
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, padding, stride, dilation, groups, "none", [], "")
 
 
-def pack(network: nn.Module) -> None:
-    """Give the large convolutions of a network on a CPU packed weights; from then on they are frozen."""
+def pack(network: nn.Module) -> int:
+    """Give the large convolutions of a network on a CPU packed weights; from then on they are frozen.
+
+    Returns:
+        The number of these convolutions.
+    """
     if not torch.backends.mkldnn.is_available():
-        return
-    for module in list(network.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Conv2d) and child.weight.numel() >= LARGE:
-                setattr(module, name, PackedConv2d(child))
+        return 0
+    large = [
+        (module, name, child)
+        for module in network.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.Conv2d) and child.weight.numel() >= LARGE
+    ]
+    for module, name, child in large:
+        setattr(module, name, PackedConv2d(child))
+    return len(large)

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ldm.memory import upload
+
 
 class PictureNoise:
     """Independent N(0, 1) streams, one for each picture of a batch.
@@ -34,4 +36,4 @@ class PictureNoise:
 
     def __call__(self) -> Tensor:
         """Draw the next noise of every picture (b, c, h, w). Always drawn on the CPU, then moved."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        return upload(torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]), self.device)

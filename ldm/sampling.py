@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm import schedule
 from ldm.canvas import Canvas, begin
-from ldm.decoding import decode
+from ldm.decoding import SMALLEST, decode
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.loop import Callback, Denoise, guide, run, timestep_rows
@@ -30,8 +30,8 @@ class SamplingOptions:
     solver: str = "ddim"  # a name in ldm.solvers.SOLVERS
     spacing: str = "leading"  # of the timesteps: leading or trailing
     zero_terminal_snr: bool = False  # rescale the schedule to end in pure noise; for v-prediction models
-    vae_tile: int | None = None  # pixels of a tile's side in decoding; None: pictures are decoded whole
-    vae_batch: int | None = None  # pictures decoded at a time; None: all
+    vae_tile: int | None = None  # pixels of a tile's side in decoding; None: whole pictures, if memory allows
+    vae_batch: int | None = None  # pictures decoded at a time; None: as many as memory allows
 
 
 def solver_name(name: str) -> str:
@@ -65,8 +65,9 @@ def check_options(model: LatentDiffusion, options: SamplingOptions) -> None:
         raise UserError(f"seed {options.seed}: expected a whole number from 0 on")
     if options.spacing not in ("leading", "trailing"):
         raise UserError(f"spacing '{options.spacing}': expected leading or trailing")
-    if options.vae_tile is not None and options.vae_tile < 4 * model.config.autoencoder.downsampling:
-        raise UserError(f"vae_tile {options.vae_tile}: expected {4 * model.config.autoencoder.downsampling} pixels or more")
+    smallest = SMALLEST * model.config.autoencoder.downsampling
+    if options.vae_tile is not None and options.vae_tile < smallest:
+        raise UserError(f"vae_tile {options.vae_tile}: expected {smallest} pixels or more")
     make_solver(model, options)
 
 
@@ -137,7 +138,8 @@ def text_to_image(
     check_options(model, options)
     prompts, shape = per_picture(prompt, indices), model.latent_shape(options.height, options.width)
     noise = PictureNoise(options.seed if seeds is None else seeds, indices, shape, model.device)
-    unconditional, conditional = model.text_encoder([negative] * len(prompts) + prompts).chunk(2)
+    text = model.text_encoder
+    unconditional, conditional = text.contexts(text.tokenize([negative] * len(prompts) + prompts).tolist()).chunk(2)
     solver = make_solver(model, options, canvas)
     denoise = guided(model, unconditional, conditional, options.scale)
     x, after = begin(canvas, solver, noise())

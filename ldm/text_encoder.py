@@ -3,10 +3,12 @@
     token ids --embed--> input embeddings --encode--> context
 
 Whoever wants other vectors at some positions puts rows into `embed`'s extra table, or edits the
-embeddings between the two steps; the text transformer itself is never patched.
+embeddings between the two steps; the text transformer itself is never patched. Sampling, which comes to the
+same prompts again and again, asks for `contexts`, which remembers them.
 """
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,8 @@ from ldm import tokenizer
 from ldm.clip_text import CLIPTextTransformer
 from ldm.config import TextEncoderConfig
 from ldm.errors import UserError
+from ldm.memory import upload
+from ldm.remembering import ContextCache, version
 
 
 class TextEncoder(nn.Module):
@@ -29,6 +33,7 @@ class TextEncoder(nn.Module):
             raise UserError(f"clip skip {config.clip_skip}: expected 1 (all layers) to {config.layers} (the first alone)")
         self.max_length = config.max_length
         self.depth = config.layers - config.clip_skip + 1  # layers that run
+        self.remembered = ContextCache()
 
     @property
     def token_table(self) -> Tensor:
@@ -71,6 +76,27 @@ class TextEncoder(nn.Module):
         known = F.embedding(ids.clamp(max=first - 1), table)
         added = F.embedding((ids - first).clamp(min=0), extra.to(table.dtype))
         return torch.where((ids < first)[..., None], known, added)
+
+    @torch.no_grad()
+    def contexts(self, rows: Sequence[Sequence[int]], extra: Tensor | None = None) -> Tensor:
+        """Rows of token ids -> contexts (b, l, d), without gradients.
+
+        A row is encoded once, as long as the weights stay as they are, and by itself: with which others it
+        came first makes no difference to it.
+
+        Args:
+            extra: (n, d) further embeddings, as for `embed`.
+        """
+        vocabulary, device = self.token_table.shape[0], self.token_table.device
+        further = None if extra is None else extra.detach().float().cpu().numpy().tobytes()
+
+        def encode(key: tuple[tuple[int, ...], bytes | None]) -> Tensor:
+            ids = upload(torch.tensor(key[:1]), device)
+            return self.encode(self.embed(ids, None if extra is None else upload(extra, device)))[0]
+
+        # Rows without further embeddings do not depend on them.
+        keys = [(tuple(row), further if max(row) >= vocabulary else None) for row in rows]
+        return torch.stack(self.remembered.get(version(self), keys, encode))
 
     def _pad(self, ids: Tensor) -> Tensor:
         """Put the encoder's own padding behind the first of the end tokens that a row ends in."""

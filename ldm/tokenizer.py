@@ -48,7 +48,12 @@ def clip_tokenizer() -> Tokenizer:
 
 def tokenize(text: str) -> list[int]:
     """Return the token ids of a text, without start, end and padding."""
-    return clip_tokenizer().encode(text, add_special_tokens=False).ids
+    return list(_ids(text))
+
+
+@lru_cache(maxsize=4096)
+def _ids(text: str) -> tuple[int, ...]:
+    return tuple(clip_tokenizer().encode(text, add_special_tokens=False).ids)
 
 
 def decode(ids: list[int]) -> str:

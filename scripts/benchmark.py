@@ -33,7 +33,7 @@ def arguments():
 
 def main() -> None:
     args = arguments()
-    args.device = pick_device(args.device)
+    args.device = pick_device("cpu" if (args.what, args.device) == ("load", "auto") else args.device)
     given = {key: value for key, value in vars(args).items() if key != "out"}
     args.dtype = PRECISIONS[args.precision]
 

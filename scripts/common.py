@@ -109,8 +109,8 @@ def add_sampling_options(parser: Parser) -> None:
     group.add_argument("--precision", choices=precisions, default="auto", help="default: the device's fastest, and said")
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes at first, faster afterwards")
     group.add_argument("--channels-last", action="store_true", help="memory layout (GPUs get it in half precision anyway)")
-    group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="decode large pictures in tiles of this side")
-    group.add_argument("--vae-batch", type=positive, metavar="N", help="pictures decoded at a time (default: a batch)")
+    group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="side of tiles in decoding (default: if needed)")
+    group.add_argument("--vae-batch", type=positive, metavar="N", help="pictures decoded at a time (default: what fits)")
 
 
 def add_model_options(parser) -> None:
@@ -199,7 +199,9 @@ def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
     if args.precision == "auto":
         args.precision = next(name for name, dtype in PRECISIONS.items() if getattr(torch, dtype) == model.dtype)
         print(f"Precision: {args.precision}, the fastest for this model on {device}")
-    accelerate(model, device, args.channels_last, args.compile)
+    done = accelerate(model, device, args.channels_last, args.compile)
+    if done:
+        print(f"For speed: {', '.join(done)}")
     return model
 
 

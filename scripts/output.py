@@ -59,7 +59,7 @@ def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int,
     batches = plan.batches(*args.shard)
     outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt or Path(args.from_file).stem)
     complete = partial(beside.is_there, outdir) if beside else lambda name: True
-    drawn = 0
+    drawn, whole = 0, min(plan.batch_size, len(plan)) if args.compile and not beside else 0
     with (
         SampleFolder(outdir, plan, args.prompt is not None, complete) as folder,
         tqdm(total=len(batches) * calls, desc="sampling", unit="step") as progress,
@@ -72,7 +72,12 @@ def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int,
                 beside.save(outdir, [folder.file(number).stem for number in numbers])
             progress.update(0 if here else calls)
 
-        drawing.draw(folder, batches, lambda pictures: sample(pictures, lambda _: progress.update()), done)
+        def filled(pictures: list):
+            # A compiled UNet would be compiled again for a smaller batch: the last one is filled up.
+            more = [pictures[-1]] * (whole - len(pictures))
+            return sample([*pictures, *more], lambda _: progress.update())[: len(pictures)]
+
+        drawing.draw(folder, batches, filled, done)
         left = sum(len(folder.missing(numbers)) for numbers in batches)
         sheet = folder.grid_file(len(prompts) - 1)
     if drawn < len(batches):

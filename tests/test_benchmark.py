@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from test_scripts import refused, run_here, run_main
 
-from benchmarks import naive
+from benchmarks import naive, report
 from benchmarks.measure import count_flops, peak_bytes
 from dci.integration import DualBranch, TokenMasks, integrating_attend
 from dci.prompts import parse_prompt
@@ -54,12 +54,37 @@ def test_dci_costs_what_its_steps_say(tmp_path):
     (file,) = tmp_path.glob("*.json")
     (result,) = json.loads(file.read_text())["measurements"]
     assert 1.3 < result["ways"]["DCI"]["flops"] / result["ways"]["plain"]["flops"] < 1.55
+    rate = result["notes"]["pictures_per_second,_DCI"]
+    assert rate == pytest.approx(1 / result["ways"]["DCI"]["median"])
     assert 0.5 < result["notes"]["share_of_time_inside_the_networks"] <= 1
 
 
 def test_peers_that_do_not_exist_are_refused(capfd):
     for command in ("dbim --peer diffusers", "train --peer naive", "load --peer naive"):
         refused(run_here(capfd, "benchmark.py", *command.split()), command, "give --peer none")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("dbim --compile", "dbim --compile"),
+        ("load --compile", "load measures loading into main memory"),
+        ("train --precision fp16", "fp16 needs a GPU"),
+        ("sample --size 100", "--size 100: expected a multiple of 16 pixels"),
+        ("train --model sd-v1 --size 100", "expected a multiple of 64 pixels"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_line(command, said, capfd, tmp_path):
+    refused(run_here(capfd, "benchmark.py", *command.split(), "--device", "cpu", "--out", tmp_path), said)
+
+
+def test_results_of_other_sizes_have_files_of_their_own(tmp_path):
+    given = dict(what="sample", model="tiny", peer="none", device="cpu", precision="fp32", batch=1, size=None, compile=False)
+    names = [
+        report.write(tmp_path, given | other, []).name for other in ({}, {"batch": 4, "size": 32}, {"compile": True})
+    ]
+    assert names == ["sample-tiny-none-cpu-fp32.md", "sample-tiny-none-cpu-fp32-batch4-32px.md",
+                     "sample-tiny-none-cpu-fp32-compiled.md"]  # fmt: skip
 
 
 @torch.no_grad()

@@ -43,8 +43,8 @@ def read_config(folder: Path) -> ModelConfig:
         UserError: a part is missing, or is of an architecture that is not Stable Diffusion 1.x or 2.x.
     """
     index = folder / "model_index.json"
-    pipeline = _read(index).get("_class_name", "") if index.is_file() else "StableDiffusionPipeline"
-    if not pipeline.startswith("StableDiffusion") or (folder / "text_encoder_2").exists():
+    pipeline = _read(index).get("_class_name", "pipeline without a name") if index.is_file() else "StableDiffusionPipeline"
+    if not str(pipeline).startswith("StableDiffusion") or (folder / "text_encoder_2").exists():
         raise UserError(f"{folder} holds a {pipeline}: expected Stable Diffusion 1.x or 2.x")
     for part in (*PARTS, "scheduler"):
         if not (folder / part).is_dir():

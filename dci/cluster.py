@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,16 @@ import submitit
 
 from dci.cells import Worker, end_with_parent, state
 from dci.files import write_atomically
-from dci.grid import ROOT, Cell, GridConfig, by_training, grid_folder
+from dci.grid import ROOT, Cell, by_training, grid_folder
+from dci.suites import SuiteConfig
 from ldm.errors import UserError
 
 LOCAL, SLURM = "local", "slurm"
 
 
 @dataclass
-class SweepConfig(GridConfig):
-    """A grid, and where its cells are worked on."""
+class SweepConfig(SuiteConfig):
+    """A grid, and where its cells are worked on; a suite of compare.py's is one too."""
 
     cluster: str = LOCAL  # local: processes on this machine; slurm: jobs in its queue
     workers: int | None = None  # local: processes at a time; null: one for each GPU, without any one for each core
@@ -64,8 +67,6 @@ def check(config: SweepConfig) -> None:
     """Raise UserError for options that no sweep could use."""
     if config.cluster not in (LOCAL, SLURM):
         raise UserError(f"cluster={config.cluster}: expected {LOCAL} or {SLURM}")
-    if config.workers is not None and config.workers < 1:
-        raise UserError(f"workers={config.workers}: expected 1 or more")
 
 
 def run_local(config: SweepConfig, cells: list[Cell], say=print) -> None:
@@ -147,6 +148,9 @@ def queued_trainings(config: SweepConfig) -> set[str]:
     """
     submitted = _submitted(config)
     if not submitted:
+        return set()
+    if not shutil.which("squeue"):
+        warnings.warn("no squeue on this machine: what is in Slurm's queue is not seen from here", stacklevel=2)
         return set()
     for _ in range(10):  # a controller may be away for a while
         answer = subprocess.run(["squeue", "--me", "-h", "-r", "-o", "%i %F"], capture_output=True, text=True)

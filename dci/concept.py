@@ -12,7 +12,7 @@ from torch import Tensor
 from dci import __version__
 from dci.files import safetensors_bytes, write_atomically
 from dci.tokens import Subject
-from ldm.checkpoint import fingerprint, read_safetensors
+from ldm.checkpoint import PRECISIONS, fingerprint, read_safetensors
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 
@@ -79,20 +79,14 @@ class Concept:
         tensors, metadata = read_safetensors(path)
         if metadata.get("format") != FORMAT:
             raise UserError(f"{path} is not a concept file: give the concept.safetensors that scripts/train_ico.py wrote")
-        learned = {name: tensors.pop(key) for name, key in _LEARNED.items()}
-        changed = [name.removesuffix(_U) for name in tensors if name.endswith(_U)]
-        return Concept(
-            **learned,
-            low_rank={name: LowRank(tensors.pop(name + _U), tensors.pop(name + _V)) for name in changed},
-            keys_values=tensors,
-            modifier_tokens=tuple(json.loads(metadata["modifier_tokens"])),
-            class_noun=metadata["class_noun"],
-            base=metadata["base"],
-            base_name=metadata["base_name"],
-            config=json.loads(metadata["config"]),
-            version=metadata["version"],
-            several=tuple(Subject(tuple(tokens), noun) for tokens, noun in json.loads(metadata.get("subjects", "[]"))),
-        )
+        for name, tensor in tensors.items():
+            if tensor.dtype not in PRECISIONS or not tensor.isfinite().all():
+                raise UserError(f"{path} cannot be used: {name} holds numbers of another kind, NaN or infinite ones: "
+                                "expected finite fp16, bf16 or fp32")  # fmt: skip
+        try:
+            return _parsed(tensors, metadata)
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(f"{path} is a damaged concept file ({error}): fetch or make it anew") from error
 
     def weights(self, model: LatentDiffusion) -> dict[str, Tensor]:
         """Return the whole weights that the concept sets, in fp32 on the CPU.
@@ -127,14 +121,63 @@ class Concept:
         Raises:
             UserError: the concept was learned on another base model.
         """
+        self.check_base(model)
+        parameters = dict(model.named_parameters())
+        return {name: parameters[name].detach().clone() for name in (*self.keys_values, *self.low_rank)}
+
+    def check_base(self, model: LatentDiffusion) -> None:
+        """Raise UserError if the concept was learned on another base model, or its weights do not fit."""
         found = fingerprint(model)
         if found != self.base:
             raise UserError(
                 f"this concept was learned on the base model '{self.base_name}' ({self.base}), "
                 f"but '{model.config.name}' ({found}) is loaded: give the right one with --model and --checkpoint"
             )
-        parameters = dict(model.named_parameters())
-        return {name: parameters[name].detach().clone() for name in (*self.keys_values, *self.low_rank)}
+        self.check_fits(model)
+
+    def check_fits(self, model: LatentDiffusion) -> None:
+        """Raise UserError for tokens or weights of other shapes than the model has."""
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        own = {name: weight.shape for name, weight in self.keys_values.items()}
+        own |= {name: (len(change.u), change.v.shape[1]) for name, change in self.low_rank.items()}
+        wrong = [name for name, shape in own.items() if shapes.get(name) != shape]
+        width = model.text_encoder.token_table.shape[1]
+        if self.modifiers.shape[1] != width:
+            wrong.append(f"{_MODIFIERS}, {self.modifiers.shape[1]} wide in place of {width}")
+        if wrong:
+            raise UserError(f"this concept does not fit its base model '{model.config.name}': {', '.join(wrong[:3])}: "
+                            "the file is damaged")  # fmt: skip
+
+
+def _parsed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Concept:
+    """Return the concept that a file's content stands for.
+
+    Raises:
+        KeyError, ValueError, TypeError: something is missing, or does not go with the rest.
+    """
+    learned = {name: tensors.pop(key) for name, key in _LEARNED.items()}
+    changed = [name.removesuffix(_U) for name in tensors if name.endswith(_U)]
+    concept = Concept(
+        **learned,
+        low_rank={name: LowRank(tensors.pop(name + _U), tensors.pop(name + _V)) for name in changed},
+        keys_values=tensors,
+        modifier_tokens=tuple(json.loads(metadata["modifier_tokens"])),
+        class_noun=metadata["class_noun"],
+        base=metadata["base"],
+        base_name=metadata["base_name"],
+        config=dict(json.loads(metadata["config"])),
+        version=metadata["version"],
+        several=tuple(Subject(tuple(tokens), noun) for tokens, noun in json.loads(metadata.get("subjects", "[]"))),
+    )
+    number = sum(len(subject.modifier_tokens) for subject in concept.subjects)
+    if concept.modifiers.ndim != 2 or len(concept.modifiers) != number:
+        raise ValueError(f"{_MODIFIERS} is {tuple(concept.modifiers.shape)}, expected {number} rows")
+    if concept.prefixes.ndim != 3 or concept.suffixes.ndim != 3:
+        raise ValueError("contexts of another shape than (pictures, tokens, width)")
+    for name, change in concept.low_rank.items():
+        if change.u.ndim != 2 or change.v.ndim != 2 or change.u.shape[1] != len(change.v):
+            raise ValueError(f"the factors of {name} do not go together")
+    return concept
 
 
 @torch.no_grad()

@@ -6,12 +6,11 @@ import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import MISSING
 
 from dci.files import file_hash
-from ldm import config as configuration
 from ldm.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,23 +124,6 @@ class Cell:
     def log(self) -> Path:
         """What the cell's programs said."""
         return self.folder / "log.txt"
-
-
-C = TypeVar("C", bound=GridConfig)
-
-
-def load_grid(schema: type[C], path: str | Path, overrides: list[str] = ()) -> C:
-    """Read a grid's configuration, check it and make its paths absolute.
-
-    Args:
-        schema: GridConfig, or a dataclass that adds options to it.
-
-    Raises:
-        UserError: an option that no grid could use.
-    """
-    config = configuration.load(schema, path, overrides)
-    prepare(config, configuration.project_root(path))
-    return config
 
 
 def prepare(config: GridConfig, root: Path) -> None:

@@ -33,6 +33,7 @@ def inspect_tokens(concept: Concept, model: LatentDiffusion, nearest: int = 5, c
     Args:
         contexts: the image-specific contexts too, not the modifier tokens alone.
     """
+    concept.check_base(model)
     named = list(zip(concept.modifier_tokens, concept.modifiers, strict=True))
     if contexts:
         for part, rows in (("prefix", concept.prefixes), ("suffix", concept.suffixes)):

@@ -60,8 +60,9 @@ def compress(
         most_megabytes: that the concept may take.
 
     Raises:
-        UserError: the concept has no weights, an option is out of range, or it takes too much.
+        UserError: the concept is of another base or has no weights, an option is out of range, or it takes too much.
     """
+    concept.check_base(model)
     base, weights = model.state_dict(), concept.weights(model)
     if not weights:
         raise UserError("the concept has no weights to compress: only its tokens were trained")

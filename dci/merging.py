@@ -144,6 +144,7 @@ def _check(concepts: list[Concept], model: LatentDiffusion, prompt: str, caption
         if concept.base != found:
             raise UserError(f"a concept was learned on the base model '{concept.base_name}' ({concept.base}), "
                             f"but '{model.config.name}' ({found}) is loaded: merge concepts of one base")  # fmt: skip
+        concept.check_fits(model)
         other = [n for n in (*concept.keys_values, *concept.low_rank) if not n.endswith((".to_k.weight", ".to_v.weight"))]
         if other:
             raise UserError(f"a concept has {other[0]} trained too: only keys and values (training.trainable=crossattn-kv) "

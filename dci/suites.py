@@ -3,8 +3,10 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from dci.benchmarks import Subject, read_customconcept101, read_dreambench
+from dci.files import write_atomically
 from dci.grid import ConceptEntry, GridConfig, PartEntry, grid_folder, prepare
 from ldm import config as configuration
 from ldm.errors import UserError
@@ -29,7 +31,7 @@ class DatasetConfig:
 
 @dataclass
 class SuiteConfig(GridConfig):
-    """A grid that is compared: its first method and setting are the baseline."""
+    """A grid whose concepts and prompts may be a data set's; compared, its first method and setting are the baseline."""
 
     concepts: list[ConceptEntry] = field(default_factory=list)
     prompts: str = ""  # a file with a prompt in each line; not needed with a data set
@@ -39,14 +41,20 @@ class SuiteConfig(GridConfig):
     workers: int = 1  # trainings and samplings at a time
 
 
-def load_suite(path: str | Path, overrides: list[str] = ()) -> SuiteConfig:
+S = TypeVar("S", bound=SuiteConfig)
+
+
+def load_suite(path: str | Path, overrides: list[str] = (), schema: type[S] = SuiteConfig) -> S:
     """Read a suite's configuration; a data set's prompts are written into the suite's folder.
+
+    Args:
+        schema: SuiteConfig, or a dataclass that adds options to it.
 
     Raises:
         UserError: options that cannot be used, a data set that is not there or not of its layout.
     """
-    config = configuration.load(SuiteConfig, path, overrides)
-    if config.workers < 1:
+    config = configuration.load(schema, path, overrides)
+    if config.workers is not None and config.workers < 1:
         raise UserError(f"workers={config.workers}: expected 1 or more")
     config.title = config.title or config.name
     config.outdir = str(Path(config.outdir).resolve())
@@ -82,8 +90,9 @@ def _subjects(config: SuiteConfig) -> list[Subject]:
 def _entry(config: SuiteConfig, subject: Subject) -> ConceptEntry:
     """A grid's entry for a subject; its prompts go into a file."""
     file = grid_folder(config) / "prompts" / f"{subject.name}.txt"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(subject.prompts) + "\n")
+    content = "".join(f"{prompt}\n" for prompt in subject.prompts).encode()
+    if not file.is_file() or file.read_bytes() != content:
+        write_atomically(file, content)  # programs of the suite may be reading it
     parts = [
         PartEntry(noun, str(images), str(regularization) if regularization else None)
         for noun, images, regularization in zip(subject.class_nouns, subject.images, subject.regularization, strict=True)

@@ -131,7 +131,7 @@ def load_weights(
         UserError: a key is missing or unexpected, or a tensor has another shape, an unknown precision or
             values that are no numbers; the first are named.
     """
-    state = _unpack_token_table(state)
+    state = _unpack_token_table(state, source)
     expected = model.state_dict()
     if ema:
         state = _averaged(state, expected, source)
@@ -229,13 +229,17 @@ def token_table(width: int, vocab_size: int) -> Tensor:
     return torch.from_numpy(0.02 * table).float()
 
 
-def _unpack_token_table(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _unpack_token_table(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     """Rebuild a whole token table from its trained rows, where a checkpoint holds only those."""
     if TOKEN_ROWS not in state:
         return state
     state = dict(state)
-    rows, ids = state.pop(TOKEN_ROWS), state.pop(TOKEN_IDS)
-    table = token_table(rows.shape[1], configuration.TextEncoderConfig.vocab_size)
+    rows, ids, size = state.pop(TOKEN_ROWS), state.pop(TOKEN_IDS, None), configuration.TextEncoderConfig.vocab_size
+    numbers = ids is not None and ids.dtype == torch.int32 and ids.shape == rows.shape[:1] and ids.numel()
+    if rows.ndim != 2 or not _plain(rows) or not numbers or ids.min() < 0 or ids.max() >= size:
+        _refuse(source, "cannot be used:", [TOKEN_ROWS],
+                f"expected a row (n, d) for each of the n token ids below {size} in {TOKEN_IDS}")  # fmt: skip
+    table = token_table(rows.shape[1], size)
     table[ids.long()] = rows.float()
     return {**state, TOKEN_TABLE: table}
 

@@ -174,8 +174,9 @@ def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[s
 
     if args.model:
         return args.model, args.checkpoint
-    if trained and (Path(trained["model"]).exists() or is_hub_id(trained["model"])):
-        return trained["model"], args.checkpoint or trained["checkpoint"]
+    own = (trained or {}).get("model")
+    if isinstance(own, str) and (Path(own).exists() or is_hub_id(own)):
+        return own, args.checkpoint or trained.get("checkpoint")
     # Weights alone tell their architecture.
     return (args.checkpoint, None) if args.checkpoint else (str(TINY), None)
 

@@ -15,7 +15,7 @@ from common import Parser, run
 
 def arguments():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="configs/sweep/tiny.yaml, or one of your own")
+    parser.add_argument("--config", required=True, help="configs/sweep/tiny.yaml, configs/eval/*.yaml, or one of your own")
     parser.add_argument("--only", metavar="PATTERN", help="some cells: concept/method/seed/setting, * for any")
     parser.add_argument("--dry-run", action="store_true", help="show the jobs and the programs that they would run")
     parser.add_argument("--status", action="store_true", help="show the state of each cell")
@@ -29,9 +29,10 @@ def main() -> None:
 
     from dci.cells import check_recipes, chosen
     from dci.cluster import SLURM, SweepConfig, check, queued_trainings, run_local, submit_slurm, wait_slurm
-    from dci.grid import cells, load_grid
+    from dci.grid import cells
+    from dci.suites import load_suite
 
-    config = load_grid(SweepConfig, args.config, args.overrides)
+    config = load_suite(args.config, args.overrides, SweepConfig)
     check(config)
     everything = cells(config)
     some = chosen(everything, args.only)
@@ -92,11 +93,12 @@ def finish(config, everything: list, some: list) -> None:
     for cell in failed:
         print(f"failed: {cell.name}: {last_words(cell)}\n  log: {cell.log}", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} cells failed; the same command tries them again, with --only NAME one alone", file=sys.stderr)
+        print(f"failed: {len(failed)} of {len(some)} cells; the same command tries them again, with --only NAME one alone",
+              file=sys.stderr)  # fmt: skip
     if done:
         folder = grid_folder(config)
         write_table(done, folder / "results.csv")
-        page = write_grid_report(done, folder / "report", f"Sweep {config.name}")
+        page = write_grid_report(done, folder / "report", config.title)
         print(f"{len(done)} of {len(everything)} cells\nTable: {folder / 'results.csv'}\nReport: {page}")
     sys.exit(1 if failed else 0)
 

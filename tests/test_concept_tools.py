@@ -7,6 +7,7 @@ import pytest
 import scipy.linalg
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 from test_scripts import ok, refused, run, run_here, run_main
 
 from dci.concept import Concept
@@ -16,8 +17,10 @@ from dci.lowrank import compress
 from dci.merging import constrained_solution, merge
 from dci.training import ICOTraining
 from ldm import tokenizer
+from ldm.checkpoint import read_safetensors
 from ldm.errors import UserError
 
+KEY = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 CAPTIONS = (ROOT / "data/captions.txt").read_text().splitlines()
 
 
@@ -43,6 +46,45 @@ def contexts(model, prompts, extra):
     text = model.text_encoder
     with torch.no_grad():
         return text.encode(text.embed(torch.tensor([tokenizer.frame(ids) for ids in prompts]), extra)).double().numpy()
+
+
+DAMAGES = {
+    "modifier_tokens holds": lambda tensors, facts: tensors["modifier_tokens"].fill_(float("nan")),
+    "to_k.weight holds": lambda tensors, facts: tensors.update({KEY: tensors[KEY].to(torch.float8_e4m3fn)}),
+    "damaged concept file .'contexts.prefix'": lambda tensors, facts: tensors.pop("contexts.prefix"),
+    "modifier_tokens is .3, 128., expected 2 rows":
+        lambda tensors, facts: tensors.update(modifier_tokens=torch.zeros(3, 128)),
+    "contexts of another shape": lambda tensors, facts: tensors.update({"contexts.suffix": torch.zeros(2)}),
+    "the factors of a do not go": lambda tensors, facts: tensors.update({"a.u": torch.ones(2, 2), "a.v": torch.ones(3, 2)}),
+    "damaged concept file .'base'": lambda tensors, facts: facts.pop("base"),
+    "damaged concept file .Expecting": lambda tensors, facts: facts.update(config="{"),
+    "damaged concept file .'int'": lambda tensors, facts: facts.update(modifier_tokens="3"),
+    "does not fit .*: modifier_tokens, 7 wide": lambda tensors, facts: tensors.update(modifier_tokens=torch.zeros(2, 7)),
+    "does not fit .*: no.such": lambda tensors, facts: tensors.update({"no.such": torch.zeros(1)}),
+    "does not fit .*to_k.weight": lambda tensors, facts: tensors.update({KEY: torch.zeros(2, 2)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", DAMAGES)
+def test_damaged_concept_files_are_told_in_one_line(tiny_base, two, tmp_path, words):
+    file = tmp_path / "c.safetensors"
+    two[0].save(file)
+    tensors, facts = read_safetensors(file)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    DAMAGES[words](tensors, facts)
+    save_file(tensors, file, facts)
+    with pytest.raises(UserError, match=words) as error:
+        Concept.load(file).apply(tiny_base)
+    assert "\n" not in str(error.value)
+
+
+def test_a_concept_is_compressed_and_inspected_against_its_own_base_alone(tiny_base, two):
+    import dataclasses
+
+    other = dataclasses.replace(two[0], base="0" * 16)
+    for look in (lambda: compress(other, tiny_base, rank=2), lambda: inspect_tokens(other, tiny_base)):
+        with pytest.raises(UserError, match="learned on the base model 'tiny'"):
+            look()
 
 
 def test_merging_equals_the_karush_kuhn_tucker_system_solved_by_scipy(tiny_base, two, tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 from conftest import ROOT
 
+from dci.cluster import SweepConfig
 from dci.config import FinetuneConfig
-from dci.grid import GridConfig
 from dci.settings import finetune_config
 from dci.suites import SuiteConfig
 from ldm import config
@@ -16,7 +16,7 @@ from ldm.pretraining.config import PretrainConfig
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda f: f.stem)
 def test_every_configuration_fits_its_schema(file):
     schemas = {"model": ModelConfig, "train": FinetuneConfig, "pretrain": PretrainConfig}
-    schemas |= {"sweep": GridConfig, "eval": SuiteConfig}
+    schemas |= {"sweep": SweepConfig, "eval": SuiteConfig}
     schema = schemas[file.parent.name]
     needed = ["data.images=x", "concept.class_noun=x"] if schema is FinetuneConfig else []
     config.load(schema, file, needed)

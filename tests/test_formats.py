@@ -321,6 +321,21 @@ def test_a_folder_of_another_architecture_is_refused(file, tmp_path):
         load_model(folder)
 
 
+def test_a_damaged_configuration_of_a_folder_is_told_in_one_line(tmp_path):
+    folder = models.save_folder(models.make(models.small_v1()), tmp_path / "folder")
+    for file, key in (("unet", "block_out_channels"), ("unet", "attention_head_dim"), ("unet", "down_block_types"),
+                      ("unet", "sample_size"), ("vae", "block_out_channels")):  # fmt: skip
+        place = folder / file / "config.json"
+        whole = place.read_text()
+        for value in ("x", [], {}, [1, "a"]):
+            place.write_text(json.dumps(json.loads(whole) | {key: value}))
+            with pytest.raises(UserError) as error:
+                load_model(folder)
+            assert "folder" in str(error.value) and "\n" not in str(error.value), (key, value)
+        place.write_text(whole)
+    load_model(folder)
+
+
 def test_what_the_scheduler_asks_for(tmp_path):
     folder = models.save_folder(models.make(models.small_v2()), tmp_path / "folder")
     file = folder / "scheduler/scheduler_config.json"

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -11,11 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from test_benchmarks import concepts  # noqa: F401
 from test_scripts import refused, run_here, run_main
 
 from dci import grid
 from dci.cells import Worker, chosen, last_words, state
-from dci.grid import GridConfig, by_training, cells, load_grid
+from dci.grid import by_training, cells
+from dci.suites import load_suite
 from ldm.errors import UserError
 
 TRAIN = """
@@ -91,11 +94,7 @@ def table(tmp_path):
 
 
 def tiny_grid(config, *overrides):
-    content = yaml.safe_load(config.read_text())
-    content.pop("workers")
-    plain = config.with_name("plain.yaml")
-    plain.write_text(yaml.safe_dump(content))
-    return load_grid(GridConfig, plain, list(overrides))
+    return load_suite(config, overrides)
 
 
 def test_cells_are_the_product_and_share_trainings(config):
@@ -216,6 +215,37 @@ def test_cells_of_one_training_train_once_and_fail_together(config, tmp_path):
     assert [state(cell) for cell in failing] == ["failed", "failed"]
     assert all(last_words(cell) == "error: thirteen steps bring bad luck" for cell in failing)
     assert (failing[0].training.folder / "log.txt").read_text().count("$ ") == 1
+
+
+def test_the_queue_is_not_seen_from_a_machine_without_slurm(config, tmp_path, capfd, monkeypatch):
+    (tmp_path / "out/tiny").mkdir(parents=True)
+    (tmp_path / "out/tiny/jobs.json").write_text('{"cat/ico/0": "7_0"}')
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.warns(UserWarning, match="no squeue on this machine"):
+        run_main("sweep.py", "--config", config, "--status")
+    assert "8 waiting" in capfd.readouterr().out
+
+
+def test_a_suite_of_a_data_set_is_a_sweep(config, concepts, tmp_path, capfd):  # noqa: F811
+    suite = ("--config", ROOT / "configs/eval/customconcept101.yaml", f"dataset.folder={concepts}",
+             f"outdir={tmp_path / 'out'}", "training=[model=WEIGHTS,validation.every=0]")  # fmt: skip
+    run_main("sweep.py", *suite, "--dry-run")
+    out = capfd.readouterr().out
+    assert "8 cells in 4 jobs; 0 of 8 cells are done" in out
+    assert out.count("train_ico.py") == out.count("model=WEIGHTS") == 4 and out.count("--no-dci") == 4
+    assert out.count("'concept.class_noun=dice plushie'") == 2
+    assert (tmp_path / "out/customconcept101/prompts/pet_dog1.txt").read_text() == "photo of a {}\na {} in the snow\n"
+    refused(run_here(capfd, "sweep.py", *suite[:2]), "dataset.folder=FOLDER")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "scripts/slurm").glob("*.sbatch")), ids=lambda file: file.stem)
+def test_batch_files_say_what_each_resource_is_and_name_no_site(file):
+    lines = [line for line in file.read_text().splitlines() if line.startswith("#SBATCH")]
+    given = dict(re.fullmatch(r"#SBATCH --([a-z-]+)\S*(.*)", line).groups() for line in lines)
+    assert {"ntasks", "ntasks-per-node"} & given.keys() and {"gpus-per-node", "cpus-per-task", "mem", "time"} <= given.keys()
+    assert [name for name, rest in given.items() if not rest.strip().startswith("# ")] == ["job-name", "output"]
+    assert not given.keys() & {"partition", "account", "qos", "constraint", "nodelist", "exclude", "mail-user"}
+    assert ("signal" in given) == (file.stem != "evaluate")
 
 
 def test_patterns_choose_cells(config):

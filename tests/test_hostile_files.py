@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from ldm.checkpoint import load_model
+from ldm.checkpoint import TOKEN_IDS, TOKEN_ROWS, load_model
 from ldm.errors import UserError
 from ldm.formats.pickled import read_pickled
 
@@ -178,6 +178,12 @@ def broken_files(state, place):
     (place / "pointer.ckpt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     (place / "page.ckpt").write_text("<!DOCTYPE html><html></html>")
     torch.save([1, 2], place / "list.ckpt")
+    torch.save({"state_dict": {1: torch.zeros(1)}}, place / "numbers.ckpt")
+    torch.save({**state, KEY: torch.zeros(2, 2).to_sparse()}, place / "sparse.ckpt")
+    with zipfile.ZipFile(place / "document.ckpt", "w") as archive:
+        archive.writestr("content.xml", "<text/>")
+    with zipfile.ZipFile(place / "archive.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", "no pickle")
     lora = {f"lora_unet_{i}.lora_down.weight": torch.zeros(1) for i in range(3)}
     sdxl = {"conditioner.embedders.0.transformer.x": torch.zeros(1), KEY: torch.zeros(1)}
     inpainting = {**state, "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}
@@ -189,6 +195,11 @@ def broken_files(state, place):
         "pointer.ckpt": "is a Git LFS pointer",
         "page.ckpt": "is no checkpoint",
         "list.ckpt": "holds list, expected a state dict",
+        "numbers.ckpt": "holds int 1: Tensor in its state dict, expected tensors by their names",
+        "sparse.ckpt": f"does not fit: {KEY} is (2, 2)",
+        "document.ckpt": "is not a whole checkpoint (an archive, but not one of torch.save)",
+        "archive.ckpt": "is not a whole checkpoint (an archive, but not one of torch.save)",
+        saved({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4)}, "flat.safetensors"): "lacks ",
         saved({}, "none.safetensors"): "holds no tensors",
         saved(lora, "lora.safetensors"): "is a LoRA",
         saved({"unet.x.to_k.lora_A.weight": torch.zeros(1)}, "peft.safetensors"): "is a LoRA",
@@ -208,10 +219,31 @@ def broken_files(state, place):
 
 def test_broken_and_foreign_files_are_told_in_one_line(state, yaml, tmp_path):
     for name, message in broken_files(state, tmp_path).items():
-        with pytest.raises(UserError) as error:
+        with pytest.raises(UserError) as error, warnings.catch_warnings():
+            warnings.simplefilter("error")  # a warning would be a second line
             load_model(yaml, tmp_path / name)
         assert message in str(error.value), name
         assert "\n" not in str(error.value), name
+
+
+def test_rows_of_a_token_table_that_do_not_go_with_their_ids(tmp_path):
+    rows, ids = torch.zeros(3, 128).half(), torch.tensor([1, 2, 3], dtype=torch.int32)
+    for changed in (
+        {TOKEN_ROWS: rows},
+        {TOKEN_ROWS: rows, TOKEN_IDS: ids[:2]},
+        {TOKEN_ROWS: rows, TOKEN_IDS: ids + 49405},
+        {TOKEN_ROWS: rows, TOKEN_IDS: ids - 2},
+        {TOKEN_ROWS: rows, TOKEN_IDS: ids.float()},
+        {TOKEN_ROWS: rows[:0], TOKEN_IDS: ids[:0]},
+        {TOKEN_ROWS: rows[:, 0], TOKEN_IDS: ids},
+        {TOKEN_ROWS: rows.to(torch.float8_e4m3fn), TOKEN_IDS: ids},
+    ):
+        save_file({name: tensor.contiguous() for name, tensor in changed.items()}, tmp_path / "rows.safetensors")
+        with pytest.raises(UserError, match="rows.safetensors cannot be used: .*expected a row"):
+            load_model(ROOT / "configs/model/tiny.yaml", tmp_path / "rows.safetensors")
+    save_file({TOKEN_ROWS: rows, TOKEN_IDS: ids + 49404}, tmp_path / "rows.safetensors")
+    with pytest.raises(UserError, match="rows.safetensors lacks"):  # these do, but there is nothing else
+        load_model(ROOT / "configs/model/tiny.yaml", tmp_path / "rows.safetensors")
 
 
 def test_a_single_component_or_a_small_model_names_what_to_give(state, tmp_path):

@@ -1,11 +1,13 @@
 """Folders as diffusers saves them: unet/ vae/ text_encoder/ tokenizer/ scheduler/, each with its configuration."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from ldm import config as configuration
 from ldm import tokenizer
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from ldm.errors import UserError
@@ -42,9 +44,17 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         UserError: a part is missing, or is of an architecture that is not Stable Diffusion 1.x or 2.x.
     """
+    try:
+        config = _read_config(folder)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{folder} is not configured as diffusers saves it ({error}): fetch it anew") from error
+    return configuration.build(ModelConfig, dataclasses.asdict(config), source=str(folder))  # checks the values' types
+
+
+def _read_config(folder: Path) -> ModelConfig:
     index = folder / "model_index.json"
-    pipeline = _read(index).get("_class_name", "") if index.is_file() else "StableDiffusionPipeline"
-    if not pipeline.startswith("StableDiffusion") or (folder / "text_encoder_2").exists():
+    pipeline = _read(index).get("_class_name", "pipeline without a name") if index.is_file() else "StableDiffusionPipeline"
+    if not str(pipeline).startswith("StableDiffusion") or (folder / "text_encoder_2").exists():
         raise UserError(f"{folder} holds a {pipeline}: expected Stable Diffusion 1.x or 2.x")
     for part in (*PARTS, "scheduler"):
         if not (folder / part).is_dir():

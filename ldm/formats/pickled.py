@@ -7,6 +7,7 @@ place. Any other name in a file is an error that tells it.
 
 import pickle
 import pickletools
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -62,7 +63,8 @@ def read_pickled(file: str | Path) -> Any:
                 f"{file} is refused, nothing of it was run: it asks for {', '.join(hostile[:3])}, and a checkpoint may "
                 "hold tensors and containers only: get it as .safetensors from someone you trust"
             )
-        with safe_globals([(_stand_in(name), name) for name in foreign]):
+        with safe_globals([(_stand_in(name), name) for name in foreign]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on kinds of tensors that no model has: they are refused later
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
     except UserError:
         raise
@@ -105,8 +107,8 @@ def _scan(file: Path) -> tuple[set[str], bool]:
         if any(entry.filename.endswith("/constants.pkl") for entry in entries):
             raise UserError(f"{file} is a TorchScript program, not a checkpoint: it is not run; give the weights themselves")
         pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-        if not pickles:
-            raise zipfile.BadZipFile("an archive without data.pkl")
+        if not pickles or not any(entry.filename.endswith("/version") for entry in entries):
+            raise zipfile.BadZipFile("an archive, but not one of torch.save")
         for entry in pickles:
             with archive.open(entry) as stream:
                 _collect_globals(stream, names)

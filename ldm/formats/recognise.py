@@ -34,7 +34,7 @@ def refuse_foreign(state: dict[str, Tensor], source: str | Path) -> None:
     for prefixes, name in _FOREIGN:
         if any(key.startswith(prefixes) for key in state):
             raise UserError(f"{source} holds {name}: expected a Stable Diffusion 1.x or 2.x model")
-    channels = state[_FIRST].shape[1] if _FIRST in state else 4
+    channels = state[_FIRST].shape[1] if _FIRST in state and state[_FIRST].ndim == 4 else 4
     if channels != 4:
         raise UserError(f"{source} is a model with {channels} input channels (inpainting or depth): expected 4")
 

@@ -118,7 +118,8 @@ def _tensors(content: object, file: Path) -> tuple[dict[str, Tensor], int | None
     state = nested if isinstance(nested, Mapping) else {k: v for k, v in content.items() if isinstance(v, Tensor)}
     for name, value in state.items():
         if not isinstance(value, Tensor) or not isinstance(name, str):
-            raise UserError(f"{file}: {name} is {type(value).__name__}, expected a tensor")
+            what = f"{type(name).__name__} {name}: {type(value).__name__}"
+            raise UserError(f"{file} holds {what} in its state dict, expected tensors by their names")
     return {name: tensor.detach() for name, tensor in state.items()}, step if isinstance(step, int) else None
 
 

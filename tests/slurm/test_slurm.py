@@ -3,10 +3,12 @@
 It is started for these tests, in a folder of theirs; they are skipped where it cannot run.
 """
 
+import contextlib
 import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +39,7 @@ QUICK = ("--config", "configs/train/ico-tiny.yaml", *TRAINING, "validation.every
 
 
 def output_of(*command):
-    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.strip()
 
@@ -214,16 +216,40 @@ def states(array):
     return [field.partition("=")[2] for field in shown if field.startswith("JobState=")]
 
 
+def worker_of(training):
+    """The process that has begun a training, as soon as its run folder is there."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if str(training) in file.read_text().split("\0") and list(training.glob("*_*")):
+                return int((file.parent / "stat").read_text().rpartition(")")[2].split()[1])
+    return None
+
+
 def test_the_sweep_tiny_is_the_same_on_slurm_and_here(slurm, tmp_path):
+    """On Slurm a worker is killed, the others go on, and a second call completes it."""
     # One of the two seeds, for time; both: python -m pytest tests/slurm -k sweep with SWEEP_SEEDS=[0,1].
     seeds = json.loads(os.environ.get("SWEEP_SEEDS", "[0]"))
     options = ("--config", "configs/sweep/tiny.yaml", f"seeds={seeds}", "workers=2",
                "slurm={gpus_per_node: 0, cpus_per_task: 1, mem: 2GB}")  # fmt: skip
-    for cluster in ("slurm", "local"):
-        output_of(sys.executable, "scripts/sweep.py", *options, f"cluster={cluster}", f"outdir={tmp_path / cluster}")
-    tables = [(tmp_path / cluster / "tiny/results.csv").read_bytes() for cluster in ("slurm", "local")]
-    assert tables[0] == tables[1]
-    assert len(tables[0].splitlines()) == 1 + 4 * len(seeds)
+    commands = {
+        cluster: [sys.executable, "scripts/sweep.py", *options, f"cluster={cluster}", f"outdir={tmp_path / cluster}"]
+        for cluster in ("slurm", "local")
+    }
+    tables = {cluster: tmp_path / cluster / "tiny/results.csv" for cluster in commands}
+    with subprocess.Popen(commands["slurm"], cwd=ROOT, stderr=subprocess.PIPE, text=True) as first:
+        place = f"cat/ico/{seeds[0]}"
+        worker = wait_for("a training", lambda: worker_of(tmp_path / "slurm/tiny/trainings" / place))
+        os.kill(worker, signal.SIGKILL)
+        said = first.communicate(timeout=900)[1]
+    assert first.returncode == 1
+    assert f"failed: {place}/dci: the worker was killed; before: " in said
+    assert f"failed: 1 of {4 * len(seeds)} cells" in said
+    rows = tables["slurm"].read_text().splitlines()
+    assert len(rows) == 4 * len(seeds) and not any(row.startswith(f"cat,ico,{seeds[0]},") for row in rows)
+    for command in commands.values():
+        output_of(*command)
+    assert tables["slurm"].read_bytes() == tables["local"].read_bytes()
+    assert len(tables["slurm"].read_text().splitlines()) == 1 + 4 * len(seeds)
     assert json.loads((tmp_path / "slurm/tiny/jobs.json").read_text()).keys() == {
         f"{name}/{method}/{seed}" for name in ("cat", "car") for method in ("ico", "custom-diffusion") for seed in seeds
     }

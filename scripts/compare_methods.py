@@ -15,6 +15,20 @@ from common import ROOT, Parser, positive, run
 
 METHODS = ("ico", "custom-diffusion", "textual-inversion", "ico-no-suffix", "ico-shared-context")
 PROMPTS = ("a photo of a V*", "a V* on the beach", "a V* in the snow", "a V* in the forest", "a V* at night")
+PAGE = """# Methods of fine-tuning, side by side
+
+One concept learned by each method from one seed, as `configs/train/METHOD-tiny.yaml` has it, and drawn {sampling} in each
+of the embedded world's places. Likeness is the mean cosine to the reference pictures by the instance encoder, the place
+is right by the classifier (`data/tiny/README.md`). With one concept and one seed, a few hundredths or percent say little.
+
+| method | likeness to the references | place right | pictures |
+|---|---|---|---|
+{rows}
+
+![a row for each method]({sheet})
+
+A row for each method, the first two pictures of each prompt: {prompts}.
+"""
 
 
 def main() -> None:
@@ -43,18 +57,21 @@ def main() -> None:
     call("sheet_places.py", *(part for file in concepts for part in ("--concept", file)), *dci,
          "--out", outdir / "places", "--n-samples", args.n_samples)  # fmt: skip
     sheet = Path(args.sheet or outdir / "methods.png")
-    write_table(json.loads((outdir / "places.json").read_text()), sheet.with_suffix(".md"))
+    sheet.parent.mkdir(parents=True, exist_ok=True)
+    sampling = "by plain sampling" if args.no_dci else "with DCI"
+    write_page(json.loads((outdir / "places.json").read_text()), sheet, sampling)
     draw_sheet(outdir, args.n_samples, sheet)
     print(f"Sheet: {sheet}")
 
 
-def write_table(results: dict[str, dict], file: Path) -> None:
+def write_page(results: dict[str, dict], sheet: Path, sampling: str) -> None:
     """Write fidelity (likeness to the references) and editability (place right) of each method as Markdown."""
-    lines = ["| method | likeness to the references | place right | pictures |", "|---|---|---|---|"]
-    for method, result in zip(METHODS, results.values(), strict=True):
-        lines.append(f"| {method} | {result['likeness']:.3f} | {result['place_right']:.1%} | {result['pictures']} |")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(lines) + "\n")
+    rows = [
+        f"| {method} | {result['likeness']:.3f} | {result['place_right']:.1%} | {result['pictures']} |"
+        for method, result in zip(METHODS, results.values(), strict=True)
+    ]
+    file = sheet.with_suffix(".md")
+    file.write_text(PAGE.format(rows="\n".join(rows), sheet=sheet.name, prompts="; ".join(PROMPTS), sampling=sampling))
     print(f"Table: {file}")
 
 
@@ -73,7 +90,6 @@ def draw_sheet(outdir: Path, number: int, file: Path) -> None:
     places = [(method, p, i) for method in METHODS for p in range(len(PROMPTS)) for i in range(shown)]
     pictures = [read_picture(outdir / method / f"samples/{p * number + i:05}.png") for method, p, i in places]
     captions = [method if p == i == 0 else PROMPTS[p] if i == 0 else "" for method, p, i in places]
-    file.parent.mkdir(parents=True, exist_ok=True)
     captioned_grid(pictures, captions, shown * len(PROMPTS), scale=2).save(file)
 
 

@@ -29,5 +29,8 @@ setup(
         "submitit>=1.5",
         "tqdm",
     ],
-    extras_require={"inception": ["torch-fidelity"], "test": ["pytest", "diffusers>=0.32", "scipy", "torchmetrics"]},
+    extras_require={
+        "inception": ["torch-fidelity"],
+        "test": ["pytest", "pytest-xdist", "diffusers>=0.32", "scipy", "torchmetrics"],
+    },
 )

@@ -31,6 +31,6 @@ setup(
     ],
     extras_require={
         "inception": ["torch-fidelity"],
-        "test": ["pytest", "pytest-xdist", "diffusers>=0.32", "scipy", "torchmetrics"],
+        "test": ["pytest", "pytest-xdist>=3.6", "diffusers>=0.32", "scipy", "torchmetrics"],
     },
 )

@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh test
 echo "== Running the tests"
-python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

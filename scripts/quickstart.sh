@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Learn the demo concept with ICO and draw it in new places with DCI, on the embedded model.
-# From a fresh clone: bash scripts/quickstart.sh        (about two minutes on two cores, after installation)
+# From a fresh clone: bash scripts/quickstart.sh        (two to four minutes on two cores, after installation)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh ""

@@ -1,36 +1,11 @@
-from setuptools import setup
+from setuptools import find_packages, setup
+
+# Configurations, the embedded model and the demo concepts are installed from where they lie: see ldm/shipped.py.
+SHIPPED = {"ldm._shipped.configs": "configs", "ldm._shipped.data": "data"}
 
 setup(
-    name="dci",
-    version="0.1.0",
-    description="Personalised image generation by ICO and DCI (ECCV 2024)",
-    license="Apache-2.0",
-    packages=["ldm", "ldm.formats", "ldm.pretraining", "dci"],
-    package_data={"dci": ["templates/*.j2"]},
-    python_requires=">=3.10",
-    install_requires=[
-        "torch>=2.6",
-        "torchvision",
-        "pytorch-lightning>=2.6",
-        "omegaconf>=2.3",
-        "pyyaml",
-        "transformers>=4.48",
-        "huggingface_hub",
-        "tokenizers",
-        "open_clip_torch>=2.24",
-        "safetensors>=0.4",
-        "einops>=0.7",
-        "numpy>=1.26",
-        "pillow>=11.1",
-        "tensorboard",
-        "matplotlib",
-        "jinja2>=3",
-        "timm>=1.0",
-        "submitit>=1.5",
-        "tqdm",
-    ],
-    extras_require={
-        "inception": ["torch-fidelity"],
-        "test": ["pytest", "pytest-xdist>=3.6", "diffusers>=0.32", "scipy", "torchmetrics"],
-    },
+    packages=[*find_packages(include=["ldm", "ldm.*", "dci", "dci.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={"": ["templates/*", "static/*"], **{package: ["**/*"] for package in SHIPPED}},
+    include_package_data=False,
 )

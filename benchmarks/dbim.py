@@ -6,8 +6,9 @@ import torch
 
 from benchmarks import naive
 from benchmarks.measure import compare, matrix_rate
-from dci.integration import DualBranch, TokenMasks, integrating_attend
-from dci.prompts import parse_prompt
+from dci.concept.modifier_tokens import ConceptName
+from dci.concept.prompts import parse_prompt
+from dci.dual_branch.integration import DualBranch, TokenMasks, integrating_attend
 from ldm.attention import attend
 from ldm.config import ModelConfig
 from ldm.errors import UserError
@@ -17,6 +18,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
     """Measure each resolution; rows are [unconditional, concept, auxiliary] of `--batch` pictures."""
     if args.peer == "diffusers":
         raise UserError("dbim --peer diffusers: diffusers has no DCI; give --peer none or --peer naive")
+    if args.peer == "pipeline":
+        raise UserError(
+            "dbim --peer pipeline: a pipeline is measured as a whole, by sample; give --peer none or --peer naive"
+        )
     if args.compile:
         raise UserError("dbim --compile: the module is measured as it is; sample --compile has it in a compiled UNet")
     torch.manual_seed(0)
@@ -46,7 +51,7 @@ def measure_level(args: argparse.Namespace, side: int, heads: int, width: int, r
     b, dtype = args.batch, getattr(torch, args.dtype)
     q = torch.randn(3 * b, heads, side * side, width, device=args.device, dtype=dtype)
     k, v = (torch.randn(3 * b, heads, 77, width, device=args.device, dtype=dtype) for _ in range(2))
-    prompt = parse_prompt("a V* dog on the beach", ("<new1>",), "dog")
+    prompt = parse_prompt("a V* dog on the beach", ConceptName(("<new1>",), "dog"))
     masks, dual = TokenMasks.of([prompt] * b, args.device), DualBranch()
     rows = slice(b, 2 * b), slice(2 * b, 3 * b)
     integrate = integrating_attend(masks, dual, *rows)

@@ -21,6 +21,8 @@ from ldm.errors import UserError
 
 def measure(args: argparse.Namespace) -> list[dict]:
     """Load random weights of the model's size from each usual format, or from a diffusers folder beside diffusers."""
+    if args.peer == "pipeline":
+        raise UserError("load --peer pipeline: a pipeline is measured by sample; give --peer none or --peer diffusers")
     if args.peer == "naive":
         raise UserError("load --peer naive: attention has no part in loading; give --peer none or --peer diffusers")
     if args.compile or args.device != "cpu":

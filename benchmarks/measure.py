@@ -107,7 +107,7 @@ def _packed_convolution(x: torch.Size, weight: torch.Size, *_, out_shape: torch.
 
 
 PACKED = {torch.ops.mkldnn._convolution_pointwise: _packed_convolution} if torch.backends.mkldnn.is_available() else {}
-"""How to count the operator of `ldm.packing`, which PyTorch's counter does not know."""
+"""How to count the operator of `ldm.runtime.cpu_convolutions`, which PyTorch's counter does not know."""
 
 
 def matrix_rate(device: str, dtype: torch.dtype) -> float:

@@ -28,12 +28,12 @@ def work(folder: str, options: argparse.Namespace, ready, times) -> None:
 
     torch.set_num_threads(1)
 
-    from dci.drawing import draw
-    from dci.plan import Plan
-    from dci.sample_folder import SampleFolder
-    from dci.settings import sampling_options
+    from dci.dual_branch.options import sampling_options
+    from dci.samples.plan import Plan
+    from dci.samples.worker import sample_missing
+    from dci.samples.writer import SampleFolder
     from ldm.checkpoint import load_model
-    from ldm.sampling import text_to_image
+    from ldm.text_to_image import text_to_image
 
     model = load_model(ROOT / "configs/model/tiny.yaml")
     settings = sampling_options(model, steps=options.steps)
@@ -44,11 +44,11 @@ def work(folder: str, options: argparse.Namespace, ready, times) -> None:
     def sample(pictures):
         return text_to_image(model, [prompts[p.prompt] for p in pictures], [p.index for p in pictures], settings)
 
-    sample([plan.picture(0)])  # what is set up at the first call
+    sample([plan.image(0)])  # what is set up at the first call
     ready.wait()
     begin = time.monotonic()
     with SampleFolder(folder, plan) as samples:
-        draw(samples, plan.batches(), sample, lambda numbers, here: None)
+        sample_missing(samples, plan.batches(), sample, lambda numbers, here: None)
     times.put((begin, time.monotonic(), len(plan)))
 
 
@@ -75,7 +75,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="measurements with each number of workers (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="compared with one (default 2)")
-    parser.add_argument("--pictures", type=int, default=32, help="of each of 6 prompts (default 32)")
+    parser.add_argument(
+        "--images", "--pictures", dest="pictures", type=int, default=32, help="of each of 6 prompts (default 32)"
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--out", help="JSON file to write, too")

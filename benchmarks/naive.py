@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from dci.integration import DualBranch, TokenMasks
+from dci.dual_branch.integration import DualBranch, TokenMasks
 from ldm.attention import Attend, Attention
 from ldm.unet import UNet
 

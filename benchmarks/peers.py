@@ -81,13 +81,24 @@ def empty(build: Callable[[], nn.Module]) -> nn.Module:
         return build()
 
 
-def diffusers_unet(config: UNetConfig, side: int) -> Callable[[], nn.Module]:
-    """Return what builds diffusers' UNet of our configuration, for latents of side x side."""
+def diffusers_unet(config: UNetConfig, side: int, size_width: int = 256) -> Callable[[], nn.Module]:
+    """Return what builds diffusers' UNet of our configuration, for latents of side x side.
+
+    Args:
+        size_width: of the sinusoids of the image's size, in SDXL's.
+    """
     from diffusers import UNet2DConditionModel
 
     widths = [int(config.model_channels * mult) for mult in config.channel_mult]
     cross = [2**i in config.attention_resolutions for i in range(len(widths))]
     width = config.num_head_channels
+    vector = {}
+    if config.adm_in_channels:
+        vector = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": size_width,
+            "projection_class_embeddings_input_dim": config.adm_in_channels,
+        }
     return lambda: UNet2DConditionModel(
         sample_size=side,
         block_out_channels=widths,
@@ -97,6 +108,8 @@ def diffusers_unet(config: UNetConfig, side: int) -> Callable[[], nn.Module]:
         attention_head_dim=[w // width for w in widths] if width else config.num_heads,
         cross_attention_dim=config.context_dim,
         use_linear_projection=config.use_linear_in_transformer,
+        transformer_layers_per_block=[max(depth, 1) for depth in config.depths[:-1]],
+        **vector,
     )
 
 
@@ -117,23 +130,36 @@ def diffusers_vae(config: AutoencoderConfig) -> Callable[[], nn.Module]:
 
 
 def transformers_text(config: TextEncoderConfig, vocabulary: int | None = None) -> nn.Module:
-    """Return transformers' CLIP text model of our configuration, with random weights.
+    """Return transformers' CLIP text model of our configuration, with a projection where it has one; random weights.
 
     Args:
         vocabulary: tokens, if other than the configuration's.
     """
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    return CLIPTextModel(
-        CLIPTextConfig(vocab_size=vocabulary or config.vocab_size, hidden_size=config.width,
-                       intermediate_size=config.mlp_width, num_hidden_layers=config.layers,
-                       num_attention_heads=config.heads, hidden_act=config.hidden_act, projection_dim=config.width)
-    )  # fmt: skip
+    network = CLIPTextModelWithProjection if config.projection else CLIPTextModel
+    return network(
+        CLIPTextConfig(
+            vocab_size=vocabulary or config.vocab_size,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            hidden_act=config.hidden_act,
+            projection_dim=config.projection or config.width,
+        )
+    )
 
 
 def diffusers_scheduler():
     """Return diffusers' DDIM as Stable Diffusion is sampled with."""
     from diffusers import DDIMScheduler
 
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )

@@ -37,8 +37,12 @@ def write(folder: Path, arguments: dict, results: list[dict]) -> Path:
     stem += f"-batch{arguments['batch']}" if arguments["batch"] != 1 else ""
     stem += f"-{arguments['size']}px" if arguments["size"] else ""
     stem += "-compiled" if arguments["compile"] else ""
-    content = {"command": " ".join(["python scripts/benchmark.py", *sys.argv[1:]]), **environment(arguments["device"]),
-               "arguments": arguments, "measurements": results}  # fmt: skip
+    content = {
+        "command": " ".join(["python scripts/benchmark.py", *sys.argv[1:]]),
+        **environment(arguments["device"]),
+        "arguments": arguments,
+        "measurements": results,
+    }
     (folder / f"{stem}.json").write_text(json.dumps(content, indent=1) + "\n")
     page = folder / f"{stem}.md"
     page.write_text(markdown(content))

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import naive, peers
+from benchmarks import naive, peers, pipeline
 from benchmarks.measure import Way, compare, matrix_rate, synchronise
-from ldm.acceleration import accelerate
 from ldm.diffusion import LatentDiffusion
-from ldm.randomness import PictureNoise
+from ldm.noise import ImageNoise
+from ldm.runtime.acceleration import accelerate
 
 PROMPT = "a dog on the beach"
 
@@ -23,6 +23,8 @@ def measure(args: argparse.Namespace) -> list[dict]:
     dtype = getattr(torch, args.dtype)
     model = peers.build(args.model, dtype, args.device, args.size)
     rate = matrix_rate(args.device, dtype)
+    if args.peer == "pipeline":
+        return [pipeline.dci_over_plain(args, model, rate)]
     # What shares the weights is made first: ours may be packed or compiled then.
     plain = naive.naive_unet(model.unet) if args.peer == "naive" else None
     theirs = peers.with_weights_of(model) if args.peer == "diffusers" else None
@@ -65,20 +67,21 @@ def per_second(args: argparse.Namespace, result: dict) -> dict:
 
 def dci_over_plain(args: argparse.Namespace, model: LatentDiffusion, rate: float) -> dict:
     """The whole process, text to pictures, with DCI and without."""
-    from dci.config import ConceptConfig, FinetuneConfig
-    from dci.prompts import parse_prompt
-    from dci.sampling import sample
-    from dci.settings import dual_branch, sampling_options
-    from dci.training import ICOTraining
+    from dci.concept.modifier_tokens import ConceptName
+    from dci.concept.prompts import parse_prompt
+    from dci.dual_branch.options import dual_branch, sampling_options
+    from dci.dual_branch.sampling import SampleRequest, sample
+    from dci.finetuning.config import ConceptConfig, FinetuneConfig
+    from dci.finetuning.module import ICOTraining
 
     # An untrained concept costs what a trained one does.
     with torch.inference_mode(False):
         concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), pictures=1).concept()
-    prompt = parse_prompt("a V* dog on the beach", concept.modifier_tokens, "dog")
+    prompt = parse_prompt("a V* dog on the beach", ConceptName(concept.modifier_tokens, "dog"))
     options = sampling_options(model, steps=args.steps)
 
     def way(dual) -> Way:
-        return anew(model, lambda: sample(model, concept, prompt, list(range(args.batch)), options, dual))
+        return anew(model, lambda: sample(model, concept, SampleRequest(prompt, list(range(args.batch)), options, dual)))
 
     dual = dual_branch(model, agg_time=args.agg_time)
     name = f"sampling, {options.steps} steps, {options.height}x{options.width} px, batch {args.batch}"
@@ -133,11 +136,12 @@ def plain_sampling(args: argparse.Namespace, model: LatentDiffusion, theirs: pee
     """Text to pictures beside diffusers' StableDiffusionPipeline: the same ids, first noise, solver and guidance."""
     from diffusers import StableDiffusionPipeline
 
-    from dci.settings import sampling_options
-    from ldm.sampling import text_to_image
+    from dci.dual_branch.options import sampling_options
+    from ldm.text_to_image import text_to_image
 
-    pipeline = StableDiffusionPipeline(theirs.vae, theirs.text, None, theirs.unet, peers.diffusers_scheduler(),
-                                       None, None, requires_safety_checker=False)  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        theirs.vae, theirs.text, None, theirs.unet, peers.diffusers_scheduler(), None, None, requires_safety_checker=False
+    )
     pipeline.set_progress_bar_config(disable=True)
     theirs.vae.register_to_config(scaling_factor=model.config.latent_scale)
     pipeline.vae_scale_factor = model.config.autoencoder.downsampling
@@ -148,10 +152,18 @@ def plain_sampling(args: argparse.Namespace, model: LatentDiffusion, theirs: pee
     def diffusers() -> Tensor:
         ids = model.text_encoder.tokenize(["", PROMPT])
         negative, positive = theirs.text(ids)[0].split(1)
-        latents = PictureNoise(options.seed, indices, shape, model.device)().to(model.dtype)
-        return pipeline(prompt_embeds=positive, negative_prompt_embeds=negative, num_images_per_prompt=args.batch,
-                        latents=latents, num_inference_steps=options.steps, guidance_scale=options.scale,
-                        height=options.height, width=options.width, output_type="pt").images  # fmt: skip
+        latents = ImageNoise(options.seed, indices, shape, model.device)().to(model.dtype)
+        return pipeline(
+            prompt_embeds=positive,
+            negative_prompt_embeds=negative,
+            num_images_per_prompt=args.batch,
+            latents=latents,
+            num_inference_steps=options.steps,
+            guidance_scale=options.scale,
+            height=options.height,
+            width=options.width,
+            output_type="pt",
+        ).images
 
     ours = anew(model, lambda: text_to_image(model, PROMPT, indices, options))
     ways, outputs = remembering({"ours": ours, "diffusers": diffusers})

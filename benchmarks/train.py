@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks import peers
 from benchmarks.measure import compare, matrix_rate
 from benchmarks.peers import ROOT, Theirs
-from dci.precision import check_device
+from dci.finetuning.precision import check_device
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 
@@ -27,6 +27,8 @@ RUN = 900  # steps of a run, in the paper
 
 def measure(args: argparse.Namespace) -> list[dict]:
     """Time steps on `--batch` reference pictures; the options are those of scripts/benchmark.py."""
+    if args.peer == "pipeline":
+        raise UserError("train --peer pipeline: a pipeline does not train; give --peer none or --peer diffusers")
     if args.peer == "naive":
         raise UserError("train --peer naive: training materialises no maps; give --peer none or --peer diffusers")
     torch.manual_seed(0)
@@ -53,16 +55,22 @@ def copied(theirs: Theirs, dtype: torch.dtype) -> Theirs:
 
 def our_step(args: argparse.Namespace, model: LatentDiffusion) -> Callable[[], None]:
     """Return one step of our trainer."""
-    from dci.config import FinetuneConfig
-    from dci.data import ConceptDataset, Draw
-    from dci.pictures import read_references
-    from dci.training import ICOTraining
+    from dci.finetuning.config import FinetuneConfig
+    from dci.finetuning.dataset import BatchSlot, ConceptDataset
+    from dci.finetuning.images import read_references
+    from dci.finetuning.module import ICOTraining
     from ldm import config as configuration
 
-    options = ["concept.class_noun=cat", "concept.initial_words=[ktn]", "context.template=photo of a {}",
-               f"data.images={ROOT / 'data/concepts/cat'}", f"training.precision={args.precision}",
-               "training.channels_last=true", "training.learning_rate=1e-5",
-               f"training.compile={args.compile}"]  # fmt: skip
+    options = [
+        "concept.class_noun=cat",
+        "concept.initial_words=[ktn]",
+        "context.template=photo of a {}",
+        f"data.images={ROOT / 'data/concepts/cat'}",
+        f"training.precision={args.precision}",
+        "training.channels_last=true",
+        "training.learning_rate=1e-5",
+        f"training.compile={args.compile}",
+    ]
     config = configuration.build(FinetuneConfig, {}, options)
     pictures = read_references(config.data.images, config.data, model.config.image_size)[: args.batch]
     module = ICOTraining(model, config, len(pictures)).to(args.device)
@@ -73,7 +81,7 @@ def our_step(args: argparse.Namespace, model: LatentDiffusion) -> Callable[[], N
 
     def step() -> None:
         number = next(count)
-        draws = [Draw(i % len(pictures), number, i) for i in range(args.batch)]
+        draws = [BatchSlot(i % len(pictures), number, i) for i in range(args.batch)]
         (batch,) = dataset.__getitems__([draws])
         with autocast(args):
             loss = module.loss(batch.to(args.device))

@@ -10,7 +10,6 @@ speed, memory and FLOPs do not depend on them.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -54,8 +53,20 @@ def main() -> None:
         return
     print("| setting | steps / s | peak memory |\n|---|---|---|")
     for setting in SETTINGS if args.model == "tiny" else FULL_SIZE:
-        command = [sys.executable, __file__, "--only", setting, "--model", args.model, "--batch", str(args.batch),
-                   "--steps", str(args.steps), "--device", args.device]  # fmt: skip
+        command = [
+            sys.executable,
+            __file__,
+            "--only",
+            setting,
+            "--model",
+            args.model,
+            "--batch",
+            str(args.batch),
+            "--steps",
+            str(args.steps),
+            "--device",
+            args.device,
+        ]
         done = subprocess.run([*command, *(["--size", str(args.size)] if args.size else [])], capture_output=True, text=True)
         if done.returncode:
             print(f"| {setting} | {done.stderr.strip().splitlines()[-1]} | |", flush=True)
@@ -100,6 +111,8 @@ def measure(args: argparse.Namespace) -> dict:
         step()
         seconds.append(clock() - start)
     on_cpu = args.device == "cpu"
+    import resource  # Windows has none
+
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if on_cpu else torch.cuda.max_memory_allocated()
     return result | {
         "steps_per_second": len(seconds) / sum(seconds) if seconds else None,
@@ -118,11 +131,11 @@ def prepare(args: argparse.Namespace):
 
     import torch
 
-    from dci.config import FinetuneConfig
-    from dci.data import ConceptDataset, Draw
-    from dci.pictures import read_references
-    from dci.precision import check_device, lightning_name
-    from dci.training import ICOTraining
+    from dci.finetuning.config import FinetuneConfig
+    from dci.finetuning.dataset import BatchSlot, ConceptDataset
+    from dci.finetuning.images import read_references
+    from dci.finetuning.module import ICOTraining
+    from dci.finetuning.precision import check_device, lightning_name
     from ldm import config as configuration
     from ldm.checkpoint import load_model
     from ldm.config import ModelConfig
@@ -142,7 +155,7 @@ def prepare(args: argparse.Namespace):
     pictures = read_references(config.data.images, config.data, model.config.image_size)
     module = ICOTraining(model, config, len(pictures)).to(args.device)
     dataset = ConceptDataset(model, pictures[: args.batch], [], config.data)
-    parts = dataset.__getitems__([[Draw(i % len(dataset), 0, i) for i in range(args.batch)]])[0].to(args.device)
+    parts = dataset.__getitems__([[BatchSlot(i % len(dataset), 0, i) for i in range(args.batch)]])[0].to(args.device)
     module.prepare()
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(lightning_name(config.training.precision))
     autocast = functools.partial(torch.autocast, torch.device(args.device).type, dtype)

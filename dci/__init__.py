@@ -14,10 +14,11 @@ From a concept file to PIL pictures:
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from dci.version import __version__
+
 if TYPE_CHECKING:
     from dci.pipeline import Pipeline
 
-__version__ = "0.1.0"
 __all__ = ["Pipeline", "__version__"]
 
 

@@ -1,12 +1,17 @@
-"""Files that are whole or not there: written beside, flushed to the disk, renamed."""
+"""Files that are whole or not there: written beside, flushed to the disk, renamed. And locks on folders."""
 
 import hashlib
+import itertools
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save
-from torch import Tensor
+import filelock
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
@@ -30,12 +35,32 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         if isinstance(error, OSError) and error.filename is None:  # a full disk is found in writing, where no name is known
             error.filename = str(path)
         raise
-    # The rename itself is in the folder, which has to reach the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    if hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+        # The rename itself is in the folder, which has to reach the disk too.
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def folder_lock(folder: Path) -> filelock.BaseFileLock:
+    """Return a folder's lock, a context; the system gives it back however the process ends.
+
+    `acquire(timeout=0)` raises `filelock.Timeout` where another process has it.
+    """
+    return filelock.FileLock(folder / ".lock")
+
+
+def make_new_folder(parent: Path, name: str) -> Path:
+    """Make and return a folder that nobody has made before: parent/name, with a number behind it where that is taken."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
 
 
 def file_hash(path: str | Path) -> str:
@@ -43,11 +68,22 @@ def file_hash(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+def content_hash(path: str | Path) -> str:
+    """Return 16 hex digits that tell contents apart: a file's, or those of all files in a folder."""
+    path = Path(path)
+    if path.is_file():
+        return file_hash(path)
+    inside = sorted(file for file in path.rglob("*") if file.is_file())
+    return hashlib.sha256("".join(map(file_hash, inside)).encode()).hexdigest()[:16]
+
+
+def safetensors_bytes(tensors: "dict[str, Tensor]", metadata: dict[str, str]) -> bytes:
     """Return the content of a .safetensors file, always the same for the same tensors and metadata.
 
     The library writes the metadata in an order that differs from process to process; here it is sorted.
     """
+    from safetensors.torch import save  # with torch, which takes seconds; locks and files need neither
+
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])

@@ -130,7 +130,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, text: Text, cross_attend: Attend | list[Attend]) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), of_layer(text, self.layer), of_layer(cross_attend, self.layer))
+        context: Tensor | KeysValues = text if isinstance(text, Tensor) else text[self.layer]
+        x = x + self.attn2(self.norm2(x), context, of_layer(cross_attend, self.layer))
         return x + self.ff(self.norm3(x))
 
 

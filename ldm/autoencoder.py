@@ -145,9 +145,9 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.draw(self.mid(self.conv_in(z)))
+        return self.to_pixels(self.mid(self.conv_in(z)))
 
-    def draw(self, h: Tensor) -> Tensor:
+    def to_pixels(self, h: Tensor) -> Tensor:
         """Hidden state of the latent's resolution (b, width, h, w) -> picture: the local part, most of the work."""
         for level in reversed(self.up):
             h = level(h)
@@ -171,7 +171,7 @@ class AutoencoderKL(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Unscaled latents (b, c, h, w) -> pictures (b, 3, f h, f w), about [-1, 1], not clamped."""
-        return self.decoder.draw(self.to_hidden(z))
+        return self.decoder.to_pixels(self.to_hidden(z))
 
     def to_hidden(self, z: Tensor) -> Tensor:
         """The decoder up to and with its attention, which sees the whole picture: (b, z, h, w) -> (b, width, h, w)."""

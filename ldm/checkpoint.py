@@ -16,16 +16,20 @@ from ldm import config as configuration
 from ldm.config import ModelConfig
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
-from ldm.formats import compvis_config, hub, mapped
+from ldm.formats import compvis_config, hub, separate_vae, sgm_config
 from ldm.formats.weights import Weights, are_weights, open_weights
 from ldm.formats.weights import read_safetensors as read_safetensors
 from ldm.formats.weights import read_state_dict as read_state_dict
+from ldm.runtime import mapped_files
+from ldm.shipped import find
 
 TOLERATED = {
     *("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
     *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance"),
     *("posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "scale_factor"),
     *(f"cond_stage_model.model.{name}" for name in ("text_projection", "logit_scale", "attn_mask")),
+    *(f"conditioner.embedders.1.model.{name}" for name in ("logit_scale", "attn_mask")),
+    "denoiser.sigmas",
 }
 """Keys that SD checkpoints carry and that no network reads: the schedule, and what open_clip needs for pictures."""
 
@@ -44,6 +48,7 @@ def load_model(
     dtype: torch.dtype | Callable[[ModelConfig], torch.dtype] | None = torch.float32,
     ema: bool = False,
     clip_skip: int | None = None,
+    vae: str | Path | None = None,
 ) -> LatentDiffusion:
     """Build a Stable Diffusion model and load its weights, on the CPU.
 
@@ -55,6 +60,7 @@ def load_model(
             In the file's precision the weights are memory-mapped and not copied.
         ema: use the averaged weights (`model_ema.*`) of a training checkpoint for the UNet.
         clip_skip: layers of the text encoder to stop before the end, counted from 1 (none left out).
+        vae: file or folder of an autoencoder that takes the place of the weights' own.
 
     Raises:
         UserError: the configuration or the weights are missing, broken, hostile, or do not fit.
@@ -73,8 +79,31 @@ def load_model(
     if weights is None:
         raise UserError(f"{path} names no checkpoint: give one with --checkpoint FILE")
     if clip_skip is not None:
-        config = dataclasses.replace(config, text_encoder=dataclasses.replace(config.text_encoder, clip_skip=clip_skip))
+        config = _with_clip_skip(config, clip_skip)
+    if vae is not None:
+        kept = {name: tensor for name, tensor in weights.state.items() if not name.startswith(separate_vae.PREFIX)}
+        state = kept | separate_vae.read_vae(vae, config.autoencoder)
+        weights = dataclasses.replace(weights, state=state, source=f"{weights.source} with {vae}")
     return _fill(config, weights, dtype(config) if callable(dtype) else dtype, ema)
+
+
+def model_config(path: str | Path) -> ModelConfig:
+    """Return the configuration of what `load_model` takes as its path, without loading the weights.
+
+    Raises:
+        UserError: it is missing or broken, or does not tell its architecture.
+    """
+    return open_weights(path).config() if are_weights(path) else read_config(path)
+
+
+def _with_clip_skip(config: ModelConfig, clip_skip: int) -> ModelConfig:
+    """Stop both text encoders earlier, where there are two."""
+    first, second = config.text_encoder, config.text_encoder_2
+    return dataclasses.replace(
+        config,
+        text_encoder=dataclasses.replace(first, clip_skip=clip_skip),
+        text_encoder_2=None if second is None else dataclasses.replace(second, clip_skip=clip_skip),
+    )
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -83,7 +112,7 @@ def read_config(path: str | Path) -> ModelConfig:
     Raises:
         UserError: no such file, or it holds something unknown.
     """
-    path = Path(path)
+    path = find(path)
     if not path.exists() and path.suffix.lower() not in (".yaml", ".yml"):
         raise UserError(
             f"no model at {path}: expected a YAML file, a .ckpt or .safetensors file, a diffusers folder, or a hub id "
@@ -91,8 +120,9 @@ def read_config(path: str | Path) -> ModelConfig:
         )
     content = configuration.read_yaml(path)
     if compvis_config.is_compvis_config(content):
+        convert = sgm_config.convert if sgm_config.is_sgm_config(content) else compvis_config.convert
         # The merge checks the values' types.
-        return configuration.build(ModelConfig, dataclasses.asdict(compvis_config.convert(content, path)), source=str(path))
+        return configuration.build(ModelConfig, dataclasses.asdict(convert(content, path)), source=str(path))
     return configuration.build(ModelConfig, content, source=str(path))
 
 
@@ -100,7 +130,7 @@ def _fill(config: ModelConfig, weights: Weights, dtype: torch.dtype | None, ema:
     """Build a model without memory and put the weights into it."""
     with torch.device("meta"):
         model = LatentDiffusion(config)
-    load_weights(model, weights.state, weights.source, dtype, ema, mapped.releaser())
+    load_weights(model, weights.state, weights.source, dtype, ema, mapped_files.releaser())
     for name, buffer in list(model.named_buffers()):
         if buffer.is_meta:
             # transformers counts the positions in a buffer that no checkpoint needs to hold.
@@ -121,20 +151,39 @@ def load_weights(
     """Fill the model from a state dict under SD's names.
 
     Besides the model's own keys, only those may be there that published checkpoints carry and nothing reads.
-    A model on the meta device takes the tensors themselves, in `dtype` or, with None, as they are; in
-    any other the values are copied.
+    On the meta device a model takes the tensors themselves, in `dtype` or, with None, as they are; elsewhere it copies.
 
     Args:
-        release: called with each tensor once it was looked at, see `ldm.formats.mapped`.
+        release: called with each tensor once it was looked at, see `ldm.runtime.mapped_files`.
 
     Raises:
         UserError: a key is missing or unexpected, or a tensor has another shape, an unknown precision or
             values that are no numbers; the first are named.
     """
     state = _unpack_token_table(state, source)
+    if model.config.text_encoder_2 is None and any(name.startswith("conditioner.") for name in state):
+        raise UserError(f"{source} holds Stable Diffusion XL, not '{model.config.name}': give it by itself, or with "
+                        "configs/model/sdxl.yaml")  # fmt: skip
     expected = model.state_dict()
-    if ema:
+    trained = any(name.startswith("model.diffusion_model.") for name in state)
+    if ema or (not trained and any(name.startswith(EMA + "diffusion_model") for name in state)):
         state = _averaged(state, expected, source)
+    _check_keys(model.config, state, expected, source)
+    assign = any(tensor.is_meta for tensor in expected.values())
+    if assign and dtype == torch.bfloat16:
+        model.loaded_fingerprint = fingerprint_of({k: state[k] for k in expected})
+    ready, broken = {}, []
+    for k in expected:
+        if not _finite(state[k]):
+            broken.append(k)
+        ready[k] = state[k].to(_precision(model.config, k, dtype or state[k].dtype)).contiguous() if assign else state[k]
+        release(state[k])
+    _refuse(source, "holds NaN or infinite values in", broken, "the file is damaged, or was saved after training failed")
+    model.load_state_dict(ready, assign=assign)
+
+
+def _check_keys(config: ModelConfig, state: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
+    """Raise UserError for keys that are missing or unexpected, other shapes, and precisions that cannot be computed with."""
     missing = [k for k in expected if k not in state]
     wrong = [
         f"{k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}"
@@ -143,9 +192,11 @@ def load_weights(
     ]
     precision = [f"{k} is {_kind(state[k])}" for k in expected if k in state and not _plain(state[k])]
     # SD 2.x reads the layer before the last, which its checkpoints hold all the same.
-    spare, first = f"{_LAYERS}{model.config.text_encoder.layers}.", f"{_LAYERS}0."
+    spare, first = f"{_LAYERS}{config.text_encoder.layers}.", f"{_LAYERS}0."
     extra = [k for k in state if not _tolerated(k) and k.replace(spare, first) not in expected]
-    fit = f"is it a checkpoint for '{model.config.name}'?"
+    fit = f"is it a checkpoint for '{config.name}'?"
+    if missing and all(k.startswith(separate_vae.PREFIX) for k in missing):
+        fit = "it has no autoencoder: give one with --vae FILE (in training: vae=FILE)"
     computable = "expected fp16, bf16 or fp32: fetch the model in one of these"
     for problem, keys, advice in (
         ("lacks", missing, fit),
@@ -154,17 +205,12 @@ def load_weights(
         ("cannot be computed with:", precision, computable),
     ):
         _refuse(source, problem, keys, advice)
-    assign = any(tensor.is_meta for tensor in expected.values())
-    if assign and dtype == torch.bfloat16:
-        model.loaded_fingerprint = _digest({k: state[k] for k in expected})
-    ready, broken = {}, []
-    for k in expected:
-        if not _finite(state[k]):
-            broken.append(k)
-        ready[k] = state[k].to(dtype or state[k].dtype).contiguous() if assign else state[k]
-        release(state[k])
-    _refuse(source, "holds NaN or infinite values in", broken, "the file is damaged, or was saved after training failed")
-    model.load_state_dict(ready, assign=assign)
+
+
+def _precision(config: ModelConfig, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The precision that a weight is kept in: as asked for, but no fp16 for an autoencoder that overflows in it."""
+    overflows = config.autoencoder.force_upcast and name.startswith("first_stage_model.") and dtype == torch.float16
+    return torch.float32 if overflows else dtype
 
 
 def _refuse(source: str, problem: str, keys: list[str], advice: str) -> None:
@@ -234,11 +280,15 @@ def _unpack_token_table(state: dict[str, Tensor], source: str) -> dict[str, Tens
     if TOKEN_ROWS not in state:
         return state
     state = dict(state)
-    rows, ids, size = state.pop(TOKEN_ROWS), state.pop(TOKEN_IDS, None), configuration.TextEncoderConfig.vocab_size
-    numbers = ids is not None and ids.dtype == torch.int32 and ids.shape == rows.shape[:1] and ids.numel()
+    rows, ids, size = state.pop(TOKEN_ROWS), state.pop(TOKEN_IDS, torch.empty(0)), configuration.TextEncoderConfig.vocab_size
+    numbers = ids.dtype == torch.int32 and ids.shape == rows.shape[:1] and ids.numel()
     if rows.ndim != 2 or not _plain(rows) or not numbers or ids.min() < 0 or ids.max() >= size:
-        _refuse(source, "cannot be used:", [TOKEN_ROWS],
-                f"expected a row (n, d) for each of the n token ids below {size} in {TOKEN_IDS}")  # fmt: skip
+        _refuse(
+            source,
+            "cannot be used:",
+            [TOKEN_ROWS],
+            f"expected a row (n, d) for each of the n token ids below {size} in {TOKEN_IDS}",
+        )
     table = token_table(rows.shape[1], size)
     table[ids.long()] = rows.float()
     return {**state, TOKEN_TABLE: table}
@@ -252,13 +302,32 @@ def fingerprint(model: LatentDiffusion) -> str:
     its format.
     """
     # bf16 keeps too little of an fp16 or fp32 file to tell from.
-    return model.loaded_fingerprint or _digest(model.state_dict())
+    return model.loaded_fingerprint or fingerprint_of(model.state_dict())
 
 
-def _digest(state: dict[str, Tensor]) -> str:
+def surroundings_digest(model: LatentDiffusion) -> str:
+    """Return 16 hex digits of what training sees besides `fingerprint`: a model's configuration and autoencoder.
+
+    Rounded to fp16, like that; names, places and samplers' defaults do not matter.
+    """
+    config = dataclasses.asdict(dataclasses.replace(model.config, name="", checkpoint=None, sampling={}))
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in model.autoencoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint_of(state: dict[str, Tensor]) -> str:
+    """Return the fingerprint of a state dict under SD's names, in the order that our model has them."""
     digest = hashlib.sha256()
     for name, tensor in state.items():
-        if any(part in name for part in (".attn2.to_k.", ".attn2.to_v.", ".encoder.layers.0.", ".resblocks.0.")):
+        if is_fingerprinted(name):
             digest.update(json.dumps([name, list(tensor.shape)]).encode())
             digest.update(tensor.detach().cpu().half().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def is_fingerprinted(name: str) -> bool:
+    """Whether the fingerprint depends on a tensor."""
+    return any(part in name for part in (".attn2.to_k.", ".attn2.to_v.", ".encoder.layers.0.", ".resblocks.0."))

@@ -3,6 +3,8 @@
 Sampling starts seconds earlier than with transformers itself, whose import takes longer than loading the model.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 class SelfAttention(nn.Module):
@@ -110,7 +112,11 @@ class CLIPTextTransformer(nn.Module):
 
     def forward(self, embeddings: Tensor, depth: int) -> Tensor:
         """Token embeddings without positions (b, l, d) -> the output of the first `depth` layers, normed (b, l, d)."""
+        return self.final_layer_norm(self.hidden(embeddings, depth))
+
+    def hidden(self, embeddings: Tensor, depth: int) -> Tensor:
+        """The same without the last norm."""
         hidden = self.embeddings(embeddings)
         for layer in self.encoder.layers[:depth]:
             hidden = layer(hidden)
-        return self.final_layer_norm(hidden)
+        return hidden

@@ -4,9 +4,15 @@ Every option of every program is a field of a dataclass, so an unknown key is an
 the nearest known key) and a resolved configuration can be saved and read back.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import json
+import os
+import re
+import types
 import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from ldm.errors import UserError
+from ldm.shipped import find
 
 T = TypeVar("T")
 
@@ -30,10 +37,26 @@ class UNetConfig:
     attention_resolutions: list[int] = dataclasses.field(default_factory=lambda: [4, 2, 1])  # downsampling factors
     channel_mult: list[int | float] = dataclasses.field(default_factory=lambda: [1, 2, 4, 4])  # width of each level
     num_heads: int = 8
-    transformer_depth: int = 1  # blocks in each spatial transformer
+    transformer_depth: Any = 1  # blocks in each spatial transformer: a number, or a list with that of each level
     context_dim: int = 768  # width of the text context
     num_head_channels: int | None = None  # width of a head (64 in SD 2.x), in place of num_heads
     use_linear_in_transformer: bool = False  # projections around the transformers: linear (SD 2.x), or 1x1 convolutions
+    adm_in_channels: int | None = None  # width of the vector that is added to the timestep (2816 in SDXL); null: none
+
+    @property
+    def depths(self) -> list[int]:
+        """Blocks in the spatial transformers of each level, 0 where it has none, and last those of the middle.
+
+        Raises:
+            UserError: not one number for each level.
+        """
+        levels, given = len(self.channel_mult), self.transformer_depth
+        depths = [given] * levels if isinstance(given, int) else given
+        numbers = isinstance(depths, list) and all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in depths)
+        if not numbers or len(depths) != levels or depths[-1] < 1:
+            raise UserError(f"unet.transformer_depth={given}: expected a whole number, or a list of {levels}, one for each "
+                            "level, the last of them 1 or more")  # fmt: skip
+        return [depth * (2**level in self.attention_resolutions) for level, depth in enumerate(depths)] + depths[-1:]
 
 
 @dataclasses.dataclass
@@ -48,6 +71,7 @@ class AutoencoderConfig:
     z_channels: int = 4
     embed_dim: int = 4
     num_groups: int = 32  # of the group norms; must divide every width
+    force_upcast: bool = False  # overflows in fp16 (SDXL's), so that it is kept in fp32 where the others are in fp16
 
     @property
     def downsampling(self) -> int:
@@ -68,6 +92,8 @@ class TextEncoderConfig:
     max_length: int = 77
     kind: str = "clip"  # clip (transformers' names, SD 1.x) or openclip (open_clip's names, padded with 0, SD 2.x)
     clip_skip: int = 1  # 1: all layers; 2: without the last one; ...
+    final_norm: bool = True  # the context goes through the last norm; not in SDXL
+    projection: int | None = None  # width of the pooled vector (openclip alone); null: there is none
 
 
 @dataclasses.dataclass
@@ -92,8 +118,15 @@ class ModelConfig:
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
     autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
     text_encoder: TextEncoderConfig = dataclasses.field(default_factory=TextEncoderConfig)
+    text_encoder_2: TextEncoderConfig | None = None  # SDXL: its context stands beside the first one's
+    zeros_for_empty_negative: bool = False  # an empty negative prompt is zeros, not an empty text (SDXL)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)  # samplers' defaults; handed on unread
+
+    @property
+    def token_widths(self) -> list[int]:
+        """Widths of the embeddings that a token has, one in each text encoder."""
+        return [encoder.width for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
 
     @property
     def size_multiple(self) -> int:
@@ -107,7 +140,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: there is no such file, or it is not a YAML mapping.
     """
-    path = Path(path)
+    path = find(path)
     if not path.is_file():
         raise UserError(f"no configuration file {path}: give the path of a YAML file, such as those in configs/")
     try:
@@ -117,15 +150,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not readable as YAML ({reason}): mend the file") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds {type(content).__name__}, expected a mapping of option names to values")
-    return content
+    return {str(key): _mapped(_read, value) for key, value in content.items()}
 
 
-def build(schema: type[T], content: dict[str, Any], overrides: list[str] = (), source: str = "configuration") -> T:
+def build(schema: type[T], content: dict[str, Any], overrides: Sequence[str] = (), source: str = "configuration") -> T:
     """Fill the dataclass `schema` from a mapping, then from `key.sub=value` overrides.
 
     Args:
         content: nested mapping, as read from YAML.
-        overrides: "key.sub=value" strings, later ones win; values are YAML.
+        overrides: "key.sub=value" strings, later ones win; see `overriding`.
         source: where `content` came from, for messages.
 
     Raises:
@@ -135,35 +168,132 @@ def build(schema: type[T], content: dict[str, Any], overrides: list[str] = (), s
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"'{override}' is not an override: expected key.sub=value, such as training.steps=200")
-    config = OmegaConf.structured(schema)
+    config: Any = OmegaConf.structured(schema)
     known = key_names(schema)
-    layers = [(content, source)]
-    for override in overrides:
-        try:
-            layers.append((OmegaConf.to_container(OmegaConf.from_dotlist([override])), "the command line"))
-        except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException) as error:
-            raise UserError(f"'{override}' is not an override: its value is not valid YAML") from error
+    layers: list[tuple[Any, str]] = [(content, source)]
+    layers += [(overriding(override, schema), "the command line") for override in overrides]
     for layer, origin in layers:
         _reject_unknown(layer, schema, known, origin)
         try:
-            config = OmegaConf.merge(config, layer)
+            config = OmegaConf.merge(config, _mapped(_literal, layer))
         except omegaconf.errors.OmegaConfBaseException as error:
-            value, kind = OmegaConf.select(OmegaConf.create(layer), error.full_key), _type_name(schema, error.full_key)
-            raise UserError(f"{origin}: {error.full_key}={value}: expected a value of type {kind}") from error
+            key = error.full_key or ""
+            value = OmegaConf.select(OmegaConf.create(_mapped(_literal, layer)), key)
+            raise UserError(f"{origin}: {key}={value}: expected a value of type {_type_name(schema, key)}") from error
     try:
-        return OmegaConf.to_object(config)
+        return typing.cast(T, OmegaConf.to_object(config))
     except omegaconf.errors.MissingMandatoryValue as error:
         raise UserError(f"{source}: {error.full_key} must be given: add {error.full_key}=VALUE") from error
 
 
-def load(schema: type[T], path: str | Path, overrides: list[str] = ()) -> T:
+def overriding(override: str, schema: type) -> dict[str, Any]:
+    """Return the nested mapping that a "key.sub=value" stands for.
+
+    Where a text is expected, the value is that text, whatever characters it has: paths are data. Only null is none, and
+    quotes around the whole are taken off. Other values are YAML or JSON.
+
+    Raises:
+        UserError: the value is neither.
+    """
+    key, _, text = override.partition("=")
+    layer: Any
+    try:
+        layer = _value(text, _leaf(schema, key))
+    except (yaml.YAMLError, omegaconf.errors.OmegaConfBaseException, UnicodeError) as error:
+        raise UserError(f"'{override}' is not an override: its value is not valid YAML") from error
+    for name in reversed(key.split(".")):
+        layer = {name: layer}
+    return layer
+
+
+def _leaf(schema: Any, key: str) -> Any:
+    """The declared type of a dotted key; Any where it is not declared."""
+    for name in key.split("."):
+        known = {field.name: field.type for field in dataclasses.fields(schema)} if dataclasses.is_dataclass(schema) else {}
+        schema = known.get(name, Any)
+    return schema
+
+
+def _value(text: str, kind: Any) -> Any:
+    """The value that a text stands for where `kind` is expected."""
+    if kind is str or isinstance(kind, types.UnionType) and str in typing.get_args(kind):
+        return None if kind is not str and text in ("", "null") else _unquoted(text)
+    if text[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError):  # as JSON, of which YAML reads \\ud83d\\ude00 otherwise
+            return json.loads(text)
+    if kind is not Any or text in ("", "null", "~", *_SWITCHES) or text[:1] in ("[", "{") or _NUMBER.fullmatch(text):
+        return _from_yaml(text)
+    return _unquoted(text)
+
+
+_SWITCHES = ("true", "false", "yes", "no", "on", "off", "True", "False")
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+
+
+def _from_yaml(text: str) -> Any:
+    content: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    return content["value"]
+
+
+def _unquoted(text: str) -> str:
+    """A text without the quotes around it, unless it is the name of a file."""
+    if len(text) < 2 or text[0] != text[-1] or text[0] not in "'\"" or os.path.exists(text):
+        return text
+    with contextlib.suppress(yaml.YAMLError):
+        value = _from_yaml(text)
+        return value if isinstance(value, str) else text
+    return text
+
+
+def _mapped(change: Callable[[str], str], value: Any) -> Any:
+    """A nested value with its texts changed."""
+    if isinstance(value, dict):
+        return {key: _mapped(change, entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_mapped(change, entry) for entry in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _literal(text: str) -> str:
+    """A text in which OmegaConf finds no interpolations: ${...} is text."""
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+
+# Python keeps a name's bytes that are not UTF-8 as U+DC80 to U+DCFF, which YAML cannot hold: written, they are private
+# characters.
+_TO_PRIVATE = {byte: byte + 0x100000 for byte in range(0xDC80, 0xDD00)}
+_FROM_PRIVATE = {private: byte for byte, private in _TO_PRIVATE.items()}
+
+
+def _read(text: str) -> str:
+    return text.translate(_FROM_PRIVATE)
+
+
+def _written(text: str) -> str:
+    return _literal(text).translate(_TO_PRIVATE)
+
+
+def load(schema: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """Fill the dataclass `schema` from a YAML file and overrides; see `build`."""
     return build(schema, read_yaml(path), overrides, source=str(path))
 
 
 def to_yaml(config: Any) -> str:
     """Return a dataclass as YAML, in a form that `load` reads back."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    text = yaml.dump(_mapped(_written, dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return str(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that OmegaConf, unlike PyYAML, takes for numbers."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if re.match(r"[-+.\d]", text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def save(config: Any, path: str | Path) -> None:
@@ -171,25 +301,32 @@ def save(config: Any, path: str | Path) -> None:
     Path(path).write_text(to_yaml(config), encoding="utf-8")
 
 
-def key_names(schema: type, prefix: str = "") -> list[str]:
+def key_names(schema: Any, prefix: str = "") -> list[str]:
     """Return every dotted key of a dataclass, nested ones included."""
     names = []
     for field in dataclasses.fields(schema):
         names.append(prefix + field.name)
-        if dataclasses.is_dataclass(field.type):
-            names += key_names(field.type, prefix + field.name + ".")
+        if section := _section(field.type):
+            names += key_names(section, prefix + field.name + ".")
     return names
 
 
-def _type_name(schema: type, key: str) -> str:
+def _section(kind: Any) -> Any:
+    """The dataclass that a field's type is, by itself or beside None."""
+    if typing.get_origin(kind) is list:
+        return None
+    return next(filter(dataclasses.is_dataclass, (kind, *typing.get_args(kind))), None)
+
+
+def _type_name(schema: Any, key: str) -> str:
     """Return the declared type of a dotted key, as it is written in the dataclass."""
     for name in key.split("."):
         name = name.partition("[")[0]
-        schema = {field.name: field.type for field in dataclasses.fields(schema)}[name]
+        schema = {field.name: field.type for field in dataclasses.fields(_section(schema) or schema)}[name]
     return getattr(schema, "__name__", "") if isinstance(schema, type) and not hasattr(schema, "__args__") else str(schema)
 
 
-def _reject_unknown(layer: dict, schema: type, known: list[str], origin: str, prefix: str = "") -> None:
+def _reject_unknown(layer: dict, schema: Any, known: list[str], origin: str, prefix: str = "") -> None:
     """Raise UserError for the first key of `layer` that `schema` lacks, naming the nearest."""
     fields = {field.name: field.type for field in dataclasses.fields(schema)}
     for key, value in layer.items():
@@ -198,8 +335,8 @@ def _reject_unknown(layer: dict, schema: type, known: list[str], origin: str, pr
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             leaf = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
             raise UserError(f"{origin}: unknown key '{name}'; did you mean '{leaf[0] if leaf else near}'?")
-        if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
-            _reject_unknown(value, fields[key], known, origin, name + ".")
+        if isinstance(value, dict) and (section := _section(fields[key])):
+            _reject_unknown(value, section, known, origin, name + ".")
         for section in filter(dataclasses.is_dataclass, typing.get_args(fields[key])):  # a list of sections
             for i, entry in enumerate(value if isinstance(value, list) else []):
                 if isinstance(entry, dict):
@@ -213,7 +350,7 @@ def project_root(config_path: str | Path) -> Path:
     It is the folder that holds the `configs` folder above the file, or the file's own folder when
     there is none.
     """
-    path = Path(config_path).resolve()
+    path = find(config_path).resolve()
     for parent in path.parents:
         if parent.name == "configs":
             return parent.parent

@@ -1,35 +1,52 @@
 """LatentDiffusion: the three networks of a text-to-image model under SD's checkpoint names."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ldm import schedule
 from ldm.attention import Attend, KeysValues, Text, attend
-from ldm.autoencoder import AutoencoderKL
+from ldm.autoencoder import AutoencoderKL, Posterior
+from ldm.conditioning import Conditioning, conditioning
 from ldm.config import ModelConfig
 from ldm.text_encoder import TextEncoder, build_text_encoder
+from ldm.text_pair import PairedTextEncoder
 from ldm.unet import UNet
 
 
 class LatentDiffusion(nn.Module):
-    """UNet (`model.diffusion_model`), VAE (`first_stage_model`) and text encoder (`cond_stage_model`)."""
+    """UNet (`model.diffusion_model`), VAE (`first_stage_model`), text encoder (`cond_stage_model`; SDXL: `conditioner`)."""
+
+    model: Any  # holds the UNet under SD's name
+    alphas_cumprod: Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.loaded_fingerprint: str | None = None  # of the file, where the weights were rounded in loading
+        self.applied: str | None = None  # what has taken the place of loaded weights, until it is taken off
         self.static_shapes = False  # the UNet was compiled: tensors of another shape would have it compiled again
         self.model = nn.Module()
         self.model.diffusion_model = UNet(config.unet)
         self.first_stage_model = AutoencoderKL(config.autoencoder)
-        self.cond_stage_model = build_text_encoder(config.text_encoder)
+        if config.text_encoder_2 is None:
+            self.cond_stage_model = build_text_encoder(config.text_encoder)
+        else:
+            self.conditioner = PairedTextEncoder(config)
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod(config.schedule), persistent=False)
 
     def _apply(self, *args, **kwargs):
-        """Move or cast the networks; the schedule moves along but keeps its precision, which steps depend on."""
+        """Move or cast the networks; the schedule moves along but keeps its precision, which steps depend on.
+
+        An autoencoder that overflows in fp16 is not left in it.
+        """
         exact = self.alphas_cumprod
         super()._apply(*args, **kwargs)
         self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
+        if self.config.autoencoder.force_upcast and self.vae_dtype == torch.float16:
+            self.autoencoder.float()
         return self
 
     @property
@@ -42,7 +59,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def text_encoder(self) -> TextEncoder:
-        return self.cond_stage_model
+        return self.conditioner if hasattr(self, "conditioner") else self.cond_stage_model
 
     @property
     def device(self) -> torch.device:
@@ -50,8 +67,23 @@ class LatentDiffusion(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that the networks compute in."""
+        """The precision that the UNet computes in, and the other networks but for an autoencoder that cannot."""
+        return self.unet.dtype
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """The precision that the autoencoder computes in."""
         return self.first_stage_model.post_quant_conv.weight.dtype
+
+    def vae_precision(self) -> AbstractContextManager:
+        """What the autoencoder runs in: where it overflows in fp16, outside of any autocast, in its own precision."""
+        upcast = self.config.autoencoder.force_upcast
+        return torch.autocast(self.device.type, enabled=False) if upcast else nullcontext()
+
+    def posterior(self, images: Tensor) -> Posterior:
+        """Images (b, 3, H, W) in [-1, 1] -> the posterior of their unscaled latents."""
+        with self.vae_precision():
+            return self.autoencoder.encode(images.to(self.vae_dtype) if self.config.autoencoder.force_upcast else images)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Shape (c, h, w) of the latent of a picture of height x width pixels."""
@@ -64,7 +96,9 @@ class LatentDiffusion(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (b, c, h, w) -> pictures (b, 3, H, W) in [-1, 1]."""
-        return self.autoencoder.decode(latents.to(self.dtype) / self.config.latent_scale).to(latents.dtype).clamp(-1, 1)
+        with self.vae_precision():
+            pixels = self.autoencoder.decode(latents.to(self.vae_dtype) / self.config.latent_scale)
+        return pixels.to(latents.dtype).clamp(-1, 1)
 
     def keys_values(self, context: Tensor, weights: dict[str, Tensor] | None = None) -> list[KeysValues]:
         """Text context (b, l, d) -> its keys and values in every cross-attention layer, for `predict`.
@@ -76,11 +110,20 @@ class LatentDiffusion(nn.Module):
         """
         prefix = "model.diffusion_model."
         own = {name.removeprefix(prefix): matrix for name, matrix in (weights or {}).items()}
-        return self.unet.keys_values(context.to(self.unet.out[-1].weight.dtype), own)
+        return self.unet.keys_values(context.to(self.unet.dtype), own)
 
-    def predict(self, x: Tensor, t: Tensor, context: Text, attend: Attend | list[Attend] = attend) -> Tensor:
-        """The UNet's output (noise or v) for noisy latents x (b, c, h, w) at timesteps t (b,), in x's precision."""
-        weights = self.unet.out[-1].weight.dtype
-        context = context.to(weights) if isinstance(context, Tensor) else context
+    def read(self, text: Tensor | Conditioning, weights: dict[str, Tensor] | None = None) -> Conditioning:
+        """Work the keys and values of a text's context out, once for all steps; see `keys_values`."""
+        given = conditioning(text)
+        return Conditioning(self.keys_values(given.tensor, weights), given.vector)
+
+    def predict(self, x: Tensor, t: Tensor, text: Text | Conditioning, attend: Attend | list[Attend] = attend) -> Tensor:
+        """The UNet's output (noise or v) for noisy latents x (b, c, h, w) at timesteps t (b,), in x's precision.
+
+        Args:
+            text: a context, its keys and values, or a conditioning with either.
+        """
+        weights = self.unet.dtype
+        context, vector = conditioning(text).to(weights)
         # A copy in any case: the next call writes a CUDA graph's output anew.
-        return self.unet(x.to(weights), t, context, attend).to(x.dtype, copy=True)
+        return self.unet(x.to(weights), t, context, attend, vector).to(x.dtype, copy=True)

@@ -1,4 +1,14 @@
-"""The one exception that a user's mistake raises."""
+"""Errors that a user can mend, and how a program ends with them and with its readers."""
+
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from ldm import extras
 
 
 class UserError(Exception):
@@ -7,3 +17,77 @@ class UserError(Exception):
     The message is one line: what was given, what was expected, what to do. Programs print it
     without a traceback and leave with exit code 2; library users can catch it.
     """
+
+
+class Note(UserWarning):
+    """What the user asked for has no effect, or another one than it seems: worth a line, not worth stopping."""
+
+
+@contextmanager
+def reported_in_one_line() -> Iterator[None]:
+    """Around a program: a user's mistake, an unusable file or a missing extra becomes one line and exit code 2.
+
+    Characters that the output's encoding lacks are written as escapes. Once nobody reads the output any
+    more, as behind `| head -1`, it goes nowhere, and the program's work goes on.
+    """
+    before = sys.stdout, sys.stderr
+    warnings.formatwarning = lambda message, kind, *_, **__: f"{'note' if kind is Note else 'warning'}: {message}\n"
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+    try:
+        yield
+    except UserError as error:
+        _end(f"error: {error}", 2)
+    except ModuleNotFoundError as error:
+        line = extras.describe(error)
+        if line is None:
+            raise
+        _end(f"error: {line}", 2)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _end(f"error: cannot read or write {reason}", 2)
+    except KeyboardInterrupt:
+        _end("stopped", 130)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def _end(line: str, code: int) -> None:
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+class Output:
+    """A text stream that takes every character and whose reader may leave."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or drop what nobody reads."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        """Send what is written, or drop what nobody reads."""
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        """From now on write into nothing, so that Python's last flush finds a reader, too."""
+        if error.errno not in (errno.EPIPE, errno.EINVAL):  # Windows says EINVAL
+            raise error
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)

@@ -1,103 +1,102 @@
 """Pictures: files <-> tensors, and grids."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from ldm.errors import UserError
-
-EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-UNSUPPORTED = (
-    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".exr", ".hdr", ".svg", ".eps", ".psd", ".dng",
-    ".cr2", ".cr3", ".nef", ".arw", ".raw",
-)  # fmt: skip
-"""Pictures too, but of formats that are not read here."""
-
-MASK_ENDINGS = (".mask", "_mask")  # of the stem of a mask's file; of one length
+from ldm.image_files import EXTENSIONS, UNSUPPORTED, in_srgb, read_file
+from ldm.masks import picture_of, split_masks
+from ldm.shipped import find
+from ldm.texts import readable
 
 
-def read_picture(file: str | Path) -> Image.Image:
+def read_image(file: str | Path) -> Image.Image:
     """Read a picture as RGB: EXIF rotation applied, transparency flattened onto white.
 
     Raises:
         UserError: the file is not a picture, or a broken one; it is named.
     """
-    return flatten(open_picture(file))
+    return flatten(open_image(file))
 
 
-def open_picture(file: str | Path) -> Image.Image:
-    """Read a picture as RGB, or as RGBA where it has transparency; EXIF rotation applied.
+def open_image(file: str | Path) -> Image.Image:
+    """Read a picture as RGB, or as RGBA where it has transparency: 8 bits per channel, sRGB, EXIF rotation applied.
 
-    Of an animation the first frame is taken; more than 8 bits per channel are rounded to 8.
+    See `ldm.image_files` for what is read, and how.
 
     Raises:
-        UserError: the file is not a picture, or a broken one; it is named.
+        UserError: the file is not a picture, a broken one, or one that shows nothing; it is named.
     """
-    if Path(file).suffix.lower() in UNSUPPORTED:
-        raise UserError(f"{file} is not of a supported format ({', '.join(EXTENSIONS)}): convert it or take it out")
-    try:
-        with Image.open(file) as picture:
-            picture.seek(0)
-            picture = _eight_bits(ImageOps.exif_transpose(picture))
-            return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    picture = read_file(file, in_srgb)
+    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    if picture.mode == "RGBA" and picture.getchannel("A").getextrema()[1] == 0:
         raise UserError(
-            f"{file} is not a readable picture ({_reason(error)}): mend it or take it out of the folder"
-        ) from error
+            f"{file} is transparent throughout: nothing of it can be seen; take it out, or mend its alpha channel"
+        )
+    return picture
 
 
 def flatten(picture: Image.Image) -> Image.Image:
-    """RGB or RGBA picture -> RGB, transparency onto white."""
-    if picture.mode != "RGBA":
-        return picture
+    """Picture of any mode -> RGB, transparency onto white."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def _eight_bits(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit and floating-point grey to 8 bits, where convert() would cut off what is above 255."""
-    if picture.mode == "F":
-        values = np.asarray(picture)
-        values = values * 255 if values.max(initial=0) <= 1 else values
-    elif picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.float64)
-        values = values / 257 if values.max(initial=0) > 255 or ";16" in picture.mode else values
-    else:
-        return picture
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-
-
-def _reason(error: Exception) -> str:
-    return "unknown format" if isinstance(error, UnidentifiedImageError) else str(error).splitlines()[0]
-
-
-def list_pictures(folder: str | Path) -> list[Path]:
+def list_images(folder: str | Path) -> list[Path]:
     """Return the picture files of a folder in the order of their names, those of unsupported formats included.
 
-    Masks (`NAME.mask.png` or `NAME_mask.png` beside NAME) and files of other kinds are not pictures.
+    Masks beside them (see `ldm.masks`) and files of other kinds are not pictures.
 
     Raises:
         UserError: no such folder, or no pictures in it.
     """
-    folder = Path(folder)
+    folder = find(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give the folder that holds the pictures")
-    known = EXTENSIONS + UNSUPPORTED
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in known and not f.name.startswith("."))
-    stems = {f.stem for f in files}
-    files = [f for f in files if not (f.stem.endswith(MASK_ENDINGS) and f.stem[: -len(MASK_ENDINGS[0])] in stems)]
-    if not files:
-        raise UserError(f"no pictures in {folder}: expected files ending in {', '.join(EXTENSIONS)}")
-    return files
+    pictures, _ = split_masks(f for f in sorted(folder.iterdir()) if _is_picture(f))
+    if not pictures:
+        held = not_used(folder, [])
+        raise UserError(f"no pictures in {folder}: expected files ending in {', '.join(EXTENSIONS)}"
+                        f"{f'; it holds {held}' if held else ''}")  # fmt: skip
+    return pictures
 
 
-def mask_of(picture: str | Path) -> Path | None:
-    """Return the mask file beside a picture, if there is one."""
-    picture = Path(picture)
-    files = (picture.with_name(f"{picture.stem}{ending}.png") for ending in MASK_ENDINGS)
-    return next((file for file in files if file.is_file()), None)
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in EXTENSIONS + UNSUPPORTED and not file.name.startswith(".") and not file.is_dir()
+
+
+def not_used(folder: str | Path, used: Iterable[str | Path]) -> str:
+    """Return what a folder holds besides the files that are used, in words; "" for nothing.
+
+    Hidden files do not count.
+    """
+    names = {Path(file).name for file in used}
+    rest = [f for f in sorted(find(folder).iterdir()) if f.name not in names and not f.name.startswith(".")]
+    stems = {Path(name).stem for name in names}
+    kinds = {"folder": [f for f in rest if f.is_dir()]}
+    files = [f for f in rest if not f.is_dir()]
+    kinds["caption"] = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in stems]
+    kinds["mask"] = [f for f in files if _is_picture(f) and picture_of(f) is not None]
+    kinds["other file"] = [f for f in files if f not in kinds["caption"] + kinds["mask"]]
+    return ", ".join(_counted(kind, found) for kind, found in kinds.items() if found)
+
+
+def say_not_used(folder: str | Path, used: Iterable[str | Path], say: Callable[[str], None]) -> None:
+    """Tell in one line what a folder holds besides the files that are used, if anything."""
+    if rest := not_used(folder, used):
+        say(f"Not used in {folder}: {rest}")
+
+
+def _counted(kind: str, files: list[Path]) -> str:
+    names = ", ".join(file.name for file in files[:3]) + (", ..." if len(files) > 3 else "")
+    return f"{len(files)} {kind}{'s' if len(files) > 1 else ''} ({names})"
 
 
 def square(picture: Image.Image, size: int) -> Image.Image:
@@ -110,7 +109,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
+def to_images(pixels: Tensor) -> list[Image.Image]:
     """(b, 3, h, w) in [-1, 1] -> b RGB pictures."""
     values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(value) for value in values]
@@ -134,6 +133,6 @@ def captioned_grid(pictures: list[Image.Image], captions: list[str], columns: in
     for picture, caption in zip(pictures, captions, strict=True):
         cell = Image.new("RGB", (width, height + 14), "white")
         cell.paste(picture.resize((width, height), Image.Resampling.LANCZOS))
-        ImageDraw.Draw(cell).text((2, height + 1), caption, fill="black", font_size=10)
+        ImageDraw.Draw(cell).text((2, height + 1), readable(caption), fill="black", font_size=10)
         cells.append(cell)
     return grid(cells, columns, gap=4)

@@ -71,7 +71,7 @@ def leading_timesteps(steps: int, timesteps: int = 1000) -> list[int]:
     Raises:
         UserError: steps is not in 1 .. timesteps.
     """
-    _check_steps(steps, timesteps)
+    check_steps(steps, timesteps)
     offset = 0 if steps == timesteps else 1
     return [i * timesteps // steps + offset for i in reversed(range(steps))]
 
@@ -82,16 +82,35 @@ def trailing_timesteps(steps: int, timesteps: int = 1000) -> list[int]:
     Raises:
         UserError: steps is not in 1 .. timesteps.
     """
-    _check_steps(steps, timesteps)
+    check_steps(steps, timesteps)
     return [round(timesteps - i * timesteps / steps) - 1 for i in range(steps)]
+
+
+def linspace_timesteps(steps: int, timesteps: int = 1000) -> list[int]:
+    """Timesteps from the noisiest to the first one, both included: 5 steps visit 999, 749, 500, 250, 0.
+
+    Raises:
+        UserError: steps is not in 1 .. timesteps.
+    """
+    check_steps(steps, timesteps)
+    return [int(t) for t in np.linspace(timesteps - 1, 0, steps).round()]
+
+
+def falling(visited: list[int]) -> list[int]:
+    """Push a timestep that rounding has made equal to the one before it down, so that all of them fall."""
+    fallen: list[int] = []
+    for t in visited:
+        fallen.append(min(t, fallen[-1] - 1) if fallen else t)
+    return fallen
+
+
+def check_steps(steps: int, timesteps: int) -> None:
+    """Raise UserError for a number of steps that is not in 1 .. timesteps."""
+    if not 1 <= steps <= timesteps:
+        raise UserError(f"{steps} sampling steps: expected 1 to {timesteps}")
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:
     """Noise levels that crowd at the clean end (Karras et al. 2022, Eq. 5): (steps,), noisiest first."""
     ramp = np.linspace(0, 1, steps)
     return (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-
-
-def _check_steps(steps: int, timesteps: int) -> None:
-    if not 1 <= steps <= timesteps:
-        raise UserError(f"{steps} sampling steps: expected 1 to {timesteps}")

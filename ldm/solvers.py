@@ -11,10 +11,21 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from ldm.schedule import karras_sigmas, leading_timesteps, split_output, trailing_timesteps
+from ldm.schedule import (
+    check_steps,
+    falling,
+    karras_sigmas,
+    leading_timesteps,
+    linspace_timesteps,
+    split_output,
+    trailing_timesteps,
+)
 
 Step = tuple[Tensor, Any, Tensor]
 """(x at the next timestep, history, predicted x_0)."""
+
+SPACINGS = {"leading": leading_timesteps, "trailing": trailing_timesteps, "linspace": linspace_timesteps}
+"""Ways to space a solver's timesteps: from 1 on, from the noisiest on, or from one end to the other."""
 
 SMALLEST_ALPHA = 2.0**-24
 """Stands for the alpha of pure noise where a solver divides by it."""
@@ -29,27 +40,36 @@ class Solver:
         steps: number of solver steps.
         eta: 0 is deterministic, 1 is ancestral sampling; DDIM's alone.
         parameterization: what the model predicts, eps or v.
-        spacing: of the timesteps, leading (from 1 on) or trailing (from the noisiest on).
-        skip: how many of the first steps to leave out, to start from a noisy picture.
+        spacing: of the timesteps, a name in `SPACINGS`; None: the one that the solver is known with.
+        skip: how many of the first steps to leave out, to start from a noisy image.
+
+    From step to step the noise falls. So do the timesteps, but that the second step of PLMS is its first
+    one's other half, and that Karras et al.'s noise levels are rounded to timesteps that may repeat.
     """
 
     alphas_cumprod: Tensor
     steps: int
     eta: float = 0.0
     parameterization: str = "eps"
-    spacing: str = "leading"
+    spacing: str | None = None
     skip: int = 0
     timesteps: list[int] = field(init=False)  # where the model is called, noisiest first
     alphas: list[float] = field(init=False)  # of the state before each of those calls, and at the end
 
-    stochastic: ClassVar[bool] = False  # whether steps take fresh noise
     ends_clean: ClassVar[bool] = True  # at alpha 1; otherwise at training timestep 0's
+    usual_spacing: ClassVar[str] = "leading"
 
     def __post_init__(self):
-        timesteps = self._spaced()[self.skip :]
+        object.__setattr__(self, "spacing", self.spacing or self.usual_spacing)
+        timesteps = falling(self._spaced())[self.skip :]
         end = 1.0 if self.ends_clean else float(self.alphas_cumprod[0])
         object.__setattr__(self, "timesteps", timesteps)
         object.__setattr__(self, "alphas", [*(self._alpha(t) for t in timesteps), end])
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps take fresh noise."""
+        return False
 
     @property
     def initial_scale(self) -> float:
@@ -71,8 +91,7 @@ class Solver:
         return history
 
     def _spaced(self) -> list[int]:
-        spaced = {"leading": leading_timesteps, "trailing": trailing_timesteps}[self.spacing]
-        return spaced(self.steps, len(self.alphas_cumprod))
+        return SPACINGS[self.spacing or self.usual_spacing](self.steps, len(self.alphas_cumprod))
 
     def _alpha(self, t: int) -> float:
         return max(float(self.alphas_cumprod[t]), SMALLEST_ALPHA)
@@ -91,7 +110,7 @@ class DDIM(Solver):
     def stochastic(self) -> bool:
         return self.eta > 0
 
-    def step(self, output: Tensor, x: Tensor, i: int, history: None, noise: Tensor | None) -> Step:
+    def step(self, output: Tensor, x: Tensor, i: int, history: Any, noise: Tensor | None) -> Step:
         alpha, alpha_next = self.alphas[i], self.alphas[i + 1]
         x_0, eps = self._split(output, x, i)
         sigma = self.eta * ((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)) ** 0.5
@@ -119,7 +138,9 @@ class PLMS(Solver):
             object.__setattr__(self, "timesteps", [*self.timesteps[:2], *self.timesteps[1:]])
             object.__setattr__(self, "alphas", [*self.alphas[:2], *self.alphas[1:]])
 
-    def step(self, output: Tensor, x: Tensor, i: int, history: tuple[Tensor, list[Tensor]] | None, noise: None) -> Step:
+    def step(
+        self, output: Tensor, x: Tensor, i: int, history: tuple[Tensor, list[Tensor]] | None, noise: Tensor | None
+    ) -> Step:
         start, outputs = history or (x, [])
         if i == 1:
             # The trapezoid's second half: again from the start, with the mean of both ends.
@@ -127,7 +148,9 @@ class PLMS(Solver):
             return x, (x, outputs), x_0
         outputs = [*outputs[-3:], output]
         weights = _ADAMS_BASHFORTH[len(outputs) - 1]
-        combined = sum(weight * past for weight, past in zip(weights, reversed(outputs), strict=True))
+        combined = weights[0] * output
+        for weight, past in zip(weights[1:], reversed(outputs[:-1]), strict=True):
+            combined = combined + weight * past
         following, x_0 = self._transfer(combined, x, i, i + 1)
         return following, (x, outputs), x_0
 
@@ -140,7 +163,12 @@ class PLMS(Solver):
         return self.alphas[j] ** 0.5 * x_0 + (1 - self.alphas[j]) ** 0.5 * eps, x_0
 
 
-_ADAMS_BASHFORTH = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
+_ADAMS_BASHFORTH: list[list[float]] = [
+    [1],
+    [3 / 2, -1 / 2],
+    [23 / 12, -16 / 12, 5 / 12],
+    [55 / 24, -59 / 24, 37 / 24, -9 / 24],
+]
 """Weights of the newest and of earlier outputs, by how many there are."""
 
 
@@ -151,7 +179,9 @@ class DPMpp2M(Solver):
     The history is the x_0 predicted a step before.
     """
 
-    def step(self, output: Tensor, x: Tensor, i: int, history: Tensor | None, noise: None) -> Step:
+    usual_spacing = "linspace"
+
+    def step(self, output: Tensor, x: Tensor, i: int, history: Tensor | None, noise: Tensor | None) -> Step:
         alpha, alpha_next = self.alphas[i], self.alphas[i + 1]
         x_0, _ = self._split(output, x, i)
         if i == len(self.timesteps) - 1:
@@ -170,9 +200,11 @@ class DPMpp2M(Solver):
     def _spaced(self) -> list[int]:
         if self.spacing == "trailing":
             return super()._spaced()
-        # Leading: one interval more than steps, as in diffusers, whose numbers users know.
+        # One interval more than steps, as in diffusers, whose numbers users know; the last one goes to the clean image.
         trained = len(self.alphas_cumprod)
-        leading_timesteps(self.steps, trained)  # refuses impossible numbers of steps
+        check_steps(self.steps, trained)
+        if self.spacing == "linspace":
+            return [int(t) for t in np.linspace(0, trained - 1, self.steps + 1).round()[:0:-1]]
         interval = max(trained // (self.steps + 1), 1)
         return [min(i * interval + 1, trained - 1) for i in range(self.steps, 0, -1)]
 
@@ -182,7 +214,7 @@ class DPMpp2MKarras(DPMpp2M):
     """DPM-Solver++ (2M) at the noise levels of Karras et al. 2022, over the whole of the training's range."""
 
     def __post_init__(self):
-        leading_timesteps(self.steps, len(self.alphas_cumprod))  # refuses impossible numbers of steps
+        check_steps(self.steps, len(self.alphas_cumprod))
         alphas = self.alphas_cumprod.double().clamp(min=SMALLEST_ALPHA).numpy()
         trained = ((1 - alphas) / alphas) ** 0.5
         sigmas = karras_sigmas(self.steps, trained[0], trained[-1])[self.skip :]
@@ -195,10 +227,15 @@ class DPMpp2MKarras(DPMpp2M):
 class Euler(Solver):
     """Euler's method in Karras et al.'s variables (2022, Algorithm 2 without churn); ends without noise."""
 
-    def step(self, output: Tensor, x: Tensor, i: int, history: None, noise: Tensor | None) -> Step:
+    def step(self, output: Tensor, x: Tensor, i: int, history: Any, noise: Tensor | None) -> Step:
         alpha_next = self.alphas[i + 1]
         x_0, eps = self._split(output, x, i)
         return alpha_next**0.5 * x_0 + (1 - alpha_next) ** 0.5 * eps, None, x_0
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps take fresh noise."""
+        return False
 
     @property
     def initial_scale(self) -> float:
@@ -213,7 +250,7 @@ class EulerAncestral(Euler):
 
     stochastic = True
 
-    def step(self, output: Tensor, x: Tensor, i: int, history: None, noise: Tensor | None) -> Step:
+    def step(self, output: Tensor, x: Tensor, i: int, history: Any, noise: Tensor | None) -> Step:
         alpha_next = self.alphas[i + 1]
         x_0, eps = self._split(output, x, i)
         variance, following = (1 / alpha - 1 for alpha in (self.alphas[i], alpha_next))  # sigma^2

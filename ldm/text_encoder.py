@@ -3,12 +3,16 @@
     token ids --embed--> input embeddings --encode--> context
 
 Whoever wants other vectors at some positions puts rows into `embed`'s extra table, or edits the
-embeddings between the two steps; the text transformer itself is never patched. Sampling, which comes to the
-same prompts again and again, asks for `contexts`, which remembers them.
+embeddings between the two steps; the text transformer itself is never patched.
+
+What the UNet is to read comes as a `Conditioning`, in every family alike: from `condition` with gradients, for
+training, and from `conditions` and `negative` without, for sampling, which comes to the same prompts again and
+again: those are remembered.
 """
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +20,15 @@ from torch import Tensor, nn
 
 from ldm import tokenizer
 from ldm.clip_text import CLIPTextTransformer
+from ldm.conditioning import Conditioning
 from ldm.config import TextEncoderConfig
+from ldm.context_cache import ContextCache, version
 from ldm.errors import UserError
-from ldm.memory import upload
-from ldm.remembering import ContextCache, version
+from ldm.runtime.device_memory import upload
 
 
 class TextEncoder(nn.Module):
-    """What both text encoders share; a subclass owns the weights and says what `token_table` and `encode` are."""
+    """What all text encoders share; a subclass owns the weights and says what `token_table` and `encode` are."""
 
     pad_id = tokenizer.END  # the token behind the end token
 
@@ -32,7 +37,8 @@ class TextEncoder(nn.Module):
         if not 1 <= config.clip_skip <= config.layers:
             raise UserError(f"clip skip {config.clip_skip}: expected 1 (all layers) to {config.layers} (the first alone)")
         self.max_length = config.max_length
-        self.depth = config.layers - config.clip_skip + 1  # layers that run
+        self.depth = config.layers - config.clip_skip + 1  # layers that the context is read behind
+        self.final_norm = config.final_norm
         self.remembered = ContextCache()
 
     @property
@@ -40,9 +46,32 @@ class TextEncoder(nn.Module):
         """The token embeddings (vocabulary, d), without positions."""
         raise NotImplementedError
 
+    @property
+    def token_tables(self) -> list[Tensor]:
+        """The tables whose rows stand beside each other in an input embedding; one, as a rule."""
+        return [self.token_table]
+
     def encode(self, embeddings: Tensor) -> Tensor:
         """Input embeddings (b, l, d) without positions -> context (b, l, d): the last layer that runs, normed."""
         raise NotImplementedError
+
+    def encode_pooled(self, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Input embeddings and their token ids (b, l) -> context, and the pooled text (b, p) where there is one."""
+        return self.encode(embeddings), None
+
+    def vector(self, pooled: Tensor | None, sizes: Tensor | None) -> Tensor | None:
+        """Pooled texts (b, p) and image sizes (b or 1, 6) -> what is added to the timestep (b, v); None: nothing is."""
+        return None
+
+    def condition(self, ids: Tensor, extra: Tensor | None = None, sizes: Tensor | None = None) -> Conditioning:
+        """Token ids (b, l) -> what the UNet reads; gradients reach `extra`.
+
+        Args:
+            extra: (n, d) further embeddings, as for `embed`.
+            sizes: `ImageSize.row` of each image (b, 6), or one for all; read where there is a vector.
+        """
+        context, pooled = self.encode_pooled(self.embed(ids, extra), ids)
+        return Conditioning(context, self.vector(pooled, sizes))
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Prompts -> token ids (b, 77) with start, end and padding by end, on the encoder's device.
@@ -55,7 +84,7 @@ class TextEncoder(nn.Module):
             if cut := tokenizer.decode(ids[self.max_length - 2 :]):
                 warnings.warn(f"the prompt has {len(ids)} tokens, {self.max_length - 2} fit; cut off: '{cut}'", stacklevel=2)
             rows.append(tokenizer.frame(ids, self.max_length))
-        return torch.tensor(rows, device=self.token_table.device)
+        return torch.tensor(rows, device=self.token_tables[0].device)
 
     def embed(self, ids: Tensor, extra: Tensor | None = None) -> Tensor:
         """Look token ids up, without adding positions.
@@ -70,16 +99,35 @@ class TextEncoder(nn.Module):
         """
         table = self.token_table
         ids = self._pad(ids)
-        if extra is None:
+        if extra is None or not len(extra):  # a concept named by words of the vocabulary has none
             return F.embedding(ids, table)
         first = table.shape[0]
         known = F.embedding(ids.clamp(max=first - 1), table)
         added = F.embedding((ids - first).clamp(min=0), extra.to(table.dtype))
         return torch.where((ids < first)[..., None], known, added)
 
-    @torch.no_grad()
     def contexts(self, rows: Sequence[Sequence[int]], extra: Tensor | None = None) -> Tensor:
-        """Rows of token ids -> contexts (b, l, d), without gradients.
+        """Rows of token ids -> contexts (b, l, d), without gradients, as `conditions` has them."""
+        return self._remembered(rows, extra)[0]
+
+    def conditions(
+        self, rows: Sequence[Sequence[int]], extra: Tensor | None = None, sizes: Tensor | None = None
+    ) -> Conditioning:
+        """Rows of token ids -> what the UNet reads, without gradients.
+
+        Args:
+            extra, sizes: as for `condition`.
+        """
+        context, pooled = self._remembered(rows, extra)
+        return Conditioning(context, self.vector(pooled, sizes))
+
+    def negative(self, prompt: str, number: int, sizes: Tensor | None = None) -> Conditioning:
+        """What guidance leads away from, in `number` equal rows."""
+        return self.conditions(self.tokenize([prompt]).tolist() * number, None, sizes)
+
+    @torch.no_grad()
+    def _remembered(self, rows: Sequence[Sequence[int]], extra: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Rows of token ids -> contexts (b, l, d) and pooled texts (b, p), if any.
 
         A row is encoded once, as long as the weights stay as they are, and by itself: with which others it
         came first makes no difference to it.
@@ -87,16 +135,18 @@ class TextEncoder(nn.Module):
         Args:
             extra: (n, d) further embeddings, as for `embed`.
         """
-        vocabulary, device = self.token_table.shape[0], self.token_table.device
+        vocabulary, device = tokenizer.VOCAB_SIZE, self.token_tables[0].device
         further = None if extra is None else extra.detach().float().cpu().numpy().tobytes()
 
-        def encode(key: tuple[tuple[int, ...], bytes | None]) -> Tensor:
+        def encode(key: tuple[tuple[int, ...], bytes | None]) -> tuple[Tensor, Tensor | None]:
             ids = upload(torch.tensor(key[:1]), device)
-            return self.encode(self.embed(ids, None if extra is None else upload(extra, device)))[0]
+            context, pooled = self.encode_pooled(self.embed(ids, None if extra is None else upload(extra, device)), ids)
+            return context[0], None if pooled is None else pooled[0]
 
         # Rows without further embeddings do not depend on them.
         keys = [(tuple(row), further if max(row) >= vocabulary else None) for row in rows]
-        return torch.stack(self.remembered.get(version(self), keys, encode))
+        contexts, pooled = zip(*self.remembered.get(version(self), keys, encode), strict=True)
+        return torch.stack(contexts), None if pooled[0] is None else torch.stack(pooled)
 
     def _pad(self, ids: Tensor) -> Tensor:
         """Put the encoder's own padding behind the first of the end tokens that a row ends in."""
@@ -114,6 +164,8 @@ class TextEncoder(nn.Module):
 class CLIPTextEncoder(TextEncoder):
     """CLIP's text transformer under SD 1.x's names (`transformer.text_model.*`)."""
 
+    transformer: Any  # holds the network under SD's names
+
     def __init__(self, config: TextEncoderConfig):
         super().__init__(config)
         self.transformer = nn.Module()
@@ -124,17 +176,20 @@ class CLIPTextEncoder(TextEncoder):
         return self.transformer.text_model.embeddings.token_embedding.weight
 
     def encode(self, embeddings: Tensor) -> Tensor:
-        return self.transformer.text_model(embeddings, self.depth)
+        text_model = self.transformer.text_model
+        return text_model(embeddings, self.depth) if self.final_norm else text_model.hidden(embeddings, self.depth)
 
 
 class OpenCLIPTextEncoder(TextEncoder):
     """open_clip's text transformer under SD 2.x's names (`model.transformer.resblocks.*`).
 
     SD 2.x reads the penultimate layer of ViT-H/14 through the final norm, so that the last of the 24
-    layers is never needed: a configuration counts those that are.
+    layers is never needed: a configuration counts those that are. SDXL reads the penultimate layer of ViT-bigG/14
+    without that norm, and pools the last one.
     """
 
     pad_id = 0
+    model: Any  # holds the networks under SD's names
 
     def __init__(self, config: TextEncoderConfig):
         super().__init__(config)
@@ -155,20 +210,39 @@ class OpenCLIPTextEncoder(TextEncoder):
         self.model.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.model.positional_embedding = nn.Parameter(torch.zeros(config.max_length, config.width))
         self.model.ln_final = LayerNorm(config.width)
+        if config.projection:
+            self.model.text_projection = nn.Parameter(torch.zeros(config.width, config.projection))
 
     @property
     def token_table(self) -> Tensor:
         return self.model.token_embedding.weight
 
     def encode(self, embeddings: Tensor) -> Tensor:
+        return self._context(self._layers(embeddings, self.depth)[-1])
+
+    def encode_pooled(self, embeddings: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not hasattr(self.model, "text_projection"):
+            return self.encode(embeddings), None
+        before, last = self._layers(embeddings, self.depth, len(self.model.transformer.resblocks))
+        # By its id: learned tokens have larger ones, and so the largest is not the end.
+        end = (ids == tokenizer.END).int().argmax(dim=1)
+        at_end = last[torch.arange(len(last), device=last.device), end]
+        return self._context(before), self.model.ln_final(at_end) @ self.model.text_projection
+
+    def _context(self, hidden: Tensor) -> Tensor:
+        return self.model.ln_final(hidden) if self.final_norm else hidden
+
+    def _layers(self, embeddings: Tensor, *depths: int) -> list[Tensor]:
+        """Return the hidden states (b, l, d) behind so many layers, for each of the given numbers."""
         hidden = embeddings + self.model.positional_embedding[: embeddings.shape[1]]
         causal = _causal_mask(hidden, float("-inf"))
         # Before it took batch_first, open_clip's transformer wanted the positions first.
         batch_first = getattr(self.model.transformer, "batch_first", False)
         hidden = hidden if batch_first else hidden.transpose(0, 1)
-        for block in self.model.transformer.resblocks[: self.depth]:
-            hidden = block(hidden, attn_mask=causal)
-        return self.model.ln_final(hidden if batch_first else hidden.transpose(0, 1))
+        states = {0: hidden}
+        for number, block in enumerate(self.model.transformer.resblocks[: max(depths)], 1):
+            states[number] = hidden = block(hidden, attn_mask=causal)
+        return [states[depth] if batch_first else states[depth].transpose(0, 1) for depth in depths]
 
 
 ENCODERS = {"clip": CLIPTextEncoder, "openclip": OpenCLIPTextEncoder}

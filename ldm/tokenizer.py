@@ -24,7 +24,7 @@ _SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 def clip_tokenizer() -> Tokenizer:
     """Build the tokenizer of CLIP's text encoder (Radford et al. 2021); adds no special tokens."""
     lines = gzip.decompress(_merges_file().read_bytes()).decode("utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : _MERGES + 1]]
+    merges = [(left, right) for left, right in (line.split() for line in lines[1 : _MERGES + 1])]
     symbols = _byte_symbols()
     words = [*symbols, *(symbol + "</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
@@ -69,7 +69,7 @@ def frame(ids: list[int], length: int = MAX_LENGTH) -> list[int]:
 
 def _merges_file() -> Path:
     package = importlib.util.find_spec("open_clip")  # found, not imported: importing it takes seconds
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise UserError(
             "the package open_clip_torch, which holds CLIP's vocabulary, is missing: pip install open_clip_torch"
         )

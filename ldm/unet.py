@@ -1,7 +1,7 @@
 """The denoising UNet of latent diffusion (Rombach et al. 2022), with SD checkpoint names."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +85,7 @@ class CrossLayer:
     factor: int  # a pixel of its map stands for factor x factor cells of the latent
 
 
-def recomputed(block: Block, *args: Text | Attend | list[Attend]) -> Tensor:
+def recomputed(block: nn.Module, *args: Text | Attend | list[Attend]) -> Tensor:
     """Call a block so that its inner activations are computed again in the backward pass (Chen et al. 2016)."""
     return checkpoint(block, *args, use_reentrant=False)
 
@@ -101,24 +101,27 @@ class UNet(nn.Module):
         widths = [int(width * mult) for mult in config.channel_mult]
         self.model_channels = width
 
-        def transformer(channels: int) -> SpatialTransformer:
-            heads = channels // config.num_head_channels if config.num_head_channels else config.num_heads
-            return SpatialTransformer(
-                channels, config.context_dim, heads, config.transformer_depth, config.use_linear_in_transformer
-            )
+        *depths, middle_depth = config.depths
 
-        def level_block(channels_in: int, channels_out: int, factor: int) -> Block:
-            attention = [transformer(channels_out)] if factor in config.attention_resolutions else []
+        def transformer(channels: int, depth: int) -> SpatialTransformer:
+            heads = channels // config.num_head_channels if config.num_head_channels else config.num_heads
+            return SpatialTransformer(channels, config.context_dim, heads, depth, config.use_linear_in_transformer)
+
+        def level_block(channels_in: int, channels_out: int, depth: int) -> Block:
+            attention = [transformer(channels_out, depth)] if depth else []
             return Block([ResBlock(channels_in, emb_channels, channels_out), *attention])
 
         self.time_embed = nn.Sequential(nn.Linear(width, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+        if config.adm_in_channels:
+            embed = (nn.Linear(config.adm_in_channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
+            self.label_emb = nn.Sequential(nn.Sequential(*embed))  # nested as SDXL's checkpoints have it
 
         # Encoder. `skips` holds the widths that the decoder will take over, last first.
         self.input_blocks = nn.ModuleList([Block([nn.Conv2d(config.in_channels, width, 3, padding=1)])])
         skips, channels = [width], width
         for level, level_width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(level_block(channels, level_width, 2**level))
+                self.input_blocks.append(level_block(channels, level_width, depths[level]))
                 channels = level_width
                 skips.append(channels)
             if level != len(widths) - 1:
@@ -129,7 +132,7 @@ class UNet(nn.Module):
         self.middle_block = Block(
             [
                 ResBlock(channels, emb_channels, channels),
-                transformer(channels),
+                transformer(channels, middle_depth),
                 ResBlock(channels, emb_channels, channels),
             ]
         )
@@ -138,7 +141,7 @@ class UNet(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
             for i in range(config.num_res_blocks + 1):
-                block = level_block(channels + skips.pop(), level_width, 2**level)
+                block = level_block(channels + skips.pop(), level_width, depths[level])
                 channels = level_width
                 if level != 0 and i == config.num_res_blocks:
                     block.append(Upsample(channels))
@@ -148,10 +151,17 @@ class UNet(nn.Module):
             nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, config.out_channels, 3, padding=1)
         )
 
-        for number, (_, block) in enumerate(self._transformer_blocks()):
-            block.layer = number
+        for number, (_, transformer_block) in enumerate(self._transformer_blocks()):
+            transformer_block.layer = number
 
-    def forward(self, x: Tensor, t: Tensor, context: Text, attend: Attend | list[Attend] = attend) -> Tensor:
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the network computes in."""
+        return list(self.out.parameters())[-1].dtype
+
+    def forward(
+        self, x: Tensor, t: Tensor, context: Text, attend: Attend | list[Attend] = attend, vector: Tensor | None = None
+    ) -> Tensor:
         """Predict the noise (or v) in x.
 
         Args:
@@ -159,12 +169,15 @@ class UNet(nn.Module):
             t: training timesteps (b,), 0 to 999.
             context: text context (b, l, context_dim), or its keys and values from `keys_values`.
             attend: the arithmetic of all cross-attention layers, or a list with that of each.
+            vector: (b, adm_in_channels), for a UNet that is conditioned on one besides.
 
         Returns:
             (b, c, h, w).
         """
         emb = self.time_embed(timestep_embedding(t, self.model_channels).to(x.dtype))
-        run = recomputed if self.checkpointing and torch.is_grad_enabled() else Block.__call__
+        if vector is not None:
+            emb = emb + self.label_emb(vector.to(x.dtype))
+        run: Callable[..., Tensor] = recomputed if self.checkpointing and torch.is_grad_enabled() else Block.__call__
 
         # Encoder.
         h, skips = x, []

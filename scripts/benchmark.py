@@ -7,10 +7,18 @@ python scripts/benchmark.py sample --model sd-v1 --peer diffusers --size 256 --p
 import importlib
 from pathlib import Path
 
-from common import PRECISIONS, ROOT, Parser, number, pick_device, positive, run
+import clone  # noqa: F401
 
-WHAT = {"sample": "DCI over plain sampling, or the UNet's step and plain sampling beside a peer", "train": "a training step",
-        "dbim": "the integration module", "load": "loading weights, in processes of their own"}  # fmt: skip
+from dci.cli.arguments import PRECISIONS, Parser, number, positive, run
+from dci.cli.loading import pick_device
+from ldm.shipped import ROOT
+
+WHAT = {
+    "sample": "DCI over plain sampling, or the UNet's step and plain sampling beside a peer",
+    "train": "a training step",
+    "dbim": "the integration module",
+    "load": "loading weights, in processes of their own",
+}
 
 
 def arguments():
@@ -18,7 +26,7 @@ def arguments():
     kinds = "; ".join(f"{name}: {text}" for name, text in WHAT.items())
     parser.add_argument("what", nargs="?", choices=list(WHAT), default="sample", help=f"{kinds} (default sample)")
     parser.add_argument("--model", choices=("tiny", "sd-v1"), default="tiny", help="sd-v1 has random weights (default tiny)")
-    parser.add_argument("--peer", choices=("none", "diffusers", "naive"), default="none", help="(default none)")
+    parser.add_argument("--peer", choices=("none", "diffusers", "pipeline", "naive"), default="none", help="(default none)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32", help="of both (default fp32)")
     parser.add_argument("--compile", action="store_true", help="compile the UNets, the peer's too where it samples")

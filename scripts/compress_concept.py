@@ -1,32 +1,9 @@
-"""Make a concept file small: the change of each weight as a product of two thin matrices (SVD).
+"""Make a concept file small: the change of each weight as a product of two thin matrices (SVD)."""
 
-python scripts/compress_concept.py logs/RUN/concept.safetensors --rank 16 --out small.safetensors
-"""
+import clone  # noqa: F401
 
-from pathlib import Path
-
-from common import Parser, add_rank_options, base_model, check_rank_options, compress_file, run
-
-
-def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("concept", metavar="CONCEPT", help="a concept file")
-    parser.add_argument("--out", required=True, help="the small concept file")
-    add_rank_options(parser)
-    parser.add_argument("--model", help="model configuration (default: the concept's own)")
-    parser.add_argument("--checkpoint", "--ckpt", help="weights, in place of the configuration's own")
-    args = parser.parse_args()
-
-    from dci.concept import Concept
-    from ldm.checkpoint import load_model
-    from ldm.errors import UserError
-
-    if args.rank is None and args.energy is None:
-        raise UserError("give --rank or --energy: how much of the change to keep")
-    check_rank_options(args)
-    model = load_model(*base_model(args, Concept.load(args.concept).config))
-    compress_file(args, Path(args.concept), Path(args.out), model)
-
+from dci.cli.arguments import run
+from dci.cli.compress_concept import main
 
 if __name__ == "__main__":
     run(main)

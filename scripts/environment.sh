@@ -13,7 +13,7 @@ fi
 
 # The stamp says which clone is installed, so that another clone in the same environment is not taken for it.
 stamp="$(python -c 'import sys; print(sys.prefix)')/.dci-installed${extra:+-$extra}"
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$PWD" ] || [ setup.py -nt "$stamp" ]; then
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$PWD" ] || [ setup.py -nt "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     echo "== Installing the package${extra:+ with its extra '$extra'} (PyTorch is large: a few minutes the first time)"
     python -m pip install --disable-pip-version-check -e ".${extra:+[$extra]}"
     echo "$PWD" > "$stamp"

@@ -1,94 +1,9 @@
-"""Measure fidelity and editability of drawn pictures: CLIP-T, CLIP-I, DINO-I, KID, with intervals, and make a report.
+"""Measure fidelity and editability of drawn pictures: CLIP-T, CLIP-I, DINO-I, KID, with intervals, and make a report."""
 
-python scripts/evaluate.py --samples dci=outputs/A plain=outputs/B --out reports/cat
-"""
+import clone  # noqa: F401
 
-import os
-from pathlib import Path
-
-from common import Parser, UserError, pick_device, positive, run
-
-
-def arguments():
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", required=True, nargs="+", metavar="[NAME=]FOLDER",
-                        help="folders with samples/ and prompts.json, a row of the table each")  # fmt: skip
-    parser.add_argument("--references", nargs="+", metavar="FOLDER",
-                        help="the concept's pictures, for several concepts a folder each (default: recorded)")  # fmt: skip
-    parser.add_argument("--regularization", metavar="FOLDER", help="real pictures of the class, for KID")
-    parser.add_argument("--class-noun", nargs="+", default=[], metavar="NOUN",
-                        help="for prompts that say V* or {} alone; for several concepts a noun each")  # fmt: skip
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument("--title", default="Fidelity and editability")
-
-    group = parser.add_argument_group("encoders", "tiny (the judges on board), open_clip:ARCHITECTURE/TAG, timm:NAME, "
-                                      "transformers:NAME or transformers:FOLDER")  # fmt: skip
-    group.add_argument("--clip", default="tiny", help="for CLIP-T and CLIP-I (default tiny)")
-    group.add_argument("--instance", default="tiny", help="for DINO-I (default tiny)")
-    group.add_argument("--kid", help="for KID; also inception or inception:FILE (default: Inception if it is on this "
-                       "machine and no encoder is tiny, or else as --instance)")  # fmt: skip
-    group.add_argument("--clip-t-w2.5", action="store_true", help="add Custom Diffusion's text score, 2.5 max(cos, 0)")
-    group.add_argument("--offline", action="store_true", help="never ask a hub, take what is on this machine")
-
-    group = parser.add_argument_group("statistics and machine")
-    group.add_argument("--resamples", type=positive, default=9999, help="of the bootstrap (default 9999)")
-    group.add_argument("--seed", type=int, default=0, help="of the bootstrap and of KID's subsets (default 0)")
-    group.add_argument("--cache", metavar="FILE", help="keeps features for the next time (default DIR/features.sqlite)")
-    group.add_argument("--batch-size", type=positive, default=32)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = arguments()
-    if args.offline:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
-    folders = named_folders(args.samples)
-
-    from tqdm import tqdm
-
-    from dci.evaluation import evaluate_folder, load_encoders
-    from dci.features import FeatureStore
-    from dci.report import TEXT, write_report
-    from dci.samples import read_samples
-    from dci.scores import RunScores
-
-    for folder in folders.values():  # a mistake shows before weights are loaded
-        read_samples(folder, args.class_noun)
-    encoders = load_encoders(args.clip, args.instance, args.kid, pick_device(args.device))
-    store, runs = FeatureStore(args.cache or Path(args.out) / "features.sqlite"), []
-    for name, folder in folders.items():
-        with tqdm(desc=name, unit=" features") as bar:
-            scores = evaluate_folder(
-                folder,
-                args.references,
-                encoders,
-                regularization=args.regularization,
-                class_nouns=args.class_noun,
-                scaled_text_score=getattr(args, "clip_t_w2.5"),
-                cache=store,
-                batch_size=args.batch_size,
-                resamples=args.resamples,
-                seed=args.seed,
-                progress=bar.update,
-            )
-        runs.append(RunScores(name, scores))
-    page = write_report(args.out, runs, args.title)
-    print((Path(args.out) / TEXT).read_text(encoding="utf-8"))
-    print(f"Page: {page}")
-
-
-def named_folders(given: list[str]) -> dict[str, Path]:
-    """Return name -> folder of `[NAME=]FOLDER` arguments; a folder without a name goes by its own."""
-    folders = {}
-    for text in given:
-        name, equals, folder = text.partition("=")
-        name, folder = (name, folder) if equals and not Path(text).exists() else (Path(text).resolve().name, text)
-        if not name or name in folders:
-            raise UserError(f"--samples {text}: the name '{name}' is {'taken' if name else 'empty'}: write NAME=FOLDER")
-        folders[name] = Path(folder)
-    return folders
-
+from dci.cli.arguments import run
+from dci.cli.evaluate import main
 
 if __name__ == "__main__":
     run(main)

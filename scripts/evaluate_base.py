@@ -8,13 +8,19 @@ Repeating the command goes on where it stopped.
 import json
 from pathlib import Path
 
-from common import ROOT, TINY, Parser, number, pick_device, positive, run
+import clone  # noqa: F401
+
+from dci.cli.arguments import Parser, number, positive, run
+from dci.cli.loading import TINY, pick_device
+from ldm.shipped import ROOT
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=positive, default=200, help="prompts drawn from all pairs (default 200)")
-    parser.add_argument("--pictures", type=positive, default=16, help="pictures of each prompt (default 16)")
+    parser.add_argument(
+        "--images", "--pictures", dest="pictures", type=positive, default=16, help="pictures of each prompt (default 16)"
+    )
     parser.add_argument("--scale", type=number, default=5.0, help="guidance (default 5)")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--seed", type=int, default=0)
@@ -30,9 +36,9 @@ def main() -> None:
     import torch
     from tqdm import tqdm
 
-    from dci.settings import sampling_options
+    from dci.dual_branch.options import sampling_options
     from ldm.checkpoint import fingerprint, load_model
-    from ldm.judges import JUDGES, load_classifier
+    from ldm.embedded_encoders import JUDGES, load_classifier
     from ldm.pretraining.evaluation import draw_pictures, draw_questions, held_out_pictures, judge
     from ldm.pretraining.vae import psnr
 
@@ -67,7 +73,8 @@ def write(outdir: Path, result: dict, questions: list, drawn, pictures: int) -> 
     named = result.pop("named")
     firsts = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in drawn[::pictures]]
     captions = [q.prompt if q.noun == n else f"{q.prompt} [{n}]" for q, n in zip(questions, named, strict=True)]
-    captioned_grid(firsts, captions, columns=10, scale=2).save(outdir / "base-evaluation.png", optimize=True)
+    sheet = captioned_grid(firsts, captions, columns=10, scale=2)
+    sheet.quantize(256).save(outdir / "base-evaluation.png", optimize=True)  # a third of the size
     (outdir / "base-evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     (outdir / "base-evaluation.md").write_text(report(result, len(questions)))
     print(report(result, len(questions)))

@@ -1,67 +1,9 @@
-"""Show what a concept has learned: its tokens, their nearest words, and how far each layer has moved.
+"""Show what a concept has learned: its tokens, their nearest words, and how far each layer has moved."""
 
-python scripts/inspect_concept.py logs/RUN/concept.safetensors --plot changes.png
-"""
+import clone  # noqa: F401
 
-from common import Parser, base_model, positive, run
-
-
-def main() -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("concept", metavar="CONCEPT", help="a concept file")
-    parser.add_argument("--nearest", type=positive, default=5, help="words to show for each token (default 5)")
-    parser.add_argument("--no-contexts", action="store_true", help="the modifier tokens alone")
-    parser.add_argument("--plot", help="draw the change of keys and values, layer by layer, into this file")
-    parser.add_argument("--model", help="model configuration (default: the concept's own)")
-    parser.add_argument("--checkpoint", "--ckpt", help="weights, in place of the configuration's own")
-    args = parser.parse_args()
-
-    from dci.concept import Concept
-    from dci.inspection import inspect_tokens, kind_of, short_name, weight_changes
-    from ldm.checkpoint import load_model
-
-    concept = Concept.load(args.concept)
-    model = load_model(*base_model(args, concept.config))
-    for subject in concept.subjects:
-        print(f"{' '.join(subject.modifier_tokens)} {subject.class_noun}, on the base model '{concept.base_name}'")
-    for token in inspect_tokens(concept, model, args.nearest, not args.no_contexts):
-        words = ", ".join(f"{near.word} {near.cosine:.2f}" for near in token.nearest)
-        print(f"{token.name:24} length {token.norm:.3f}   near: {words}")
-    changes = weight_changes(concept, model)
-    for name, change in changes.items():
-        print(f"{short_name(name):12} {kind_of(name):9} changed by {change:.4f}")
-    if args.plot and changes:
-        draw_changes(changes, args.plot)
-        print(f"Plot: {args.plot}")
-    elif args.plot:
-        print("No plot: only tokens were trained, no layer has changed")
-
-
-def draw_changes(changes: dict[str, float], file: str) -> None:
-    """Draw a bar for each weight, keys and values beside each other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from dci.inspection import kind_of, short_name
-    from ldm.errors import UserError
-
-    layers = list(dict.fromkeys(short_name(name) for name in changes))
-    kinds = list(dict.fromkeys(kind_of(name) for name in changes))
-    figure, axes = pyplot.subplots(figsize=(max(6, 0.6 * len(layers)), 4), layout="constrained")
-    for k, kind in enumerate(kinds):
-        values = {short_name(n): change for n, change in changes.items() if kind_of(n) == kind}
-        places = [i + (k - (len(kinds) - 1) / 2) * 0.8 / len(kinds) for i in range(len(layers))]
-        axes.bar(places, [values.get(layer, 0) for layer in layers], 0.8 / len(kinds), label=kind)
-    axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
-    axes.set_ylabel("change, relative to the base's weight")
-    axes.legend()
-    try:
-        figure.savefig(file, dpi=120)
-    except ValueError as error:
-        raise UserError(f"--plot {file}: expected a name that ends in .png, .svg or .pdf") from error
-
+from dci.cli.arguments import run
+from dci.cli.inspect_concept import main
 
 if __name__ == "__main__":
     run(main)

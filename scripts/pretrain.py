@@ -3,7 +3,10 @@
 python scripts/pretrain.py --config configs/pretrain/vae.yaml [key=value ...]
 """
 
-from common import ROOT, Parser, run
+import clone  # noqa: F401
+
+from dci.cli.arguments import Parser, run
+from ldm.shipped import ROOT
 
 
 def main() -> None:
@@ -23,7 +26,7 @@ def main() -> None:
         from ldm.pretraining.artwork import load_artwork
         from ldm.pretraining.world import preview
 
-        preview(load_artwork(ROOT / options.world.artwork), options.world.seed).save(args.preview)
+        preview(load_artwork(ROOT / options.world.artwork, options.world.wide), options.world.seed, 128).save(args.preview)
         print(f"Sheet: {args.preview}")
         return
     pretrain(options, ROOT, args.export)

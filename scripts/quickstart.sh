@@ -3,7 +3,7 @@
 # From a fresh clone: bash scripts/quickstart.sh        (two to four minutes on two cores, after installation)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source scripts/environment.sh ""
+source scripts/environment.sh train
 
 run=outputs/quickstart-$(date +%Y-%m-%dT%H-%M-%S)
 echo "== 1/2 Learning the concept in data/concepts/cat with ICO"

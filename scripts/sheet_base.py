@@ -3,13 +3,16 @@
 python scripts/sheet_base.py --out docs/base-model.png
 """
 
-from common import TINY, Parser, pick_device, positive, run
+import clone  # noqa: F401
+
+from dci.cli.arguments import Parser, positive, run
+from dci.cli.loading import TINY, pick_device
 
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="the sheet's file")
-    parser.add_argument("--pictures", type=positive, default=48)
+    parser.add_argument("--images", "--pictures", dest="pictures", type=positive, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
     parser.add_argument("--model", default=str(TINY))
@@ -19,7 +22,7 @@ def main() -> None:
     from PIL import Image
     from tqdm import tqdm
 
-    from dci.settings import sampling_options
+    from dci.dual_branch.options import sampling_options
     from ldm.checkpoint import load_model
     from ldm.images import captioned_grid
     from ldm.pretraining.evaluation import draw_pictures
@@ -31,7 +34,7 @@ def main() -> None:
     with tqdm(total=len(prompts), unit="picture") as bar:
         drawn = draw_pictures(model, prompts, 1, options, batch_size=16, progress=bar.update)
     pictures = [Image.fromarray(picture) for picture in drawn.permute(0, 2, 3, 1).numpy()]
-    captioned_grid(pictures, prompts, columns=8, scale=2).save(args.out)
+    captioned_grid(pictures, prompts, columns=8, scale=2).quantize(256).save(args.out, optimize=True)
     print(f"Sheet: {args.out}")
 
 

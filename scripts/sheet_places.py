@@ -6,7 +6,10 @@ python scripts/sheet_places.py --concept EARLY.safetensors --concept LATE.safete
 import json
 from pathlib import Path
 
-from common import Parser, add_model_options, base_model, number, pick_device, positive, run
+import clone  # noqa: F401
+
+from dci.cli.arguments import Parser, add_model_options, number, positive, run
+from dci.cli.loading import base_model, base_vae, pick_device
 
 
 def main() -> None:
@@ -48,34 +51,35 @@ def judge_places(args, file: str) -> tuple[dict, dict]:
     import torch
     from tqdm import tqdm
 
-    from dci.concept import Concept
-    from dci.prompts import parse_prompt
-    from dci.sampling import sample
-    from dci.settings import dual_branch, sampling_options
+    from dci.concept.concept_file import Concept
+    from dci.concept.prompts import parse_prompt
+    from dci.dual_branch.options import dual_branch, sampling_options
+    from dci.dual_branch.sampling import SampleRequest, sample
     from ldm.checkpoint import load_model
-    from ldm.images import list_pictures, read_picture, square, to_pictures, to_tensor
-    from ldm.judges import SIZE, load_classifier, load_instance_encoder
+    from ldm.embedded_encoders import SIZE, load_classifier, load_instance_encoder
+    from ldm.images import list_images, read_image, square, to_images, to_tensor
     from ldm.pretraining.scenes import PLACES
 
     concept = Concept.load(file)
-    model = load_model(*base_model(args, concept.config), ema=args.ema, clip_skip=args.clip_skip)
+    vae = base_vae(args, concept.config)
+    model = load_model(*base_model(args, concept.config), ema=args.ema, clip_skip=args.clip_skip, vae=vae)
     concept.apply(model)
     model.to(pick_device(args.device))
     options = sampling_options(model, steps=args.steps, scale=args.scale, seed=args.seed)
     dual = dual_branch(model) if args.dci else None
     classifier, instance, drawn, seen, likeness = load_classifier(), load_instance_encoder(), {}, {}, []
     folder = concept.config["data"]["images"]
-    pictures = torch.stack([to_tensor(square(read_picture(file), SIZE)) for file in list_pictures(folder)])
+    pictures = torch.stack([to_tensor(square(read_image(file), SIZE)) for file in list_images(folder)])
     with torch.inference_mode():
         references = instance.image_features(pictures)
     for place, (_, phrases) in tqdm(PLACES.items(), "places"):
         text = args.prompt.replace("{noun}", concept.class_noun).replace("{place}", phrases[0])
-        prompt = parse_prompt(text, concept.modifier_tokens, concept.class_noun, None)
-        pixels = sample(model, concept, prompt, list(range(args.n_samples)), options, dual, None).clamp(-1, 1).cpu()
+        prompt = parse_prompt(text, concept.names)
+        pixels = sample(model, concept, SampleRequest(prompt, list(range(args.n_samples)), options, dual)).clamp(-1, 1).cpu()
         with torch.inference_mode():
             likeness.append((instance.image_features(pixels) @ references.T).mean())
             answers = [classifier.places[i] for i in classifier.logits(pixels)[1].argmax(-1)]
-        drawn[phrases[0]] = to_pictures(pixels)
+        drawn[phrases[0]] = to_images(pixels)
         seen[place] = {name: answers.count(name) / len(answers) for name in sorted(set(answers))}
     right = sum(shares.get(place, 0) for place, shares in seen.items()) / len(seen)
     like = float(torch.stack(likeness).mean())

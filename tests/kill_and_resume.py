@@ -14,8 +14,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = ("training.steps=40", "training.checkpoint_every=4", "training.batch_size=4", "validation.every=15",
-           "validation.steps=3", "resume=auto")  # fmt: skip
+OPTIONS = (
+    "training.steps=40",
+    "training.checkpoint_every=4",
+    "training.batch_size=4",
+    "validation.every=15",
+    "validation.steps=3",
+    "resume=auto",
+)
 
 
 def command(logdir: Path) -> list[str]:

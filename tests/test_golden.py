@@ -7,11 +7,11 @@ import torch
 from einops import rearrange
 from safetensors.torch import load_file
 
-from dci.integration import DualBranch, TokenMasks, integrating_attend
-from dci.sampling import BranchContexts, sample_latents
+from dci.dual_branch.integration import DualBranch, TokenMasks, integrating_attend
+from dci.dual_branch.sampling import BranchContexts, sample_latents
 from ldm.config import ModelConfig, UNetConfig
 from ldm.diffusion import LatentDiffusion
-from ldm.sampling import SamplingOptions
+from ldm.text_to_image import SamplingOptions
 from ldm.unet import UNet
 
 

@@ -1,12 +1,14 @@
 """Laws of the house: short functions, imports in one direction, small programs."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PACKAGES = ("ldm", "dci")
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def sources(*folders):
@@ -44,6 +46,43 @@ def test_ldm_does_not_import_dci():
         assert not {name for name in imports(file) if name.split(".")[0] == "dci"}, file
 
 
+ARROWS = {
+    "cli": {"experiments", "evaluation", "samples", "finetuning", "dual_branch", "concept", "pipeline"},
+    "experiments": {"evaluation", "samples", "finetuning", "dual_branch", "concept"},
+    "evaluation": {"concept", "samples"},
+    "finetuning": {"dual_branch", "concept", "samples"},
+    "pipeline": {"dual_branch", "concept"},
+    "diffusers": {"dual_branch", "concept"},
+    "dual_branch": {"concept"},
+    "samples": set(),
+    "concept": set(),
+}
+"""Room of dci -> the rooms that it may import; what lies beside them (files, captions, version) is everybody's."""
+
+
+def test_grids_start_nothing_of_the_programs_at_run_time():
+    """`experiments` runs its own module in its processes; a script or a module of `cli` would be an arrow back."""
+    for file in sources("dci/experiments"):
+        tree = ast.parse(file.read_text())
+        said = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, DOCUMENTED)}
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        named = [text for text in texts if text not in said and re.search(r"scripts|dci[./]cli|\.py$", text)]
+        assert not named, file
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_arrows_between_rooms_point_one_way(room):
+    files = sources(f"dci/{room}") or [ROOT / f"dci/{room}.py"]
+    for file in files:
+        rooms = {name.split(".")[1] for name in imports(file) if name.startswith("dci.")} & ARROWS.keys()
+        assert rooms - {room} <= ARROWS[room], file
+
+
+def test_every_room_has_its_arrows():
+    rooms = {path.parent.name for path in (ROOT / "dci").glob("*/__init__.py")}
+    assert rooms < ARROWS.keys()
+
+
 def test_no_circular_imports():
     modules = {module_name(file): file for file in sources(*PACKAGES)}
     graph = {name: {i for i in imports(file) if i in modules and i != name} for name, file in modules.items()}
@@ -60,6 +99,8 @@ def test_every_public_name_has_a_docstring():
         tree = ast.parse(file.read_text())
         for node in [tree, *tree.body]:
             named = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+            if file.parent.name == "cli" and getattr(node, "name", "") in ("main", "arguments"):
+                continue  # the module's docstring is the program's
             if (isinstance(node, ast.Module) or named) and not ast.get_docstring(node):
                 missing.append(f"{file.relative_to(ROOT)} {getattr(node, 'name', '')}")
     assert not missing

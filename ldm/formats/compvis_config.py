@@ -14,6 +14,7 @@ from ldm.formats import presets
 
 _LATENT_DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
 _UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+SGM_UNET = "sgm.modules.diffusionmodules.openaimodel.UNetModel"
 _AUTOENCODER = "ldm.models.autoencoder.AutoencoderKL"
 _CLIP = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
 _OPENCLIP = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
@@ -27,6 +28,7 @@ TRAINING_ONLY = {
                         "cond_stage_forward", "reset_ema", "reset_num_ema_updates"},
     _UNET: {"image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "use_new_attention_order",
             "num_heads_upsample"},
+    SGM_UNET: {"use_checkpoint", "use_fp16", "legacy", "spatial_transformer_attn_type", "image_size"},
     _AUTOENCODER: {"monitor", "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels"},
     "ddconfig": {"resolution"},
     _CLIP: {"device", "freeze"},
@@ -34,15 +36,18 @@ TRAINING_ONLY = {
 }  # fmt: skip
 """By target, the keys that change nothing in a trained model."""
 
-_REQUIRED = {
+REQUIRED: dict[str, dict[str, Any]] = {
     _LATENT_DIFFUSION: {"conditioning_key": "crossattn", "beta_schedule": "linear", "scale_by_std": False,
                         "cosine_s": 8e-3, "given_betas": None, "num_timesteps_cond": 1},
     _UNET: {"use_spatial_transformer": True, "dropout": 0, "conv_resample": True, "dims": 2, "num_classes": None,
             "use_scale_shift_norm": False, "resblock_updown": False, "n_embed": None, "disable_self_attentions": None,
             "num_attention_blocks": None, "disable_middle_self_attn": False, "adm_in_channels": None},
+    SGM_UNET: {"use_spatial_transformer": True, "dropout": 0, "conv_resample": True, "dims": 2, "num_classes": "sequential",
+               "use_scale_shift_norm": False, "resblock_updown": False, "disable_self_attentions": None,
+               "num_attention_blocks": None, "disable_middle_self_attn": False, "transformer_depth_middle": None},
     _AUTOENCODER: {},
     "ddconfig": {"double_z": True, "attn_resolutions": [], "dropout": 0, "resamp_with_conv": True,
-                 "use_linear_attn": False, "attn_type": "vanilla"},
+                 "use_linear_attn": False},
     _CLIP: {"version": "openai/clip-vit-large-patch14", "layer": "last", "layer_idx": None, "max_length": 77},
     _OPENCLIP: {"arch": "ViT-H-14", "max_length": 77},
 }  # fmt: skip
@@ -64,10 +69,10 @@ def convert(content: dict[str, Any], source: str | Path) -> ModelConfig:
     Raises:
         UserError: a target or key that is not known, or a value that our networks are not built for.
     """
-    params = _params(content["model"], "model", (_LATENT_DIFFUSION,), source)
-    read = _Reader(params, _LATENT_DIFFUSION, "model.params", source)
-    unet = _unet(read.section("unet_config"), source)
-    autoencoder = _autoencoder(read.section("first_stage_config"), source)
+    params = params_of(content["model"], "model", (_LATENT_DIFFUSION,), source)
+    read = Reader(params, _LATENT_DIFFUSION, "model.params", source)
+    unet = read_unet(read.section("unet_config"), "model.params.unet_config", _UNET, source)
+    autoencoder = read_autoencoder(read.section("first_stage_config"), (_AUTOENCODER,), source)
     text = _text_encoder(read.section("cond_stage_config"), source)
     parameterization = read.option("parameterization", "eps")
     if parameterization not in ("eps", "v"):
@@ -95,25 +100,28 @@ def convert(content: dict[str, Any], source: str | Path) -> ModelConfig:
     return config
 
 
-class _Reader:
+class Reader:
     """Takes known keys out of a mapping; `finish` refuses what is left."""
 
     def __init__(self, params: dict[str, Any], target: str, place: str, source: str | Path):
         self.left, self.target, self.place, self.source = dict(params), target, place, source
-        self.known = set(TRAINING_ONLY[target]) | set(_REQUIRED[target])
+        self.known = set(TRAINING_ONLY[target]) | set(REQUIRED[target])
 
     def option(self, key: str, default: Any) -> Any:
+        """Take a key out."""
         self.known.add(key)
         return self.left.pop(key, default)
 
     def section(self, key: str) -> dict[str, Any]:
+        """Take a mapping out, which must be there."""
         found = self.option(key, None)
         if not isinstance(found, dict):
             raise UserError(f"{self.source} lacks {self.place}.{key}: expected a mapping, as in the official files")
         return found
 
     def finish(self) -> None:
-        required = _REQUIRED[self.target]
+        """Raise UserError for what is left and must not be."""
+        required = REQUIRED[self.target]
         for key, value in self.left.items():
             if key in required and value != required[key]:
                 raise UserError(f"{self.source}: {self.place}.{key}={value}: expected {required[key]}")
@@ -122,7 +130,7 @@ class _Reader:
                 raise UserError(f"{self.source}: unknown key '{self.place}.{key}'; did you mean '{near}'?")
 
 
-def _params(section: dict[str, Any], place: str, targets: tuple[str, ...], source: str | Path) -> dict[str, Any]:
+def params_of(section: dict[str, Any], place: str, targets: tuple[str, ...], source: str | Path) -> dict[str, Any]:
     """Return the params of a `target/params` section whose target is one of `targets`."""
     target = section.get("target")
     if target not in targets:
@@ -136,10 +144,19 @@ def _params(section: dict[str, Any], place: str, targets: tuple[str, ...], sourc
     return params
 
 
-def _unet(section: dict[str, Any], source: str | Path) -> UNetConfig:
-    place = "model.params.unet_config"
-    read = _Reader(_params(section, place, (_UNET,), source), _UNET, place + ".params", source)
-    read.left.setdefault("use_spatial_transformer", False)  # what leaving it out means there
+def read_unet(section: dict[str, Any], place: str, target: str, source: str | Path) -> UNetConfig:
+    """Return the configuration that a UNet's section describes.
+
+    Args:
+        place: of the section in the file, for messages.
+        target: the name that the section must have.
+
+    Raises:
+        UserError: as for `convert`.
+    """
+    read = Reader(params_of(section, place, (target,), source), target, place + ".params", source)
+    if target == _UNET:
+        read.left.setdefault("use_spatial_transformer", False)  # what leaving it out means there
     defaults = UNetConfig()
     heads, width = read.option("num_heads", -1), read.option("num_head_channels", -1)
     if (heads == -1) == (width == -1):
@@ -153,6 +170,7 @@ def _unet(section: dict[str, Any], source: str | Path) -> UNetConfig:
     unet = UNetConfig(
         **{name: read.option(name, None) for name in names},
         transformer_depth=read.option("transformer_depth", 1),
+        adm_in_channels=read.option("adm_in_channels", None) if target == SGM_UNET else None,
         use_linear_in_transformer=read.option("use_linear_in_transformer", defaults.use_linear_in_transformer),
         **shape,
     )
@@ -160,16 +178,27 @@ def _unet(section: dict[str, Any], source: str | Path) -> UNetConfig:
     return unet
 
 
-def _autoencoder(section: dict[str, Any], source: str | Path) -> AutoencoderConfig:
+def read_autoencoder(section: dict[str, Any], targets: tuple[str, ...], source: str | Path) -> AutoencoderConfig:
+    """Return the configuration that an autoencoder's section describes.
+
+    Args:
+        targets: the names that the section may have.
+
+    Raises:
+        UserError: as for `convert`.
+    """
     place = "model.params.first_stage_config"
-    outer = _Reader(_params(section, place, (_AUTOENCODER,), source), _AUTOENCODER, place + ".params", source)
-    inner = _Reader(outer.section("ddconfig"), "ddconfig", place + ".params.ddconfig", source)
+    outer = Reader(params_of(section, place, targets, source), _AUTOENCODER, place + ".params", source)
+    inner = Reader(outer.section("ddconfig"), "ddconfig", place + ".params.ddconfig", source)
     names = ("in_channels", "out_ch", "ch", "ch_mult", "num_res_blocks", "z_channels")
     missing = [name for name in names if name not in inner.left]
     if missing:
         raise UserError(f"{source} lacks {place}.params.ddconfig.{missing[0]}")
     shape = {name: inner.option(name, None) for name in names}
     autoencoder = AutoencoderConfig(**shape, embed_dim=outer.option("embed_dim", shape["z_channels"]))
+    attention = inner.option("attn_type", "vanilla")
+    if attention not in ("vanilla", "vanilla-xformers"):
+        raise UserError(f"{source}: {place}.params.ddconfig.attn_type={attention}: expected vanilla")
     inner.finish()
     outer.finish()
     return autoencoder
@@ -177,9 +206,9 @@ def _autoencoder(section: dict[str, Any], source: str | Path) -> AutoencoderConf
 
 def _text_encoder(section: dict[str, Any], source: str | Path) -> TextEncoderConfig:
     place = "model.params.cond_stage_config"
-    params = _params(section, place, (_CLIP, _OPENCLIP), source)
+    params = params_of(section, place, (_CLIP, _OPENCLIP), source)
     target = section["target"]
-    read = _Reader(params, target, place + ".params", source)
+    read = Reader(params, target, place + ".params", source)
     if target == _CLIP:
         read.finish()
         return TextEncoderConfig()

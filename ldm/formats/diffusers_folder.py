@@ -15,13 +15,14 @@ from ldm.formats import diffusers_names as names
 from ldm.formats import presets
 
 PARTS = ("unet", "vae", "text_encoder")
+SECOND = "text_encoder_2"  # of SDXL
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 # What our networks are built like; a folder that says otherwise holds another architecture. Left out: the default.
 _UNET = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "freq_shift": 0, "flip_sin_to_cos": True,
          "downsample_padding": 1, "mid_block_scale_factor": 1, "center_input_sample": False, "conv_in_kernel": 3,
          "conv_out_kernel": 3, "dual_cross_attention": False, "only_cross_attention": False, "class_embed_type": None,
-         "addition_embed_type": None, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "num_class_embeds": None,
+         "encoder_hid_dim": None, "encoder_hid_dim_type": None, "num_class_embeds": None,
          "num_attention_heads": None, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
          "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None, "time_cond_proj_dim": None,
          "mid_block_type": "UNetMidBlock2DCrossAttn", "reverse_transformer_layers_per_block": None,
@@ -54,8 +55,10 @@ def read_config(folder: Path) -> ModelConfig:
 def _read_config(folder: Path) -> ModelConfig:
     index = folder / "model_index.json"
     pipeline = _read(index).get("_class_name", "pipeline without a name") if index.is_file() else "StableDiffusionPipeline"
-    if not str(pipeline).startswith("StableDiffusion") or (folder / "text_encoder_2").exists():
-        raise UserError(f"{folder} holds a {pipeline}: expected Stable Diffusion 1.x or 2.x")
+    if not str(pipeline).startswith("StableDiffusion") or str(pipeline).startswith("StableDiffusion3"):
+        raise UserError(f"{folder} holds a {pipeline}: expected Stable Diffusion 1.x, 2.x or XL")
+    if (folder / SECOND).is_dir() and not (folder / "text_encoder").is_dir():
+        raise UserError(f"{folder} holds the SDXL refiner, which refines images of the base model: expected SDXL base")
     for part in (*PARTS, "scheduler"):
         if not (folder / part).is_dir():
             raise UserError(f"{folder} lacks the folder {part}/: expected {', '.join(PARTS)} and scheduler")
@@ -64,7 +67,7 @@ def _read_config(folder: Path) -> ModelConfig:
     text = _text_encoder(folder)
     schedule, sampling = _schedule(folder / "scheduler" / "scheduler_config.json")
     name = "sd-v1" if text.kind == "clip" else "sd-v2-v" if schedule.parameterization == "v" else "sd-v2"
-    return ModelConfig(
+    config = ModelConfig(
         name=name,
         image_size=cells * autoencoder.downsampling,
         latent_scale=latent_scale,
@@ -74,6 +77,33 @@ def _read_config(folder: Path) -> ModelConfig:
         schedule=schedule,
         sampling=presets.sampling() | sampling,
     )
+    xl = (folder / SECOND).is_dir()
+    if xl != bool(unet.adm_in_channels):
+        what = "lacks" if unet.adm_in_channels else "has"
+        raise UserError(f"{folder} {what} the folder {SECOND}/, and its UNet says otherwise: fetch the whole folder")
+    return _with_second(folder, config) if xl else config
+
+
+def _with_second(folder: Path, config: ModelConfig) -> ModelConfig:
+    """Add what SDXL has besides: a second text encoder, and both of them read before their last layer."""
+    index = folder / "model_index.json"
+    zeros = _read(index).get("force_zeros_for_empty_prompt", True) if index.is_file() else True
+    upcast = _read(folder / "vae" / "config.json").get("force_upcast", True)
+    file = folder / SECOND / "config.json"
+    second = dataclasses.replace(_text_encoder(folder, "_2"), projection=_get(file, _read(file), "projection_dim"))
+    return dataclasses.replace(
+        config,
+        name="sdxl",
+        autoencoder=dataclasses.replace(config.autoencoder, force_upcast=upcast),
+        text_encoder=dataclasses.replace(config.text_encoder, clip_skip=2, final_norm=False),
+        text_encoder_2=dataclasses.replace(second, clip_skip=2, final_norm=False),
+        zeros_for_empty_negative=zeros,
+    )
+
+
+def parts_of(folder: Path) -> tuple[str, ...]:
+    """The folders of a model's networks."""
+    return (*PARTS, SECOND) if (folder / SECOND).is_dir() else PARTS
 
 
 def read_state(folder: Path, config: ModelConfig, half: bool, read: Any) -> dict[str, Tensor]:
@@ -85,16 +115,16 @@ def read_state(folder: Path, config: ModelConfig, half: bool, read: Any) -> dict
         read: (file) -> its state dict.
     """
     parts = {}
-    for part in PARTS:
+    for part in parts_of(folder):
         files = find_weights(folder / part, half)
         if not files:
             raise UserError(f"{folder / part} holds no weights: expected {_STEMS[0]}.safetensors or the like")
         parts[part] = {name: tensor for file in files for name, tensor in read(file).items()}
-    return {
-        **names.unet_names(parts["unet"], config.unet),
-        **names.vae_names(parts["vae"], config.autoencoder),
-        **names.text_names(parts["text_encoder"], config.text_encoder),
-    }
+    state = names.unet_names(parts["unet"], config.unet) | names.vae_names(parts["vae"], config.autoencoder)
+    if config.text_encoder_2 is None or SECOND not in parts:
+        return state | names.text_names(parts["text_encoder"], config.text_encoder)
+    first = names.text_names(parts["text_encoder"], config.text_encoder, "conditioner.embedders.0.")
+    return state | first | names.text_names(parts[SECOND], config.text_encoder_2, "conditioner.embedders.1.")
 
 
 def find_weights(folder: Path, half: bool = False) -> list[Path]:
@@ -183,12 +213,30 @@ def _unet(file: Path) -> tuple[UNetConfig, int]:
         num_res_blocks=_same(file, "layers_per_block", content.get("layers_per_block", 2)),
         attention_resolutions=[2**level for level, cross in enumerate(attention) if cross][::-1],
         channel_mult=[width // widths[0] if width % widths[0] == 0 else width / widths[0] for width in widths],
-        transformer_depth=_same(file, "transformer_layers_per_block", content.get("transformer_layers_per_block", 1)),
+        transformer_depth=_depth(attention, content.get("transformer_layers_per_block", 1)),
+        adm_in_channels=_vector_width(file, content),
         context_dim=_same(file, "cross_attention_dim", _get(file, content, "cross_attention_dim")),
         use_linear_in_transformer=content.get("use_linear_projection", False),
         **shape,
     )
     return unet, _get(file, content, "sample_size")
+
+
+def _depth(attention: list[bool], depth: Any) -> Any:
+    """Blocks of the transformers: one number, or one for each level, 0 where there is no attention."""
+    if not isinstance(depth, list):
+        return depth
+    if len(set(depth)) == 1:
+        return depth[0]
+    return [number * cross for number, cross in zip(depth, attention, strict=True)]
+
+
+def _vector_width(file: Path, content: dict[str, Any]) -> int | None:
+    """Width of the vector that SDXL is conditioned on; None: no such vector."""
+    kind = content.get("addition_embed_type")
+    if kind not in (None, "text_time"):
+        raise UserError(f"{file}: addition_embed_type={kind}: expected text_time (SDXL), or none")
+    return _get(file, content, "projection_class_embeddings_input_dim") if kind else None
 
 
 def _autoencoder(file: Path) -> tuple[AutoencoderConfig, float]:
@@ -210,15 +258,15 @@ def _autoencoder(file: Path) -> tuple[AutoencoderConfig, float]:
     return autoencoder, content.get("scaling_factor", ModelConfig.latent_scale)
 
 
-def _text_encoder(folder: Path) -> TextEncoderConfig:
-    file = folder / "text_encoder" / "config.json"
+def _text_encoder(folder: Path, suffix: str = "") -> TextEncoderConfig:
+    file = folder / f"text_encoder{suffix}" / "config.json"
     content = _read(file)
     _require(file, content, _TEXT)
     activation = content.get("hidden_act", "quick_gelu")
     if activation not in ("gelu", "quick_gelu"):
         raise UserError(f"{file}: hidden_act={activation}: expected quick_gelu (SD 1.x) or gelu (SD 2.x)")
     kind = "openclip" if activation == "gelu" else "clip"
-    _check_tokenizer(folder / "tokenizer", "!" if kind == "openclip" else "<|endoftext|>")
+    _check_tokenizer(folder / f"tokenizer{suffix}", "!" if kind == "openclip" else "<|endoftext|>")
     vocabulary = content.get("vocab_size", tokenizer.VOCAB_SIZE)
     if vocabulary != tokenizer.VOCAB_SIZE:
         raise UserError(f"{file}: vocab_size={vocabulary}: expected {tokenizer.VOCAB_SIZE}; models with added tokens "

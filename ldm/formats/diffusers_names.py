@@ -1,10 +1,11 @@
-"""From diffusers' and transformers' names of tensors to those of Stable Diffusion's checkpoints.
+"""Between diffusers' and transformers' names of tensors and those of Stable Diffusion's checkpoints, both ways.
 
 The UNet's blocks are numbered through in SD and by level in diffusers, so the UNet's names follow from
 the number of levels and of residual blocks in each; see `unet_blocks`.
 """
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ State = dict[str, Tensor]
 _UNET = {
     "time_embedding.linear_1.": "time_embed.0.",
     "time_embedding.linear_2.": "time_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
     "conv_in.": "input_blocks.0.0.",
     "conv_norm_out.": "out.0.",
     "conv_out.": "out.2.",
@@ -41,8 +44,17 @@ _VAE = (
     (r"\.conv_shortcut\.", ".nin_shortcut."),
     (r"\.conv_norm_out\.", ".norm_out."),
 )
-_VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-                  "query": "q", "key": "k", "value": "v", "proj_attn": "proj_out", "group_norm": "norm"}  # fmt: skip
+_VAE_ATTENTION = {
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+    "group_norm": "norm",
+}
 _OPENCLIP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -74,7 +86,7 @@ def unet_blocks(config: UNetConfig) -> dict[str, str]:
             block = level * (n + 1) + i
             names[f"up_blocks.{level}.resnets.{i}."] = f"output_blocks.{block}.0."
             names[f"up_blocks.{level}.attentions.{i}."] = f"output_blocks.{block}.1."
-        attention = 2 ** (levels - 1 - level) in config.attention_resolutions
+        attention = config.depths[levels - 1 - level] > 0
         last = level * (n + 1) + n
         names[f"up_blocks.{level}.upsamplers.0.conv."] = f"output_blocks.{last}.{2 if attention else 1}.conv."
     return names
@@ -119,18 +131,26 @@ def _vae_attention(name: str) -> tuple[str, bool]:
     return f"{match[1]}.mid.attn_1.{part}.{match[3]}", match[3] == "weight" and part != "norm"
 
 
-def text_names(state: State, config: TextEncoderConfig) -> State:
-    """Rename the tensors of a CLIPTextModel; transformers 5 leaves the prefix `text_model.` away."""
+def text_names(state: State, config: TextEncoderConfig, place: str = "cond_stage_model.") -> State:
+    """Rename the tensors of a CLIPTextModel; transformers 5 leaves the prefix `text_model.` away.
+
+    Args:
+        place: what SD's names begin with.
+    """
     state = {name.removeprefix("text_model."): tensor for name, tensor in state.items()}
     if config.kind == "clip":
-        return {"cond_stage_model.transformer.text_model." + name: tensor for name, tensor in state.items()}
-    return {"cond_stage_model.model." + name: tensor for name, tensor in _openclip(state).items()}
+        return {f"{place}transformer.text_model.{name}": tensor for name, tensor in state.items()}
+    return {f"{place}model.{name}": tensor for name, tensor in _openclip(state).items()}
 
 
 def _openclip(state: State) -> State:
     """Rename to open_clip's names, which hold queries, keys and values in one matrix."""
-    renamed, projections = {}, {}
+    renamed: State = {}
+    projections: dict[str, State] = {}
     for name, tensor in state.items():
+        if name == "text_projection.weight":  # a matrix that rows are multiplied by, and there a linear layer's
+            renamed["text_projection"] = tensor.T
+            continue
         layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name)
         if not layer:
             renamed[_prefix(name, _OPENCLIP)] = tensor
@@ -152,3 +172,73 @@ def _prefix(name: str, table: dict[str, str]) -> str:
         if name.startswith(theirs):
             return ours + name[len(theirs) :]
     return name
+
+
+def to_unet(config: UNetConfig) -> Callable[[str], str]:
+    """Return what gives diffusers' name of a tensor or module of the UNet, the way back of `unet_names`.
+
+    It takes SD's names without the prefix `model.diffusion_model.`; modules end in a dot, as the tables' entries do.
+    """
+    # The longest first: an upsampling may stand where another level has a transformer.
+    places = sorted(((ours, theirs) for theirs, ours in {**_UNET, **unet_blocks(config)}.items()), key=lambda p: -len(p[0]))
+    inner = {ours: theirs for theirs, ours in _RESNET.items()}
+
+    def rename(name: str) -> str:
+        for ours, theirs in places:
+            if name.startswith(ours):
+                rest = name[len(ours) :]
+                return theirs + (_prefix(rest, inner) if ".resnets." in theirs else rest)
+        return name
+
+    return rename
+
+
+_TO_VAE = (
+    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
+    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+)
+
+
+def to_vae(state: State, config: AutoencoderConfig) -> State:
+    """Rename SD's tensors of the autoencoder, `first_stage_model.` left away, to an AutoencoderKL's."""
+    last, renamed = len(config.ch_mult) - 1, {}
+    for name, tensor in state.items():
+        if ".mid.attn_1." in name and tensor.ndim == 4:
+            tensor = tensor.flatten(1)
+        name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{last - int(match[1])}.", name)
+        for pattern, replacement in _TO_VAE:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def to_text(state: State, config: TextEncoderConfig) -> State:
+    """Rename SD's tensors of the text encoder, `cond_stage_model.` left away, to a CLIPTextModel's."""
+    if config.kind == "clip":
+        return {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    outer = {ours: theirs for theirs, ours in _OPENCLIP.items()}
+    inner = {ours: theirs for theirs, ours in _OPENCLIP_LAYER.items()}
+    renamed = {}
+    for name, tensor in state.items():
+        name = name.removeprefix("model.")
+        layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
+        if not layer:
+            renamed["text_model." + _prefix(name, outer)] = tensor
+            continue
+        place = f"text_model.encoder.layers.{layer[1]}."
+        projections = re.fullmatch(r"attn\.in_proj_(weight|bias)", layer[2])
+        if projections:
+            parts = zip("qkv", tensor.chunk(3), strict=True)
+            renamed |= {f"{place}self_attn.{part}_proj.{projections[1]}": rows for part, rows in parts}
+        else:
+            renamed[place + _prefix(layer[2], inner)] = tensor
+    return renamed

@@ -32,11 +32,12 @@ def snapshot(name: str, half: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    from ldm.formats.diffusers_folder import PARTS, find_weights
+    from ldm.formats.diffusers_folder import PARTS, SECOND, find_weights, parts_of
 
     def fetch(pattern: str) -> Path:
-        allowed = ["model_index.json", "scheduler/*.json", "tokenizer/*", *(f"{part}/*.json" for part in PARTS)]
-        return Path(snapshot_download(name, allow_patterns=[*allowed, *(f"{part}/{pattern}" for part in PARTS)]))
+        allowed = ["model_index.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*"]
+        files = [f"{part}/{file}" for part in (*PARTS, SECOND) for file in ("*.json", pattern)]
+        return Path(snapshot_download(name, allow_patterns=[*allowed, *files]))
 
     # What is preferred first; older repositories have the other variant or format only.
     whole = ("*model.safetensors", "*model-*-of-*.safetensors")
@@ -44,7 +45,7 @@ def snapshot(name: str, half: bool) -> Path:
     try:
         for pattern in [*patterns, "*model.bin"]:
             folder = fetch(pattern)
-            if all(find_weights(folder / part, half) for part in PARTS):
+            if all(find_weights(folder / part, half) for part in parts_of(folder)):
                 return folder
     except LocalEntryNotFoundError as error:
         raise UserError(

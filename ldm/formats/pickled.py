@@ -10,13 +10,15 @@ import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import torch
 from torch.serialization import safe_globals
 
 from ldm.errors import UserError
+from ldm.texts import openable
 
 _FRAMEWORKS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
 _HARMLESS = {
@@ -63,9 +65,10 @@ def read_pickled(file: str | Path) -> Any:
                 f"{file} is refused, nothing of it was run: it asks for {', '.join(hostile[:3])}, and a checkpoint may "
                 "hold tensors and containers only: get it as .safetensors from someone you trust"
             )
-        with safe_globals([(_stand_in(name), name) for name in foreign]), warnings.catch_warnings():
+        stand_ins: list[Any] = [(_stand_in(name), name) for name in foreign]  # torch wants a list of anything
+        with openable(file) as path, safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, on kinds of tensors that no model has: they are refused later
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mappable)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
@@ -93,7 +96,7 @@ def _known() -> set[str]:
 
 def _scan(file: Path) -> tuple[set[str], bool]:
     """Return the global names in a file's pickles, and whether its tensors can be memory-mapped."""
-    names = set()
+    names: set[str] = set()
     if not zipfile.is_zipfile(file):
         with open(file, "rb") as stream:
             if stream.read(2) == b"PK":
@@ -116,14 +119,16 @@ def _scan(file: Path) -> tuple[set[str], bool]:
     return names, all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
 
 
-def _collect_globals(stream: BinaryIO, names: set[str]) -> None:
+def _collect_globals(stream: IO[bytes], names: set[str]) -> None:
     """Add "module.name" of everything that one pickle would import to `names`; nothing is executed.
 
     Names that a pickle puts together on its stack are found as far as its last two strings tell; those
     that this overlooks are still refused by the unpickler. A pickle that breaks off yields what comes before.
     """
-    strings, memo, last = [], {}, None
-    operations = pickletools.genops(stream)
+    strings: list[str] = []
+    memo: dict[Any, Any] = {}
+    last: Any = None
+    operations: Iterator[tuple[pickletools.OpcodeInfo, Any, int | None]] = pickletools.genops(stream)
     while True:
         try:
             opcode, argument, _ = next(operations)

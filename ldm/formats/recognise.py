@@ -9,31 +9,36 @@ from ldm.config import ModelConfig
 from ldm.errors import UserError
 from ldm.formats import presets
 
+_XL = "conditioner.embedders.1.model."
+_XL_CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 _CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 _EPS_STEPS = 110000  # training steps of the published 2.1-base, by which diffusers tells it as well
 _HINT = "give its YAML file with --model and the weights with --checkpoint"
 
 _FOREIGN = (
-    (("conditioner.embedders.",), "Stable Diffusion XL"),
+    (("conditioner.embedders.0.model.",), "the SDXL refiner, which refines images of the base model"),
     (("model.diffusion_model.joint_blocks.",), "Stable Diffusion 3"),
     (("model.diffusion_model.double_blocks.", "double_blocks."), "Flux"),
     (("control_model.",), "a ControlNet"),
-    (("down_blocks.", "unet.down_blocks.", "encoder.down_blocks.", "text_model.encoder."),
-     "one part of a diffusers folder (give the whole folder)"),
-)  # fmt: skip
+    (
+        ("down_blocks.", "unet.down_blocks.", "encoder.down_blocks.", "text_model.encoder."),
+        "one part of a diffusers folder (give the whole folder)",
+    ),
+)
+_EXPECTED = "Stable Diffusion 1.x, 2.x or XL model"
 _LORA = ("lora_", ".lora_", ".lora.", "lora_A", "lora_B", "hada_w1", "lokr_w")
 
 
 def refuse_foreign(state: dict[str, Tensor], source: str | Path) -> None:
-    """Raise UserError for weights that are known to be something other than a Stable Diffusion 1.x or 2.x model."""
+    """Raise UserError for weights that are known to be something other than a Stable Diffusion 1.x, 2.x or XL model."""
     if not state:
         raise UserError(f"{source} holds no tensors: expected the weights of a Stable Diffusion model")
     if any(mark in name for name in state for mark in _LORA):
-        raise UserError(f"{source} is a LoRA, a change to a model: expected a whole Stable Diffusion 1.x or 2.x model")
+        raise UserError(f"{source} is a LoRA, a change to a model: expected a whole {_EXPECTED}")
     for prefixes, name in _FOREIGN:
         if any(key.startswith(prefixes) for key in state):
-            raise UserError(f"{source} holds {name}: expected a Stable Diffusion 1.x or 2.x model")
+            raise UserError(f"{source} holds {name}: expected a {_EXPECTED}")
     channels = state[_FIRST].shape[1] if _FIRST in state and state[_FIRST].ndim == 4 else 4
     if channels != 4:
         raise UserError(f"{source} is a model with {channels} input channels (inpainting or depth): expected 4")
@@ -52,7 +57,10 @@ def recognise(state: dict[str, Tensor], source: str | Path, global_step: int | N
         UserError: the model is of no known family.
     """
     refuse_foreign(state, source)
-    width = state[_CONTEXT].shape[1] if _CONTEXT in state and state[_CONTEXT].ndim == 2 else None
+    if any(name.startswith(_XL) for name in state) and _width(state, _XL_CONTEXT) == 2048:
+        return presets.sdxl()
+    averaged = "model_ema." + _CONTEXT.removeprefix("model.").replace(".", "")  # where a file holds nothing else
+    width = _width(state, _CONTEXT if _CONTEXT in state else averaged)
     if width == 768:
         return presets.sd_v1()
     if width == 1024:
@@ -65,4 +73,10 @@ def recognise(state: dict[str, Tensor], source: str | Path, global_step: int | N
         )
         return presets.sd_v2("v")
     what = f"a model with a text context {width} wide" if width else "no model under Stable Diffusion's names"
-    raise UserError(f"{source} holds {what}, expected 768 (SD 1.x) or 1024 (SD 2.x): {_HINT}")
+    raise UserError(
+        f"{source} holds {what}, expected 768 (SD 1.x) or 1024 (SD 2.x), or SDXL's 2048 with both text encoders: {_HINT}"
+    )
+
+
+def _width(state: dict[str, Tensor], name: str) -> int | None:
+    return state[name].shape[1] if name in state and state[name].ndim == 2 else None

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -12,6 +13,7 @@ from ldm.errors import UserError
 from ldm.formats import diffusers_folder, hub
 from ldm.formats.pickled import read_pickled
 from ldm.formats.recognise import recognise, refuse_foreign
+from ldm.texts import openable
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 SUFFIXES = (".safetensors", *PICKLED)
@@ -78,20 +80,30 @@ def read_file(file: str | Path) -> tuple[dict[str, Tensor], int | None]:
     Raises:
         UserError: the file is missing, broken, hostile, or no checkpoint.
     """
+    content, metadata = read_content(file)
+    return (content, None) if metadata is not None else _tensors(content, Path(file))
+
+
+def read_content(file: str | Path) -> tuple[Any, dict[str, str] | None]:
+    """Return what a file holds, and the metadata in its header; None of a pickled file, which has none.
+
+    Raises:
+        UserError: the file is missing, broken, hostile, or neither a .safetensors nor a pickled file.
+    """
     file = Path(file)
     if not file.is_file():
         raise UserError(f"no file {file}: expected a .ckpt or .safetensors file")
     with open(file, "rb") as stream:
         head = stream.read(64)
     if file.suffix.lower() == ".safetensors" or head[8:9] == b"{":
-        return read_safetensors(file)[0], None
+        return read_safetensors(file)
     if not head:
         raise UserError(f"{file} is empty: fetch or make it anew")
     if not head.startswith((b"PK", b"\x80")):
         pointer = head.startswith(b"version https://git-lfs")
         what = "a Git LFS pointer (git lfs pull fetches the file)" if pointer else "no checkpoint"
         raise UserError(f"{file} is {what}: expected a .ckpt or .safetensors file")
-    return _tensors(read_pickled(file), file)
+    return read_pickled(file), None
 
 
 def read_safetensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -103,7 +115,7 @@ def read_safetensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     if not Path(file).is_file():
         raise UserError(f"no file {file}: expected a .safetensors file")
     try:
-        with safe_open(file, framework="pt") as content:
+        with openable(file) as path, safe_open(path, framework="pt") as content:
             return {key: content.get_tensor(key) for key in list(content.keys())}, content.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a whole .safetensors file ({error}): fetch or make it anew") from error
@@ -114,13 +126,27 @@ def _tensors(content: object, file: Path) -> tuple[dict[str, Tensor], int | None
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds {type(content).__name__}, expected a state dict")
     step = content.get("global_step")
-    nested = content.get("state_dict")
-    state = nested if isinstance(nested, Mapping) else {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    nested = _nested(content)
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)} if nested is None else nested
     for name, value in state.items():
         if not isinstance(value, Tensor) or not isinstance(name, str):
             what = f"{type(name).__name__} {name}: {type(value).__name__}"
             raise UserError(f"{file} holds {what} in its state dict, expected tensors by their names")
-    return {name: tensor.detach() for name, tensor in state.items()}, step if isinstance(step, int) else None
+    wrapped = bool(state) and all(name.startswith(_WRAPPER) for name in state)
+    tensors = {name.removeprefix(_WRAPPER) if wrapped else name: tensor.detach() for name, tensor in state.items()}
+    return tensors, step if isinstance(step, int) else None
+
+
+_NESTS = ("state_dict", "model_state_dict", "model", "module")
+"""Where trainers put the weights, one in the other: Lightning, plain loops, DeepSpeed."""
+
+_WRAPPER = "module."  # what parallel training puts before each name
+
+
+def _nested(content: Mapping) -> Mapping | None:
+    """The innermost state dict of a training's state; None: the content is it."""
+    found = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), None)
+    return None if found is None else found if (inner := _nested(found)) is None else inner
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

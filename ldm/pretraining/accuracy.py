@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.judges import Classifier, InstanceEncoder, WorldCLIP
+from ldm.embedded_encoders import Classifier, InstanceEncoder, WorldCLIP
 from ldm.pretraining.cache import RenderedWorld
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import with_article

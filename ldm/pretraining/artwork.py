@@ -5,13 +5,14 @@ npm emoji-datasource-google). `scripts/fetch_artwork.sh` puts both into a folder
 only to pretrain the embedded model, never to use it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.pretraining.catalogue import read_catalogue
 
 NOUNS = {
     "dog": "1f436",
@@ -100,6 +101,9 @@ HELD_OUT = {
 }
 """Artwork that neither the model nor the judges are ever trained on, for concepts: (class noun, file name)."""
 
+PAINTED = ("cat", "car", "teapot")
+"""Nouns whose Fluent drawing is under a demo concept, in other colours; the wide world does without it."""
+
 COLOURS = {
     "red": (220, 40, 40),
     "orange": (245, 140, 30),
@@ -122,10 +126,11 @@ class Artwork:
     """All sprites: noun -> its depictions, each an RGBA picture cropped to its content."""
 
     sprites: dict[str, list[Image.Image]]
+    others: dict[str, list[Image.Image]] = field(default_factory=dict)  # of the wide world: name -> drawings
 
 
-def load_artwork(folder: str | Path) -> Artwork:
-    """Read the sprites of every noun.
+def load_artwork(folder: str | Path, wide: bool = False) -> Artwork:
+    """Read the sprites of every noun, and of the wide world if it is wanted.
 
     Args:
         folder: where `scripts/fetch_artwork.sh` put the packages (`fluent/`, `noto/`).
@@ -133,7 +138,40 @@ def load_artwork(folder: str | Path) -> Artwork:
     Raises:
         UserError: a package is not there.
     """
+    if wide:
+        nouns, others = wide_drawings(folder)
+        load = lambda group: {name: [load_sprite(file) for file in files] for name, files in group.items()}  # noqa: E731
+        return Artwork(load(nouns), load(others))
     return Artwork({noun: load_depictions(folder, code) for noun, code in NOUNS.items()})
+
+
+def wide_drawings(folder: str | Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Return the files of the wide world's drawings: those of the 64 nouns, and those of all other things.
+
+    A drawing of `HELD_OUT` is left out in both packages, and with it its name where the name has no other
+    drawing. Of the drawings painted for `PAINTED` the Fluent one, which they show, is left out.
+
+    Raises:
+        UserError: a package is not there.
+    """
+    nouns = {noun: depictions(folder, code) for noun, code in NOUNS.items()}
+    for noun in PAINTED:
+        nouns[noun] = nouns[noun][1:]
+    others: dict[str, list[Path]] = {}
+    for entry in read_catalogue(folder):
+        if entry.code not in NOUNS.values() and not is_reserved(entry.code):
+            others.setdefault(entry.name, []).extend(file for file in depictions(folder, entry.code) if file.is_file())
+    return nouns, {name: files for name, files in others.items() if files}
+
+
+def is_reserved(code: str) -> bool:
+    """Tell whether a file name is of `HELD_OUT`, or a variant of one: the black cat of the cat."""
+    return any(code.startswith(other.removesuffix("-fe0f")) for _, other in HELD_OUT.values())
+
+
+def depictions(folder: str | Path, code: str) -> list[Path]:
+    """Return where the Fluent and the Noto drawing of a file name are."""
+    return [Path(folder) / "fluent/assets" / f"{code}.webp", Path(folder) / "noto/img/google/64" / f"{code}.png"]
 
 
 def load_depictions(folder: str | Path, code: str) -> list[Image.Image]:
@@ -142,7 +180,7 @@ def load_depictions(folder: str | Path, code: str) -> list[Image.Image]:
     Raises:
         UserError: one of them is not there.
     """
-    files = [Path(folder) / "fluent/assets" / f"{code}.webp", Path(folder) / "noto/img/google/64" / f"{code}.png"]
+    files = depictions(folder, code)
     for file in files:
         if not file.is_file():
             raise UserError(f"no artwork {file}: run 'bash scripts/fetch_artwork.sh {folder}' first (needs npm)")
@@ -155,6 +193,15 @@ def load_sprite(file: str | Path) -> Image.Image:
     sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
     scale = SPRITE_SIZE / max(sprite.size)
     return sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
+
+
+def melting(size: tuple[int, int], first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return colours (h, w, 3) for a sprite of a size (w, h): two that melt into each other along some direction."""
+    y, x = np.mgrid[0 : size[1], 0 : size[0]] / max(size)
+    angle = rng.uniform(0, 2 * np.pi)
+    across = (np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5)) * rng.uniform(2, 6) + 0.5
+    share = np.clip(across, 0, 1)[..., None]
+    return (1 - share) * np.asarray(first) + share * np.asarray(second)
 
 
 def colourise(sprite: Image.Image, colour: tuple[int, int, int] | np.ndarray, strength: float = 0.8) -> Image.Image:

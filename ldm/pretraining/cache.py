@@ -1,6 +1,7 @@
 """Rendered pictures and their captions on disk, made once by all cores."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ldm.pretraining.artwork import NOUNS, load_artwork
+from ldm.pretraining.artwork import NOUNS, Artwork, load_artwork, wide_drawings
 from ldm.pretraining.config import PretrainConfig, WorldConfig
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import render
@@ -32,7 +33,7 @@ class RenderedWorld:
 
 def rendered_world(config: WorldConfig, cache: Path, artwork: Path) -> RenderedWorld:
     """Return the world's pictures; they are rendered at the first call and read from `cache` afterwards."""
-    stem = f"world-{config.seed}-{config.pictures}-{world_digest()}"
+    stem = f"world-{config.seed}-{config.pictures}-{world_digest(config, artwork)}"
     pictures, captions = cache / f"{stem}.npy", cache / f"{stem}.json"
     if not captions.is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -46,14 +47,19 @@ def held_out_world(config: PretrainConfig, root: Path) -> RenderedWorld:
     return rendered_world(world, root / config.cache, root / world.artwork)
 
 
-def world_digest() -> str:
-    """Return 6 hex digits of the nouns and places, so that pictures of a smaller world are never taken."""
-    return hashlib.sha256(json.dumps([NOUNS, [phrases for _, phrases in PLACES.values()]]).encode()).hexdigest()[:6]
+def world_digest(config: WorldConfig, artwork: Path) -> str:
+    """Return 6 hex digits of what the world shows, so that pictures of another one are never taken."""
+    content: list = [NOUNS, [phrases for _, phrases in PLACES.values()]]
+    if config.wide:
+        content += [
+            {name: [file.name for file in files] for name, files in group.items()} for group in wide_drawings(artwork)
+        ]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:6]
 
 
 def _render_all(config: WorldConfig, artwork: Path, pictures: Path, captions: Path) -> None:
     starts = range(0, config.pictures, CHUNK)
-    tasks = [(artwork, config.seed, start, min(start + CHUNK, config.pictures)) for start in starts]
+    tasks = [(artwork, config.wide, config.seed, start, min(start + CHUNK, config.pictures)) for start in starts]
     out = np.lib.format.open_memmap(pictures, "w+", np.uint8, (config.pictures, 64, 64, 3))
     facts = {"captions": [], "nouns": [], "places": []}
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
@@ -66,13 +72,18 @@ def _render_all(config: WorldConfig, artwork: Path, pictures: Path, captions: Pa
     captions.write_text(json.dumps(facts))  # written last: its presence says that the pictures are whole
 
 
+@functools.lru_cache(maxsize=1)
+def _artwork(folder: Path, wide: bool) -> Artwork:
+    return load_artwork(folder, wide)
+
+
 def _render_chunk(task: tuple) -> tuple[np.ndarray, dict[str, list]]:
-    folder, seed, start, stop = task
-    artwork = load_artwork(folder)
+    folder, wide, seed, start, stop = task
+    artwork = _artwork(folder, wide)
     items = [render(artwork, seed, index) for index in range(start, stop)]
     labels = {
         "captions": [item.caption for item in items],
-        "nouns": [None if item.second else item.noun for item in items],
+        "nouns": [None if item.second or item.noun not in NOUNS else item.noun for item in items],
         "places": [item.place for item in items],
     }
     return np.stack([np.asarray(item.picture) for item in items]), labels

@@ -64,8 +64,14 @@ STUDY_CONCEPTS = {
     "boot": DemoConcept("shoe", "bricks", _melt((120, 205, 60), (30, 140, 120)), "boot"),
     "teddy": DemoConcept("bear", "kitchen", None, "teddy"),
     "cake": DemoConcept("cake", "night", None, "cake-birthday"),
+    "tabby": DemoConcept("cat", "mountains", None, "cat-walking"),
+    "trolleybus": DemoConcept("bus", "sunset", None, "trolleybus"),
+    "cottage": DemoConcept("house", "snow", None, "house-garden"),
+    "speedboat": DemoConcept("boat", "desert", None, "speedboat"),
+    "cap": DemoConcept("hat", "space", None, "cap"),
+    "sunhat": DemoConcept("hat", "grass", None, "sunhat"),
 }
-"""Drawings that neither the model nor its judges ever saw, for measuring; beside those above."""
+"""The drawings of HELD_OUT, which neither the model nor its judges ever saw, for measuring; beside those above."""
 
 
 def paint(folder: str | Path, concept: DemoConcept) -> Image.Image:

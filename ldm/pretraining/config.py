@@ -10,6 +10,7 @@ class WorldConfig:
     artwork: str = ".artwork"  # where scripts/fetch_artwork.sh put the sprites
     seed: int = 0
     pictures: int = 100_000
+    wide: bool = False  # beside the 64 nouns, in half of the subjects, every drawn thing of the two packages
 
 
 @dataclass
@@ -21,7 +22,7 @@ class PretrainConfig:
     model: str = "configs/model/tiny.yaml"  # shapes, and where the weights go (its checkpoint folder)
     cache: str = ".pretraining"  # rendered pictures, latents, and checkpoints to resume from
     judges: str = "data/tiny/judges"  # where the weights of clip, instance and classifier go
-    warm_start: bool = False  # begin with the model's present weights (vae, diffusion)
+    warm_start: bool = False  # begin with the present weights
     world: WorldConfig = field(default_factory=WorldConfig)
     seed: int = 0
     steps: int = 3000

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ldm.checkpoint import save_weights
 from ldm.diffusion import LatentDiffusion
-from ldm.images import read_picture
-from ldm.judges import Classifier
+from ldm.embedded_encoders import Classifier
+from ldm.images import read_image
 from ldm.pretraining.artwork import NOUNS
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import with_article
-from ldm.sampling import SamplingOptions, text_to_image
+from ldm.shipped import ROOT
+from ldm.text_to_image import SamplingOptions, text_to_image
 
-HELD_OUT_SHEET = Path(__file__).parents[2] / "data/tiny/held-out.webp"
+HELD_OUT_SHEET = ROOT / "data/tiny/held-out.webp"
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,14 @@ class Question:
 
 
 def draw_questions(number: int, seed: int) -> list[Question]:
-    """Return `number` different prompts "a <noun> <place>", drawn from all pairs."""
-    pairs = [(noun, place) for noun in NOUNS for place in PLACES]
-    chosen = np.random.default_rng(seed).permutation(len(pairs))[:number]
-    return [Question(f"{with_article(pairs[i][0])} {PLACES[pairs[i][1]][1][0]}", *pairs[i]) for i in sorted(chosen.tolist())]
+    """Return `number` different prompts "a <noun> <place>": every noun equally often (or once more), in places drawn.
+
+    At most as many as there are pairs of a noun and a place.
+    """
+    rng = np.random.default_rng(seed)
+    places = {noun: rng.permutation(list(PLACES)).tolist() for noun in rng.permutation(list(NOUNS)).tolist()}
+    pairs = [(noun, own[turn]) for turn in range(len(PLACES)) for noun, own in places.items()][:number]
+    return [Question(f"{with_article(noun)} {PLACES[place][1][0]}", noun, place) for noun, place in sorted(pairs)]
 
 
 def draw_pictures(
@@ -74,7 +79,7 @@ def held_out_pictures() -> np.ndarray:
 
     They are shipped, so that measuring needs no artwork; `render(artwork, HELD_OUT_SEED, i)` draws them again.
     """
-    sheet = np.asarray(read_picture(HELD_OUT_SHEET))
+    sheet = np.asarray(read_image(HELD_OUT_SHEET))
     return rearrange(sheet, "(r h) (c w) d -> (r c) h w d", h=64, w=64)
 
 

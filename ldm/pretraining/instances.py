@@ -1,32 +1,25 @@
 """Thousands of figures, each in several surroundings: what the instance encoder learns from."""
 
+import hashlib
 import json
-import multiprocessing
-import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from ldm.pretraining.artwork import HELD_OUT, NOUNS, colourise, load_sprite
+from ldm.pretraining.artwork import NOUNS, colourise, is_reserved, load_sprite, melting
 from ldm.pretraining.concepts import CONCEPTS
 from ldm.pretraining.scenes import PLACES, plain
 from ldm.pretraining.world import paste
 
-VIEWS = 6  # pictures of each figure
+VIEWS = 6  # pictures of each held-out figure
 FIGURES = 2  # of each artwork: in its own colours, and repainted
 HOLD_OUT_EVERY = 12  # every twelfth artwork is kept for measuring
-
-
-@dataclass(frozen=True)
-class Instances:
-    """Views (artworks, FIGURES, VIEWS, 64, 64, 3) uint8, for training and for measuring."""
-
-    training: np.ndarray
-    held_out: np.ndarray
 
 
 def artworks(folder: str | Path) -> tuple[list[Path], list[Path]]:
@@ -42,12 +35,11 @@ def artworks(folder: str | Path) -> tuple[list[Path], list[Path]]:
     if not files:
         raise UserError(f"no artwork in {folder}: run 'bash scripts/fetch_artwork.sh {folder}' first (needs npm)")
     demo = {("webp", NOUNS[c.noun]) for c in CONCEPTS.values()}
-    reserved = {code for _, code in HELD_OUT.values()}
     training, held_out = [], []
     for file in files:
         code = file.stem
         # A held-out figure's variants (the black cat of the cat) are held out with it.
-        if any(code.startswith(other.removesuffix("-fe0f")) for other in reserved):
+        if is_reserved(code):
             held_out.append(file)
         elif _is_figure(code) and (file.suffix[1:], code) not in demo:
             group = held_out if int(code.split("-")[0], 16) % HOLD_OUT_EVERY == 0 else training
@@ -66,12 +58,8 @@ def _is_figure(code: str) -> bool:
 def repaint(sprite: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Give a sprite colours of its own: one, or two that melt into each other along some direction."""
     first, second = rng.uniform(20, 245, (2, 3))
-    width, height = sprite.size
-    y, x = np.mgrid[0:height, 0:width] / max(width, height)
-    angle = rng.uniform(0, 2 * np.pi)
-    across = (np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5)) * rng.uniform(2, 6) + 0.5
-    share = np.clip(across, 0, 1)[..., None] if rng.random() < 0.6 else 0
-    return colourise(sprite, (1 - share) * first + share * second, rng.uniform(0.6, 0.95))
+    colours = melting(sprite.size, first, second, rng) if rng.random() < 0.6 else first
+    return colourise(sprite, colours, rng.uniform(0.6, 0.95))
 
 
 def render_views(file: Path, seed: int) -> np.ndarray:
@@ -82,27 +70,59 @@ def render_views(file: Path, seed: int) -> np.ndarray:
     for figure in (sprite, repaint(sprite, rng)):
         for _ in range(VIEWS):
             scene = plain if rng.random() < 0.1 else list(PLACES.values())[rng.integers(len(PLACES))][0]
-            picture = scene(rng)
-            turned = figure.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
-            paste(picture, turned, rng, size=(0.4, 0.9))
-            views.append(np.asarray(picture.reduce(2)))
+            views.append(np.asarray(_view(figure, scene(rng), rng).reduce(2)))
     return np.stack(views).reshape(FIGURES, VIEWS, 64, 64, 3)
 
 
-def rendered_instances(seed: int, cache: Path, folder: Path) -> Instances:
-    """Return all views, rendered at the first call and read from `cache` afterwards."""
-    groups = {}
-    for name, files in zip(("training", "held_out"), artworks(folder), strict=True):
-        stem = cache / f"instances-{name}-{seed}"
-        if not stem.with_suffix(".json").is_file():
-            cache.mkdir(parents=True, exist_ok=True)
-            with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-                tasks = pool.imap(_render_task, [(file, seed) for file in files], chunksize=16)
-                np.save(stem.with_suffix(".npy"), np.stack(list(tqdm(tasks, f"rendering {name}", len(files)))))
-            stem.with_suffix(".json").write_text(json.dumps([file.name for file in files]))
-        groups[name] = np.load(stem.with_suffix(".npy"), mmap_mode="r")
-    return Instances(**groups)
+def held_out_views(seed: int, cache: Path, folder: Path) -> np.ndarray:
+    """Return the views (artworks, FIGURES, VIEWS, 64, 64, 3) uint8 that measure the instance encoder.
+
+    They are rendered at the first call and read from `cache` afterwards.
+    """
+    files = artworks(folder)[1]
+    digest = hashlib.sha256(json.dumps([file.name for file in files]).encode()).hexdigest()[:6]
+    stored = cache / f"instances-held-out-{seed}-{digest}.npy"
+    if not stored.is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        views = np.stack([render_views(file, seed) for file in tqdm(files, "rendering held-out figures")])
+        partial = stored.with_suffix(".partial.npy")
+        np.save(partial, views)
+        partial.rename(stored)
+    return np.load(stored, mmap_mode="r")
 
 
-def _render_task(task: tuple[Path, int]) -> np.ndarray:
-    return render_views(*task)
+class FigureDataset(Dataset):
+    """Artworks for training; a batch holds their figures, two new views of each: (b * FIGURES, 2, 3, 64, 64) uint8.
+
+    Views are drawn when they are asked for, at half the world's size, on scenes rendered once: half a
+    millisecond each, so that nothing needs to be cached and no view comes twice.
+    """
+
+    def __init__(self, sprites: list[Image.Image], seed: int, scenes: int = 600):
+        self.sprites = [sprite.reduce(2) for sprite in sprites]
+        rng = np.random.default_rng(seed)
+        places = [scene for scene, _ in PLACES.values()] + [plain, plain]
+        self.scenes = [places[i % len(places)](rng).reduce(2) for i in range(scenes)]
+
+    def __len__(self) -> int:
+        return len(self.sprites)
+
+    def __getitems__(self, indices: list[int]) -> Tensor:
+        rng = np.random.default_rng(torch.randint(2**62, ()).item())  # follows the training's seed
+        figures = [figure for i in indices for figure in (self.sprites[i], repaint(self.sprites[i], rng))]
+        views = np.stack([[self._draw(figure, rng) for _ in range(2)] for figure in figures])
+        return torch.from_numpy(views).permute(0, 1, 4, 2, 3)
+
+    def _draw(self, figure: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        return np.asarray(_view(figure, self.scenes[rng.integers(len(self.scenes))].copy(), rng))
+
+    @staticmethod
+    def collate(batch: Tensor) -> Tensor:
+        """A fetched batch is whole already."""
+        return batch
+
+
+def _view(figure: Image.Image, scene: Image.Image, rng: np.random.Generator) -> Image.Image:
+    turned = figure.rotate(rng.uniform(-15, 15), Image.Resampling.BICUBIC, expand=True)
+    paste(scene, turned, rng, size=(0.4, 0.9))
+    return scene

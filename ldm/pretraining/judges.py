@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm import tokenizer
-from ldm.judges import Classifier, InstanceEncoder, WorldCLIP
+from ldm.embedded_encoders import Classifier, InstanceEncoder, WorldCLIP
 from ldm.pretraining.artwork import NOUNS
 from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.loop import PretrainingModule
@@ -81,10 +81,11 @@ class JudgeTraining(PretrainingModule):
     """What the judges' trainings share: pictures (b, 3, 64, 64) uint8 become augmented inputs."""
 
     def __init__(self, network: nn.Module, config: PretrainConfig):
-        super().__init__(network, config)
+        # With channels last, convolutions are a fifth faster on a CPU.
+        super().__init__(network.to(memory_format=torch.channels_last), config)
 
     def inputs(self, pictures: Tensor) -> Tensor:
-        return augmented(pictures.float() / 127.5 - 1)
+        return augmented(pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 class CLIPTraining(JudgeTraining):

@@ -105,7 +105,8 @@ def save_diffusion(network: TextToImage, token_ids: np.ndarray, folder: Path) ->
 
 
 def _latent_file(config: PretrainConfig, root: Path, autoencoder: AutoencoderKL, number: int) -> Path:
-    world = f"{config.world.seed}-{number}-{world_digest()}"
+    digest = world_digest(config.world, root / config.world.artwork)
+    world = f"{config.world.seed}-{number}-{digest}"
     return root / config.cache / f"latents-{world}-{encoder_digest(autoencoder)}.pt"
 
 

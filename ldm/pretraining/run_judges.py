@@ -11,13 +11,13 @@ from torch.utils.data import Dataset
 from ldm import checkpoint
 from ldm.autoencoder import AutoencoderKL
 from ldm.diffusion import LatentDiffusion
-from ldm.judges import weights_of
+from ldm.embedded_encoders import load_classifier, load_clip, load_instance_encoder, weights_of
 from ldm.pretraining import judges
 from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instance_accuracy, to_inputs
-from ldm.pretraining.artwork import NOUNS
-from ldm.pretraining.cache import RenderedWorld, held_out_world
+from ldm.pretraining.artwork import NOUNS, load_sprite
+from ldm.pretraining.cache import HELD_OUT_SEED, RenderedWorld, held_out_world, world_digest
 from ldm.pretraining.config import PretrainConfig
-from ldm.pretraining.instances import VIEWS, rendered_instances
+from ldm.pretraining.instances import FigureDataset, artworks, held_out_views
 from ldm.pretraining.loop import Finish
 
 ROUND_TRIPS = 8_000  # pictures that the judges also see as the autoencoder gives them back
@@ -44,26 +44,6 @@ class LabelledDataset(Dataset):
         return batch
 
 
-class InstanceDataset(Dataset):
-    """Artworks; a batch holds all their figures, two different views of each: (b * figures, 2, 3, 64, 64) uint8."""
-
-    def __init__(self, views: np.ndarray):
-        self.views = views
-
-    def __len__(self) -> int:
-        return len(self.views)
-
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        views = torch.from_numpy(np.stack([self.views[i] for i in indices])).flatten(0, 1)
-        pairs = torch.rand(len(views), VIEWS).argsort(dim=1)[:, :2]
-        return views[torch.arange(len(views))[:, None], pairs].permute(0, 1, 4, 2, 3)
-
-    @staticmethod
-    def collate(batch: Tensor) -> Tensor:
-        """A fetched batch is whole already."""
-        return batch
-
-
 @torch.inference_mode()
 def round_trips(autoencoder: AutoencoderKL, pictures: np.ndarray, file: Path) -> np.ndarray:
     """Return pictures (n, 64, 64, 3) uint8 as the autoencoder gives them back, cached in `file`."""
@@ -81,6 +61,9 @@ def pretrain_judge(config: PretrainConfig, model: LatentDiffusion, world: Render
     module, dataset, measure = {"clip": _clip, "classifier": _classifier, "instance": _instance}[config.part](
         config, model, world, root
     )
+    if config.warm_start:
+        warm_start(module.network, root / config.judges, config.part)
+        module.average.module.load_state_dict(module.network.state_dict())
     finish(module, dataset, root / config.cache / config.name)
     judge = module.average.module.eval().requires_grad_(False)
     save_judge(judge, module.network.config, root / config.judges, config.part)
@@ -89,6 +72,22 @@ def pretrain_judge(config: PretrainConfig, model: LatentDiffusion, world: Render
     record = json.loads(file.read_text()) if file.is_file() else {}
     file.write_text(json.dumps(record | {config.part: accuracy}, indent=2) + "\n")
     print(f"{config.part} on held-out pictures: {accuracy}\nsaved {file.parent}")
+
+
+def warm_start(judge: nn.Module, folder: Path, name: str) -> None:
+    """Put the present weights of a judge into a new one; a CLIP of other words takes over those that both know.
+
+    Raises:
+        UserError: the present judge is missing or does not fit.
+    """
+    present = {"clip": load_clip, "classifier": load_classifier, "instance": load_instance_encoder}[name](folder)
+    state = weights_of(present).state_dict()
+    if name == "clip":
+        rows = judge.clip.token_embedding.weight.detach().clone()
+        known = [token for token in present.vocabulary if token in judge.compact]
+        rows[[judge.compact[t] for t in known]] = state["token_embedding.weight"][[present.compact[t] for t in known]]
+        state["token_embedding.weight"] = rows
+    weights_of(judge).load_state_dict(state)
 
 
 def save_judge(judge: nn.Module, configs: dict[str, object], folder: Path, name: str) -> None:
@@ -100,7 +99,8 @@ def save_judge(judge: nn.Module, configs: dict[str, object], folder: Path, name:
 
 
 def _decoded(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> np.ndarray:
-    file = root / config.cache / f"round-trips-{config.world.seed}-{len(world.pictures)}.npy"
+    digest = world_digest(config.world, root / config.world.artwork)
+    file = root / config.cache / f"round-trips-{config.world.seed}-{len(world.pictures)}-{digest}.npy"
     return round_trips(model.autoencoder, world.pictures[:ROUND_TRIPS], file)
 
 
@@ -124,6 +124,8 @@ def _classifier(config: PretrainConfig, model: LatentDiffusion, world: RenderedW
 
 
 def _instance(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
-    instances = rendered_instances(config.world.seed, root / config.cache, root / config.world.artwork)
-    measure = lambda trained: instance_accuracy(trained, instances.held_out)  # noqa: E731
-    return judges.InstanceTraining(judges.new_instance_encoder(), config), InstanceDataset(instances.training), measure
+    folder, cache = root / config.world.artwork, root / config.cache
+    held_out = held_out_views(HELD_OUT_SEED, cache, folder)
+    dataset = FigureDataset([load_sprite(file) for file in artworks(folder)[0]], config.seed)
+    measure = lambda trained: instance_accuracy(trained, held_out)  # noqa: E731
+    return judges.InstanceTraining(judges.new_instance_encoder(), config), dataset, measure

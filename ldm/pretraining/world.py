@@ -11,13 +11,15 @@ from numpy.random import Generator
 from PIL import Image, ImageFilter
 
 from ldm.images import captioned_grid
-from ldm.pretraining.artwork import COLOURS, NOUNS, Artwork, colourise
+from ldm.pretraining.artwork import COLOURS, NOUNS, Artwork, colourise, melting
 from ldm.pretraining.scenes import CANVAS, PLACES, plain
 
 OPENINGS = ("a {}", "a photo of a {}", "photo of a {}", "a picture of a {}", "the {}")
 SIZES = {"small": (0.3, 0.42), "big": (0.8, 0.95)}
 """Size word -> the longer side of the sprite, as a share of the picture's."""
 USUAL_SIZE = (0.5, 0.8)
+CLOSE_VIEW, CLOSE_SIZE = "a close view of a {}", (1.0, 1.3)
+"""Wide world: a subject that the picture's edge crops."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class LabelledPicture:
 
     picture: Image.Image
     caption: str
-    noun: str | None  # None: a scene alone
+    noun: str | None  # None: a scene alone; in the wide world also a name that is none of the 64 nouns
     place: str | None  # None: a plain background
     second: str | None = None  # the other noun, where there are two
 
@@ -69,14 +71,26 @@ def render(artwork: Artwork, seed: int, index: int) -> LabelledPicture:
     if rng.random() < 0.12:
         word = list(SIZES)[rng.integers(len(SIZES))]
         described, size = f"{word} {described}", SIZES[word]
+    openings = OPENINGS
+    if artwork.others and described == first.described and rng.random() < 0.06:
+        openings, size = (CLOSE_VIEW,), CLOSE_SIZE
     paste(picture, first.sprite, rng, size)
-    return LabelledPicture(picture.reduce(2), caption(described, phrase, rng), first.noun, place)
+    return LabelledPicture(picture.reduce(2), caption(described, phrase, rng, openings), first.noun, place)
 
 
 def _subject(artwork: Artwork, rng: Generator) -> Subject:
-    """Draw a noun, one of its depictions and, at times, a colour."""
-    noun = list(artwork.sprites)[rng.integers(len(artwork.sprites))]
-    sprite = artwork.sprites[noun][rng.integers(len(artwork.sprites[noun]))]
+    """Draw a noun, or another thing of the wide world, one of its depictions and, at times, a colour or two."""
+    names = artwork.others if artwork.others and rng.random() < 0.5 else artwork.sprites
+    noun = list(names)[rng.integers(len(names))]
+    sprite = names[noun][rng.integers(len(names[noun]))]
+    if artwork.others:
+        sprite = sprite.rotate(rng.normal(0, 8), Image.Resampling.BICUBIC, expand=True)
+        if noun.split()[0] in COLOURS:
+            return Subject(noun, sprite, noun)
+        if rng.random() < 0.1:
+            first, second = rng.permutation(list(COLOURS))[:2]
+            colours = melting(sprite.size, COLOURS[first], COLOURS[second], rng)
+            return Subject(noun, colourise(sprite, colours), f"{first} and {second} {noun}")
     if rng.random() >= 0.3:
         return Subject(noun, sprite, noun)
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
@@ -96,7 +110,8 @@ def paste(
         size: range of the sprite's longer side, as a share of the picture's.
         x_range: where it stands, from 0 (left edge) to 1 (right edge).
     """
-    factor = rng.uniform(*size) * CANVAS / max(sprite.size)
+    canvas = picture.width
+    factor = rng.uniform(*size) * canvas / max(sprite.size)
     sprite = sprite.resize([max(1, round(side * factor)) for side in sprite.size], Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -107,25 +122,28 @@ def paste(
 
     # The subject stands in the lower half.
     width, height = sprite.size
-    x = int((CANVAS - width) * rng.uniform(*x_range))
-    y = int((CANVAS - height) * rng.uniform(0.45, 0.9))
+    x = int((canvas - width) * rng.uniform(*x_range))
+    y = int((canvas - height) * rng.uniform(0.45, 0.9))
     shadow = Image.new("L", picture.size)
     shadow.paste(alpha.resize((width, max(1, height // 6))).point(lambda a: a // 3), (x, y + height - height // 8))
-    picture.paste((0, 0, 0), mask=shadow.filter(ImageFilter.BoxBlur(3)))
+    picture.paste((0, 0, 0), mask=shadow.filter(ImageFilter.BoxBlur(3 * canvas / CANVAS)))
     picture.paste(sprite, (x, y), alpha)
 
 
-def caption(described: str, phrase: str, rng: Generator) -> str:
+def caption(described: str, phrase: str, rng: Generator, openings: tuple[str, ...] = OPENINGS) -> str:
     """Say what is seen: "a photo of a red car on the beach"."""
-    opening = OPENINGS[0 if rng.random() < 0.4 else rng.integers(len(OPENINGS))]
+    opening = openings[0 if rng.random() < 0.4 else rng.integers(len(openings))]
     text = f"{opening.format(described)} {phrase}".strip()
     text = text.replace("a " + described, with_article(described))
     return text + ("." if rng.random() < 0.2 else "")
 
 
 def with_article(noun: str) -> str:
-    """Return "a car", "an owl"."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    """Return "a car", "an owl", "jeans"."""
+    if noun.split(" with ")[0].endswith("s") and not noun.endswith(("ss", "us", "is", "christmas")):
+        return noun
+    an = noun[0] in "aeiou" and not noun.startswith(("uni", "euro")) or noun.startswith(("hour", "x-"))
+    return f"{'an' if an else 'a'} {noun}"
 
 
 def all_prompts(number: int) -> list[str]:

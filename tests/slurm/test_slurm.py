@@ -27,14 +27,21 @@ def why_not():
     return f"not installed: {', '.join(missing)} (tests/slurm/install.sh)" if missing else None
 
 
-pytestmark = [pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.skipif(why_not() is not None, reason=f"{why_not()}")]
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 NODE = ("--gpus-per-node=0", "--cpus-per-task=1", "--mem=4G")  # in place of a GPU machine's resources
 STEPS = 40
-TRAINING = ("--device", "cpu", f"training.steps={STEPS}", "training.batch_size=2", "training.checkpoint_every=null",
-            "logging.every=1", "logging.tensorboard=false")  # fmt: skip
+TRAINING = (
+    "--device",
+    "cpu",
+    f"training.steps={STEPS}",
+    "training.batch_size=2",
+    "training.checkpoint_every=null",
+    "logging.every=1",
+    "logging.tensorboard=false",
+)
 QUICK = ("--config", "configs/train/ico-tiny.yaml", *TRAINING, "validation.every=0")
 
 
@@ -162,8 +169,17 @@ def test_requeue_and_cancel_lose_nothing(whole, tmp_path):
 def test_two_processes_share_a_run_and_a_list_of_concepts_is_an_array(slurm, tmp_path):
     folders = {name: ROOT / "data/concepts" / name for name in ("cat", "car")}
     (tmp_path / "list").write_text("".join(f"my{name}\t{name}\t{folder}\n" for name, folder in folders.items()))
-    job = submit(tmp_path / "log-%a", "--array=2", "--ntasks-per-node=2", "scripts/slurm/train_many.sbatch",
-                 tmp_path / "list", *QUICK, "training.steps=3", "--logdir", tmp_path)  # fmt: skip
+    job = submit(
+        tmp_path / "log-%a",
+        "--array=2",
+        "--ntasks-per-node=2",
+        "scripts/slurm/train_many.sbatch",
+        tmp_path / "list",
+        *QUICK,
+        "training.steps=3",
+        "--logdir",
+        tmp_path,
+    )
     wait_for("the end", lambda: finished(job))
     (run,) = tmp_path.glob("*_mycar")
     config = (run / "configs/config.yaml").read_text()
@@ -187,12 +203,34 @@ def test_an_array_of_shards_makes_the_pictures_of_one_process(slurm, tmp_path, p
     trained = tmp_path / "trained"
     output_of(sys.executable, "scripts/train_ico.py", *QUICK, "training.steps=1", "--logdir", trained)
     (file,) = trained.glob("*/concept.safetensors")
-    options = ("--concept", file, "--from-file", prompts, "--n-samples", 8, "--batch-size", 2, "--steps", 25,
-               "--device", "cpu", "--outdir")  # fmt: skip
+    options = (
+        "--concept",
+        file,
+        "--from-file",
+        prompts,
+        "--n-samples",
+        8,
+        "--batch-size",
+        2,
+        "--steps",
+        25,
+        "--device",
+        "cpu",
+        "--outdir",
+    )
     one, several, report = tmp_path / "one", tmp_path / "several", tmp_path / "report"
     array = submit(tmp_path / "log-%a", "--array=1-4", "scripts/slurm/sample_dci.sbatch", *options, several)
-    evaluation = submit(tmp_path / "log-evaluate", f"--dependency=afterok:{array}", "scripts/slurm/evaluate.sbatch",
-                        "--samples", several, "--references", ROOT / "data/concepts/cat", "--out", report)  # fmt: skip
+    evaluation = submit(
+        tmp_path / "log-evaluate",
+        f"--dependency=afterok:{array}",
+        "scripts/slurm/evaluate.sbatch",
+        "--samples",
+        several,
+        "--references",
+        ROOT / "data/concepts/cat",
+        "--out",
+        report,
+    )
     # Two shards are disturbed: one is queued again from outside, one queues itself, and none but itself, on the signal.
     wait_for("pictures", lambda: list((several / "samples").glob("*.png")))
     output_of("scontrol", "requeue", f"{array}_1")
@@ -220,7 +258,7 @@ def worker_of(training):
     """The process that has begun a training, as soon as its run folder is there."""
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            if str(training) in file.read_text().split("\0") and list(training.glob("*_*")):
+            if json.dumps(str(training)) in file.read_text() and list(training.glob("*_*")):
                 return int((file.parent / "stat").read_text().rpartition(")")[2].split()[1])
     return None
 
@@ -229,8 +267,13 @@ def test_the_sweep_tiny_is_the_same_on_slurm_and_here(slurm, tmp_path):
     """On Slurm a worker is killed, the others go on, and a second call completes it."""
     # One of the two seeds, for time; both: python -m pytest tests/slurm -k sweep with SWEEP_SEEDS=[0,1].
     seeds = json.loads(os.environ.get("SWEEP_SEEDS", "[0]"))
-    options = ("--config", "configs/sweep/tiny.yaml", f"seeds={seeds}", "workers=2",
-               "slurm={gpus_per_node: 0, cpus_per_task: 1, mem: 2GB}")  # fmt: skip
+    options = (
+        "--config",
+        "configs/sweep/tiny.yaml",
+        f"seeds={seeds}",
+        "workers=2",
+        "slurm={gpus_per_node: 0, cpus_per_task: 1, mem: 2GB}",
+    )
     commands = {
         cluster: [sys.executable, "scripts/sweep.py", *options, f"cluster={cluster}", f"outdir={tmp_path / cluster}"]
         for cluster in ("slurm", "local")

@@ -1,0 +1,1 @@
+"""The programs: each a module with a `main()`, and what they share."""

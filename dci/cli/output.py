@@ -1,0 +1,108 @@
+"""Where the sampling programs put their pictures, and what they say of them."""
+
+import argparse
+import re
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from dci.cli.arguments import ChosenSeed
+from dci.cli.loading import vae_facts
+from dci.files import make_new_folder
+from ldm.errors import UserError
+
+
+def sampling_facts(args: argparse.Namespace, base: str, checkpoint: str | None, prepared, model_hash: str) -> dict:
+    """Return everything needed to make pictures again but their prompts and numbers, and a concept's facts.
+
+    Files may change under their names, so the contents' hashes belong to it.
+
+    Args:
+        prepared: the request, as `dci.pipeline` prepares it.
+        model_hash: fingerprint of the base model.
+    """
+    from dci.files import file_hash
+
+    return {
+        "negative_prompt": args.negative_prompt,
+        "model": base,
+        "checkpoint": checkpoint,
+        "model_hash": model_hash,
+        "model_config_hash": file_hash(base) if Path(base).suffix in (".yaml", ".yml") else None,
+        "ema": args.ema,
+        **vae_facts(args),
+        "clip_skip": args.clip_skip,
+        "precision": args.precision,
+        "init_image": args.init_image,
+        "init_image_hash": args.init_image and file_hash(args.init_image),
+        "mask": args.mask,
+        "mask_hash": args.mask and file_hash(args.mask),
+        "strength": prepared.init and prepared.init.strength,
+        **prepared.options.facts(),
+    }
+
+
+def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int, sample: Callable, beside=None) -> None:
+    """Draw what is missing of every prompt's pictures into the folder for them, under a progress bar.
+
+    Args:
+        prompts: the facts of each prompt.
+        facts: of all pictures.
+        calls: solver steps of a picture.
+        sample: (pictures of the plan, callback for each step) -> pixels (b, 3, h, w).
+        beside: what is written beside the pictures of the last call of `sample`: `save(outdir, names)`, and
+            `is_there(outdir, name)`, without which a picture counts as missing.
+    """
+    from tqdm import tqdm
+
+    from dci.samples import worker
+    from dci.samples.plan import Plan
+    from dci.samples.writer import SampleFolder
+
+    plan = Plan(prompts, facts, args.seeds or [args.seed], args.n_samples * args.n_iter, args.batch_size)
+    batches = plan.batches(*args.shard)
+    outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt or Path(args.from_file).stem)
+    complete = partial(beside.is_there, outdir) if beside else lambda name: True
+    drawn, whole = 0, min(plan.batch_size, len(plan)) if args.compile and not beside else 0
+    with (
+        SampleFolder(outdir, plan, args.prompt is not None, complete) as folder,
+        tqdm(total=len(batches) * calls, desc="sampling", unit="step") as progress,
+    ):
+
+        def done(numbers: range, here: bool) -> None:
+            nonlocal drawn
+            drawn += here
+            if here and beside:
+                beside.save(outdir, [folder.file(number).stem for number in numbers])
+            progress.update(0 if here else calls)
+
+        def filled(pictures: list):
+            # A compiled UNet would be compiled again for a smaller batch: the last one is filled up.
+            more = [pictures[-1]] * (whole - len(pictures))
+            return sample([*pictures, *more], lambda _: progress.update())[: len(pictures)]
+
+        worker.sample_missing(folder, batches, filled, done)
+        left = sum(len(folder.missing(numbers)) for numbers in batches)
+        sheet = folder.grid_file(len(prompts) - 1)
+    if drawn < len(batches):
+        print(f"Batches: {drawn} drawn, the other {len(batches) - drawn} made before or by other workers")
+    if left:
+        print(f"Pictures that other workers are making: {left}; repeat the command should one of them be stopped")
+    print(f"Pictures: {outdir / 'samples'}" + (f"\nGrid: {sheet}" if sheet.is_file() else ""))
+
+
+def check_sharing(args: argparse.Namespace) -> None:
+    """Say which seed was chosen, and raise UserError for shards that would not meet in one folder."""
+    if args.shard[1] > 1 and not args.outdir:
+        raise UserError("--shard needs --outdir: the folder that all shards put their images into")
+    if isinstance(args.seed, ChosenSeed):
+        if args.shard[1] > 1:
+            raise UserError("--seed -1 chooses another seed in each shard: give the seed")
+        print(f"Seed: {args.seed}")
+
+
+def _new_outdir(prompt: str) -> Path:
+    """Make and return a folder in outputs/ named after the time and the prompt."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40]
+    return make_new_folder(Path("outputs"), f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{words}")

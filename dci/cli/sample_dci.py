@@ -1,0 +1,84 @@
+"""Draw a learned concept in new places with DCI: divide, conquer, then integrate.
+
+python scripts/sample_dci.py --concept logs/RUN/concept.safetensors --prompt "a V* dog on the beach"
+"""
+
+import dataclasses
+
+from dci.cli.arguments import Parser, add_sampling_options, prompts_of
+from dci.cli.branches import add_dci_options, check_maps, choose_noun, describe_gain, settings_of
+from dci.cli.loading import (
+    add_concept_options,
+    base_model,
+    base_vae,
+    concept_facts,
+    load_base,
+    pick_device,
+    read_concept,
+    request_of,
+)
+from dci.cli.output import check_sharing, draw, sampling_facts
+
+
+def arguments():
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_concept_options(parser)
+    parser.add_argument("--verbose", action="store_true", help="show the branches' prompts and token positions")
+    add_dci_options(parser)
+    add_sampling_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    check_sharing(args)
+    texts = prompts_of(args)
+
+    from dci import __version__
+    from dci.concept.loras import add_loras, on_loras
+    from dci.concept.prompts import parse_prompt
+    from dci.dual_branch.recorder import BranchRecorder
+    from dci.dual_branch.sampling import Observers
+    from dci.pipeline import Pipeline
+    from ldm.checkpoint import fingerprint
+
+    concept = read_concept(args)
+    for text in texts:  # what is wrong with them is said before the model is loaded
+        parse_prompt(text, concept.names, args.auxiliary_noun)
+    base, checkpoint = base_model(args, concept.config)
+    args.vae = base_vae(args, concept.config)
+    model = load_base(args, base, checkpoint)
+    add_loras(model, concept.config.get("loras") or [])
+    model_hash = fingerprint(model)
+    concept = on_loras(concept, model, args.lora, args.strength_concept)
+    model.to(pick_device(args.device))
+    noun = choose_noun(args, model, concept, texts)
+    pipeline = Pipeline.of(model, concept)
+    request = request_of(args, texts, dci=not args.no_dci, auxiliary_noun=noun, settings=settings_of(args))
+    prepared = pipeline.prepare(request)
+    prepared.warn()
+    check_maps(args, prepared)
+    if args.verbose:
+        print("\n".join(prompt.describe() for prompt in prepared.prompts))
+    if prepared.dual:
+        print(describe_gain(prepared))
+    facts = {
+        **concept_facts(args),
+        "version": __version__,
+        **sampling_facts(args, base, checkpoint, prepared, model_hash),
+        "dci": prepared.dual and dataclasses.asdict(prepared.dual),
+    }
+    recorder = BranchRecorder(model, args.save_maps, args.save_steps) if args.save_maps or args.save_steps else None
+
+    def sample_batch(planned: list, progress):
+        prompts, indices, seeds = zip(*((image.prompt, image.index, image.seed) for image in planned), strict=True)
+
+        def call(callback, maps=None):
+            return prepared.sample(prompts, indices, seeds, Observers(callback, maps))
+
+        rows = [prepared.prompts[number] for number in prompts]
+        return recorder.sample(call, rows, progress) if recorder else call(progress)
+
+    written = zip(texts, prepared.prompts, strict=True)
+    named = [{"prompt": text, "concept_prompt": p.concept, "auxiliary_prompt": p.auxiliary} for text, p in written]
+    draw(args, named, facts, len(prepared.timesteps), sample_batch, recorder)

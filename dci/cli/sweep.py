@@ -1,0 +1,137 @@
+"""Train, sample and score a grid of concepts, methods, seeds and settings, here or on Slurm, and report what compares them.
+
+python scripts/sweep.py --config configs/eval/tiny.yaml --dry-run
+python scripts/sweep.py --config configs/eval/tiny.yaml
+python scripts/sweep.py --config configs/sweep/tiny.yaml cluster=slurm slurm.gpus_per_node=0
+python scripts/sweep.py --config configs/sweep/tiny.yaml --status
+
+What is done is not done again: the same command begins a grid, goes on with it and completes it. compare.py is
+the same program.
+"""
+
+import sys
+from pathlib import Path
+
+from dci.cli.arguments import Parser
+
+
+def arguments():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="a file of configs/eval/ or configs/sweep/, or one of your own")
+    parser.add_argument("--only", metavar="PATTERN", help="some cells: concept/method/seed/setting, * for any")
+    parser.add_argument("--dry-run", action="store_true", help="show the jobs, the number of images and an estimate")
+    parser.add_argument("--status", action="store_true", help="show the state of each cell")
+    parser.add_argument("--no-wait", action="store_true", help="slurm: leave when the jobs are in the queue")
+    parser.add_argument("--report", help="folder of the report (default: report/ in the grid's folder)")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as workers=2 n_samples=4")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+
+    from dci.experiments.grid import grid_points
+    from dci.experiments.launchers import queued_trainings, submit_slurm
+    from dci.experiments.runner import check_recipes, chosen
+    from dci.experiments.suite import SLURM, load_suite
+
+    suite = load_suite(args.config, args.overrides)
+    everything = grid_points(suite)
+    some = chosen(everything, args.only)
+    check_recipes(some)
+    todo = [point for point in some if not point.result.is_file()]
+    if args.dry_run:
+        show_jobs(todo, len(some))
+        print(estimated(suite, some))
+    elif args.status:
+        show_states(some, queued_trainings(suite))
+    else:
+        if suite.cluster == SLURM:
+            print(f"{submit_slurm(suite, todo)} jobs submitted", flush=True)
+            if args.no_wait:
+                return
+        work(suite, todo, len(some))
+        finish(suite, everything, some, args.report)
+
+
+def show_jobs(todo: list, number: int) -> None:
+    """Print each job: a training with its cells."""
+    from dci.experiments.grid import SamplingConfig, by_training
+
+    groups = by_training(todo)
+    for group in groups:
+        training = group[0].training
+        done = training.concept_file.is_file()
+        print(f"# {training.name}{' (trained)' if done else ''}")
+        if not done:
+            print(f"train {training.task['config']} {' '.join(training.task['options'])}")
+        for point in group:
+            options = {**vars(SamplingConfig()), "seed": None, "n_samples": None}
+            said = [f"{name}={value}" for name, value in point.recipe["sampling"].items() if value != options[name]]
+            print(f"sample {point.prompts} {' '.join(said)}")
+    print(f"# {len(todo)} cells in {len(groups)} jobs; {number - len(todo)} of {number} cells are done")
+
+
+def estimated(suite, points: list) -> str:
+    """Return what is to be made, and an estimate of its time; or why there is none."""
+    from dci.cli.loading import pick_device
+    from dci.experiments import cost
+    from ldm.errors import UserError
+
+    device = pick_device(suite.device)
+    rate = cost.matrix_rate(device, threads=suite.threads)
+    try:
+        return cost.describe(cost.estimate(points, device, rate), device, rate, suite.workers or 1)
+    except UserError as error:
+        return str(error)
+
+
+def show_states(some: list, queued: set[str]) -> None:
+    """Print a table of the cells, and the last line of the log of those that failed."""
+    from dci.experiments.runner import STATES, last_words, state
+
+    states = [state(point, queued) for point in some]
+    width = max(len(point.name) for point in some)
+    for point, found in zip(some, states, strict=True):
+        print(f"{point.name:{width}}  {found:8}{last_words(point) if found == 'failed' else ''}".rstrip())
+    print(", ".join(f"{states.count(name)} {name}" for name in STATES if name in states))
+
+
+def work(suite, todo: list, number: int) -> None:
+    """Let the launcher work through the cells, and print each one's state when it has come to an end."""
+    from tqdm import tqdm
+
+    from dci.experiments.launchers import launch
+    from dci.experiments.runner import state
+
+    with tqdm(total=number, initial=number - len(todo), desc=suite.name, unit="cell") as bar:
+
+        def told(point) -> None:
+            print(f"{state(point):8} {point.name}", flush=True)
+            bar.update()
+
+        launch(suite, todo, told)
+
+
+def finish(suite, everything: list, some: list, report: str | None) -> None:
+    """Write the table and the report of what is done; list what failed, and leave with exit code 1 then."""
+    from dci.experiments.aggregate import write_grid_report, write_table
+    from dci.experiments.grid import grid_folder
+    from dci.experiments.runner import last_words
+
+    done = [point for point in everything if point.result.is_file()]
+    failed = [point for point in some if not point.result.is_file()]
+    for point in failed:
+        print(f"failed: {point.name}: {last_words(point)}\n  log: {point.log}", file=sys.stderr)
+    if failed:
+        print(
+            f"failed: {len(failed)} of {len(some)} cells; the same command tries them again, with --only NAME one alone",
+            file=sys.stderr,
+        )
+    if done:
+        folder = grid_folder(suite)
+        write_table(done, folder / "results.csv")
+        page = write_grid_report(done, Path(report or folder / "report"), suite.title, suite.notes)
+        print(f"{len(done)} of {len(everything)} cells\nTable: {folder / 'results.csv'}\nReport: {page}")
+    if failed:
+        sys.exit(1)

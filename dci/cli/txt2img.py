@@ -1,0 +1,36 @@
+"""Draw pictures with the base model alone: of a prompt, from a picture, or into a picture.
+
+python scripts/txt2img.py --prompt "a dog on the beach"
+"""
+
+from dci.cli.arguments import Parser, add_sampling_options, prompts_of
+from dci.cli.loading import base_model, load_base, lora_facts, pick_device, request_of
+from dci.cli.output import check_sharing, draw, sampling_facts
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    add_sampling_options(parser)
+    args = parser.parse_args()
+    check_sharing(args)
+    texts = prompts_of(args)
+
+    from dci.concept.loras import add_loras
+    from dci.dual_branch.sampling import Observers
+    from dci.pipeline import Pipeline
+    from ldm.checkpoint import fingerprint
+
+    base, checkpoint = base_model(args)
+    model = load_base(args, base, checkpoint)
+    known = fingerprint(model)
+    add_loras(model, args.lora)
+    model.to(pick_device(args.device))
+    prepared = Pipeline.of(model).prepare(request_of(args, texts))
+    prepared.warn()
+    facts = sampling_facts(args, base, checkpoint, prepared, known) | lora_facts(args)
+
+    def sample_batch(planned, progress):
+        prompts, indices, seeds = zip(*((image.prompt, image.index, image.seed) for image in planned), strict=True)
+        return prepared.sample(prompts, indices, seeds, Observers(progress))
+
+    draw(args, [{"prompt": text} for text in texts], facts, len(prepared.timesteps), sample_batch)

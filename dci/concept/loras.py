@@ -1,0 +1,132 @@
+"""LoRAs put on a base model (a style, say), and how strongly a concept changes it."""
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dci.concept.concept_file import FORMAT, Concept, LowRank
+from dci.concept.foreign.layers import Layers
+from dci.concept.foreign.opening import open_file, understand
+from dci.files import file_hash
+from ldm.checkpoint import fingerprint, load_model
+from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
+from ldm.runtime.cpu_convolutions import unpack
+
+STRENGTHS = (0.0, 1.5)
+"""Ends of the range of a concept's strength."""
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """Parse "FILE" or "FILE:0.8" -> (file, strength).
+
+    Raises:
+        UserError: there is no such file.
+    """
+    name, colon, number = text.rpartition(":")
+    try:
+        given = (Path(name), float(number)) if colon and not Path(text).exists() else (Path(text), 1.0)
+    except ValueError:
+        given = (Path(text), 1.0)
+    if not given[0].exists():
+        raise UserError(f"no LoRA {given[0]}: expected FILE, or FILE:0.8 with a strength")
+    if not abs(given[1]) < float("inf"):
+        raise UserError(f"the LoRA {text} has no strength that can be used: expected a number, such as 0.8")
+    return given
+
+
+@torch.no_grad()
+def add_loras(model: LatentDiffusion, loras: Sequence[str]) -> None:
+    """Put LoRAs on a base model, for good; its fingerprint then tells it from the base model without them.
+
+    Args:
+        loras: "FILE" or "FILE:0.8" each.
+
+    Raises:
+        UserError: a file is missing, broken, hostile, made for another model, or holds whole weights.
+    """
+    if not loras:
+        return
+    known, layers = fingerprint(model), Layers.of(model.config)
+    parameters = dict(model.named_parameters())
+    unpack(model.unet)
+    for file, strength in map(parse_lora, loras):
+        opened = open_file(file)
+        if opened.metadata.get("format") == FORMAT:
+            raise UserError(f"{file} is a concept file: give it with --concept")
+        content = understand(opened, layers, lambda: None, "all")
+        if content.weights or not (content.low_rank or content.changes):
+            raise UserError(f"{file} holds {content.kind}: expected a LoRA, or differences, to put on the base model")
+        changes = {name: change.product() for name, change in content.low_rank.items()}
+        for name, change in [*changes.items(), *content.changes.items()]:
+            weight = parameters[name]
+            weight.copy_(weight.float() + strength * change.to(weight.device).float())
+        known = hashlib.sha256(f"{known} {file_hash(opened.source)} {strength}".encode()).hexdigest()[:16]
+    model.loaded_fingerprint = known
+
+
+def load_with_loras(
+    model: str | Path, checkpoint: str | Path | None, loras: Sequence[str], vae: str | Path | None = None
+) -> LatentDiffusion:
+    """Load a base model in fp32 on the CPU, and put LoRAs on it; see `ldm.checkpoint.load_model` and `add_loras`."""
+    loaded = load_model(model, checkpoint, vae=vae)
+    add_loras(loaded, loras)
+    return loaded
+
+
+def scaled(concept: Concept, model: LatentDiffusion, strength: float) -> Concept:
+    """Return a concept whose changes are `strength` times as large; its tokens stay.
+
+    Args:
+        model: the base model, without the concept.
+
+    Raises:
+        UserError: a strength out of range, or another base model.
+    """
+    low, high = STRENGTHS
+    if not low <= strength <= high:
+        raise UserError(f"a concept's strength of {strength:g}: expected {low:g} (its tokens alone) to {high:g}")
+    if strength == 1:
+        return concept
+    relative = as_changes(concept, model)
+    return dataclasses.replace(
+        relative,
+        changes={name: strength * change.float() for name, change in relative.changes.items()},
+        low_rank={
+            name: LowRank(strength * change.u.float(), change.v.float()) for name, change in relative.low_rank.items()
+        },
+    )
+
+
+def as_changes(concept: Concept, model: LatentDiffusion) -> Concept:
+    """Return a concept whose whole weights are changes of the base model's, so that it can go onto another.
+
+    Raises:
+        UserError: another base model.
+    """
+    concept.check_base(model)
+    base: dict[str, Tensor] = model.state_dict()
+    whole = {name: weight.float() - base[name].float().cpu() for name, weight in concept.keys_values.items()}
+    return dataclasses.replace(concept, keys_values={}, changes=whole | concept.changes)
+
+
+def on_loras(concept: Concept, model: LatentDiffusion, loras: Sequence[str], strength: float = 1.0) -> Concept:
+    """Put LoRAs on a concept's base model, and return the concept as it is on top of them: base + LoRAs + its change.
+
+    Args:
+        model: the base model, without the concept; it is changed.
+        strength: of the concept, see `scaled`.
+
+    Raises:
+        UserError: as `add_loras` and `scaled`.
+    """
+    concept = scaled(concept, model, strength)
+    if not loras:
+        return concept
+    relative = as_changes(concept, model)
+    add_loras(model, loras)
+    return dataclasses.replace(relative, base=fingerprint(model))

@@ -1,0 +1,1 @@
+"""How much images keep to the concept and to the prompt: encoders, metrics, intervals, reports."""

@@ -1,0 +1,99 @@
+"""Choosing the auxiliary noun: the one with which the base model obeys the prompts best, by CLIP-T."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from dci.concept.concept_file import Concept
+from dci.concept.prompts import parse_prompt
+from dci.evaluation.encoders import Encoder
+from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
+from ldm.images import to_images
+from ldm.text_to_image import SamplingOptions, text_to_image
+
+AUTO = "auto"
+"""In place of an auxiliary noun."""
+
+MOST_PROMPTS = 8  # of a long list, evenly taken
+
+_FAMILIES = {
+    "animal": "alpaca bear bird cat cow dog duck elephant fish fox frog giraffe hamster hen horse kitten lion monkey mouse "
+    "owl panda penguin pig puppy rabbit rooster sheep sloth snake squirrel tiger turtle wolf zebra",
+    "vehicle": "ambulance bicycle bike boat bus car helicopter motorbike motorcycle plane rocket ship tractor train truck "
+    "van",
+    "toy": "doll figurine plushie plushy robot teddy teddybear",
+    "container": "backpack bag basket bottle bowl can cup jar mug pot teapot vase",
+    "person": "boy girl man woman",
+    "piece of furniture": "bed bench chair lamp sofa table",
+    "building": "barn castle church house lighthouse tower windmill",
+}
+"""More general nouns, and class nouns that they may stand for."""
+
+
+@dataclass(frozen=True)
+class NounScore:
+    """How well the base model's pictures obeyed the prompts with a noun in the concept's place."""
+
+    noun: str
+    clip_t: float  # mean cosine of picture and prompt
+
+
+def default_candidates(class_noun: str) -> list[str]:
+    """Return the class noun, its last word, and a more general noun: "tortoise plushy" -> also "plushy" and "toy"."""
+    last = class_noun.split()[-1]
+    family = next((family for family, members in _FAMILIES.items() if last.lower() in members.split()), "object")
+    return list(dict.fromkeys([class_noun, last, family]))
+
+
+def score_nouns(
+    base: LatentDiffusion,
+    concept: Concept,
+    prompts: Sequence[str],
+    candidates: Sequence[str],
+    clip: Encoder,
+    options: SamplingOptions,
+    pictures: int = 4,
+) -> list[NounScore]:
+    """Score candidates for the auxiliary noun, the best one first; the earlier one wins a tie.
+
+    With each candidate the base model draws the auxiliary prompts. All pictures are held against the
+    same texts, the prompts with the class noun, so that the scores can be compared.
+
+    Args:
+        base: the model without the concept.
+        prompts: that name the concept; at most 8 of them are used.
+        clip: an encoder of pictures and texts.
+        options: of the sampler; their seed makes the scores repeatable.
+        pictures: of each prompt and candidate.
+
+    Raises:
+        UserError: no candidates, a prompt that does not name the concept, or several concepts in one file.
+    """
+    if not candidates:
+        raise UserError("no candidates for the auxiliary noun: give some, such as dog,puppy,animal")
+    prompts = prompts[:: -(-len(prompts) // MOST_PROMPTS)]
+
+    def plain(prompt: str, noun: str) -> str:
+        return parse_prompt(prompt, concept.names, noun).auxiliary
+
+    texts = F.normalize(clip.text_features([plain(prompt, concept.class_noun) for prompt in prompts]), dim=-1)
+
+    def score(noun: str) -> float:
+        cosines = []
+        for prompt, text in zip(prompts, texts, strict=True):
+            drawn = to_images(text_to_image(base, plain(prompt, noun), list(range(pictures)), options))
+            cosines.append(F.normalize(clip.image_features(drawn), dim=-1) @ text)
+        return torch.cat(cosines).mean().item()
+
+    scores = [NounScore(noun, score(noun)) for noun in candidates]
+    return sorted(scores, key=lambda s: -s.clip_t)
+
+
+def describe(scores: list[NounScore]) -> str:
+    """Say in lines how the candidates did and which one is taken."""
+    best = scores[0]
+    lines = [f"  {s.clip_t:.4f}  {s.noun}" for s in scores]
+    return "\n".join(["Auxiliary noun by CLIP-T of the base model's pictures:", *lines, f"Auxiliary noun: {best.noun}"])

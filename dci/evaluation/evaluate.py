@@ -1,0 +1,217 @@
+"""Folder of drawn pictures + reference pictures -> scores."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dci.captions import captioned_files
+from dci.concept.concept_file import Concept
+from dci.evaluation import metrics
+from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval
+from dci.evaluation.encoders import INCEPTION, TINY, Encoder, inception_file, load_encoder
+from dci.evaluation.feature_cache import FeatureStore
+from dci.evaluation.scores import ImageScore, Scores, columns, resampled, summarize
+from dci.samples.reader import SampledImage, concept_files, read_samples
+from ldm.errors import UserError
+from ldm.images import list_images, say_not_used
+from ldm.pretraining.scenes import PLACES
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The encoders that scores are made with."""
+
+    clip: Encoder  # CLIP-T and CLIP-I
+    instance: Encoder  # DINO-I
+    kid: Encoder  # KID
+    classifier: Encoder | None = None  # the embedded world's nouns and places
+
+
+def load_encoders(clip: str = TINY, instance: str = TINY, kid: str | None = None, device: str = "cpu") -> Encoders:
+    """Load encoders by their names; see `dci.evaluation.encoders`.
+
+    Args:
+        kid: None: Inception where its weights are on this machine, or else `instance`.
+
+    With `clip` tiny, the embedded classifier counts the right nouns and places, too.
+
+    Raises:
+        UserError: no such encoder, or its weights are out of reach.
+    """
+    clip_encoder = load_encoder(clip, "clip", device)
+    if clip_encoder.text is None:
+        raise UserError(f"the encoder {clip} reads no texts: give a CLIP for CLIP-T")
+    instance_encoder = load_encoder(instance, "instance", device)
+    if kid is None:
+        kid = INCEPTION if inception_file() and TINY not in (clip, instance) else instance
+    known = {clip: clip_encoder} if clip != TINY else {}
+    known |= {instance: instance_encoder}
+    classifier = load_encoder(TINY, "classifier", device) if clip == TINY else None
+    return Encoders(clip_encoder, instance_encoder, known.get(kid) or load_encoder(kid, "instance", device), classifier)
+
+
+def recorded_references(folder: str | Path) -> list[Path]:
+    """Return the folders of the reference pictures that a folder's concept was learned from.
+
+    Raises:
+        UserError: `prompts.json` does not lead there.
+    """
+    files, folders = concept_files(folder), []
+    for file in filter(lambda file: Path(file).is_file(), files):
+        config = Concept.load(file).config
+        subjects = config.get("concepts") or [config.get("data", {})]
+        folders += [Path(subject["images"]) for subject in subjects if subject.get("images")]
+    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    if not folders:
+        why = f"its concept {files[0]}, or that one's pictures, are not there" if files else "it names no concept file"
+        raise UserError(f"{folder} does not lead to reference pictures ({why}): give them with --references FOLDER")
+    return folders
+
+
+def evaluate_folder(
+    folder: str | Path,
+    references: str | Path | Sequence[str | Path] | None,
+    encoders: Encoders,
+    *,
+    regularization: str | Path | None = None,
+    class_nouns: Sequence[str] = (),
+    scaled_text_score: bool = False,
+    cache: str | Path | FeatureStore | None = None,
+    batch_size: int = 32,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda number: None,
+    say: Callable[[str], None] = print,
+) -> Scores:
+    """Score the pictures of a folder in the layout of `dci.samples.reader`.
+
+    Args:
+        references: folder of the concept's pictures; of several concepts in one picture a folder each, and
+            the image scores are the mean over the concepts; None: as the concept file records.
+        regularization: folder of real pictures of the class, for KID; None: no KID.
+        class_nouns: see `read_samples`.
+        scaled_text_score: add Custom Diffusion's 2.5 max(cos, 0) as `clip_t_w2.5`.
+        cache: file of features from earlier evaluations, or a store; None: nothing is kept.
+        resamples, seed: of the bootstrap.
+        progress: told how many more pictures an encoder has seen.
+        say: told what the folders of references and real pictures hold besides them.
+
+    Raises:
+        UserError: a folder or file is missing or cannot be used.
+    """
+    samples = read_samples(folder, class_nouns)
+    if references is None:
+        references = recorded_references(folder)
+    folders = [references] if isinstance(references, (str, Path)) else list(references)
+    groups = [_references(one, say) for one in folders]
+    real = list(captioned_files(regularization)) if _has_lists(regularization) else _pictures(regularization)
+    store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
+    files = [sample.file for sample in samples]
+
+    def features(encoder: Encoder, files: Sequence[Path]) -> Tensor:
+        return store.features(encoder, files, batch_size, progress)
+
+    pictures = features(encoders.clip, files)
+    values = {metrics.CLIP_T: metrics.text_scores(pictures, _text_features(encoders.clip, samples, batch_size))}
+    if scaled_text_score:
+        values[metrics.CLIP_T_SCALED] = metrics.scaled_text_scores(values[metrics.CLIP_T])
+    for name, encoder in ((metrics.CLIP_I, encoders.clip), (metrics.DINO_I, encoders.instance)):
+        seen = features(encoder, files)
+        values[name] = torch.stack([metrics.image_scores(seen, features(encoder, group)) for group in groups]).mean(0)
+    rows = [{name: column[i].item() for name, column in values.items()} for i in range(len(samples))]
+    if encoders.classifier:
+        add_labels(rows, samples, encoders.classifier, features(encoders.classifier, files))
+    rows = tuple(ImageScore(str(s.file), s.prompt, s.text, s.noise, row) for s, row in zip(samples, rows, strict=True))
+    summary, metadata = summarize(rows, resamples, seed), describe(folder, rows, groups, encoders, resamples, seed)
+    if real:
+        sets = (scale_for_kid(features(encoders.kid, part), encoders.kid) for part in (real, files))
+        summary[metrics.KID], metadata["kid"] = _kid(*sets, rows, resamples, seed)
+        metadata["kid"] |= {"features": encoders.kid.name, "regularization": str(regularization)}
+    return Scores(rows, summary, metadata)
+
+
+def describe(
+    folder: str | Path, rows: Sequence[ImageScore], groups: list[list[Path]], encoders: Encoders, resamples: int, seed: int
+) -> dict:
+    """Return what a report must say about how scores were made."""
+    return {
+        "folder": str(folder),
+        "pictures": len(rows),
+        "references": [str(file) for group in groups for file in group],
+        "encoders": {role: getattr(encoders, role).name for role in ("clip", "instance", "kid")},
+        "preprocessing": {role: getattr(encoders, role).preprocessing for role in ("clip", "instance", "kid")},
+        "interval": {"level": LEVEL, "resamples": resamples, "seed": seed},
+        "resampled": resampled(rows),
+    }
+
+
+def scale_for_kid(features: Tensor, encoder: Encoder) -> Tensor:
+    """Return features (n, d) as KID takes them: Inception's as they are, others brought to length sqrt(d).
+
+    KID's kernel is made for Inception's scale. What other encoders give differs in scale by orders of magnitude;
+    at length sqrt(d) the kernel is (cosine + 1)^3 for all of them.
+    """
+    if encoder.name == INCEPTION:
+        return features
+    return F.normalize(features, dim=-1) * features.shape[1] ** 0.5
+
+
+def add_labels(rows: list[dict], samples: Sequence[SampledImage], classifier: Encoder, logits: Tensor) -> None:
+    """Add whether the classifier sees the noun and the place that a prompt names; prompts that name none get nothing.
+
+    Args:
+        rows: scores of each picture, to be added to.
+        logits: of nouns and places side by side (n, nouns + places).
+    """
+    nouns, places = classifier.module.nouns, classifier.module.places
+    noun, place = (part.argmax(-1).tolist() for part in logits.split([len(nouns), len(places)], -1))
+    for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):
+        if asked := _named(sample.text, {name: (name,) for name in nouns}):
+            row[metrics.NOUN] = float(nouns[noun[i]] == asked)
+        if asked := _named(sample.text, {name: phrases for name, (_, phrases) in PLACES.items()}):
+            row[metrics.PLACE] = float(places[place[i]] == asked)
+
+
+def _named(text: str, phrases: dict[str, Sequence[str]]) -> str | None:
+    """The one label that a text names; None where it names none or several."""
+    named = [
+        label
+        for label, ways in phrases.items()
+        if any(re.search(rf"\b{re.escape(way)}\b", text, re.IGNORECASE) for way in ways)
+    ]
+    return named[0] if len(named) == 1 else None
+
+
+def _text_features(encoder: Encoder, samples: Sequence[SampledImage], batch_size: int) -> Tensor:
+    """Features of each picture's text (n, d); each text is read once."""
+    texts = list(dict.fromkeys(sample.text for sample in samples))
+    parts = [encoder.text_features(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
+    return torch.cat(parts)[[texts.index(sample.text) for sample in samples]]
+
+
+def _kid(real: Tensor, fake: Tensor, rows: Sequence[ImageScore], resamples: int, seed: int) -> tuple[Interval, dict]:
+    value = metrics.kid(real, fake, seed=seed)
+    interval = metrics.kid_interval(real, fake, columns(rows), value, resamples, seed)
+    return interval, {"subset_size": value.subset_size, "std_over_subsets": value.std, "real": len(real)}
+
+
+def _references(folder: str | Path, say: Callable[[str], None]) -> list[Path]:
+    files = list_images(folder)
+    say_not_used(folder, files, say)
+    return files
+
+
+def _has_lists(folder: str | Path | None) -> bool:
+    return folder is not None and (Path(folder) / "images.txt").is_file()
+
+
+def _pictures(folder: str | Path | None) -> list[Path]:
+    if folder is None:
+        return []
+    own = Path(folder) / "samples"  # of images that the base model made
+    return list_images(own if own.is_dir() else folder)

@@ -1,0 +1,305 @@
+"""Reports of scores: tables (CSV, JSON, Markdown) and one HTML page that needs nothing but itself."""
+
+import base64
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dci.evaluation.bootstrap import Interval
+from dci.evaluation.encoders import INCEPTION
+from dci.evaluation.metrics import CLIP_I, CLIP_T, DINO_I, KID, LABELS
+from dci.evaluation.plots import fidelity_editability_plane, inline_svg, scores_by_prompt
+from dci.evaluation.scores import ImageScore, RunScores, as_json, difference
+from dci.files import write_atomically
+from ldm.errors import UserError
+from ldm.images import read_image
+from ldm.texts import readable
+
+PAGE, TEXT, SCORES, SUMMARY, PICTURES = "report.html", "report.md", "scores.json", "summary.csv", "pictures.csv"
+_TEMPLATES = Path(__file__).resolve().parent / "templates"
+_SIDE = 192  # pixels of the longer side of a picture on the page
+_SHARE = {"noun", "place"}  # metrics shown in per cent
+
+
+def write_report(
+    outdir: str | Path,
+    runs: Sequence[RunScores],
+    title: str,
+    notes: Sequence[str] = (),
+    figures: Sequence[tuple[str, Figure]] = (),
+    max_pictures: int = 160,
+) -> Path:
+    """Write `report.html`, `report.md`, `scores.json`, `summary.csv` and `pictures.csv`.
+
+    Args:
+        runs: rows of the tables, one or more; differences are to the first.
+        notes: paragraphs below the title.
+        figures: (caption, figure) on the page behind its own plots.
+        max_pictures: that the page may show, references aside.
+
+    Returns:
+        The page's file.
+
+    Raises:
+        UserError: a picture that the page should show cannot be read.
+    """
+    outdir, runs = Path(outdir), [_from_here(run) for run in runs]
+    differences = differences_to_first(runs)
+    plane = {LABELS[name]: fidelity_editability_plane(runs, fidelity=name) for name in (DINO_I, CLIP_I)}
+    plots = [
+        (f"Editability (CLIP-T) and fidelity ({name}). Bars: 95 % intervals; dashed: Pareto front.", figure)
+        for name, figure in plane.items()
+    ]
+    plots += [
+        (f"{LABELS[name]} of each prompt, with intervals over its pictures.", scores_by_prompt(runs, name))
+        for name in (CLIP_T, DINO_I)
+    ]
+    page = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    html = page.get_template("report.html.j2").render(
+        title=title,
+        notes=notes,
+        table=summary_table(runs),
+        differences=difference_table(differences, runs[0].name),
+        plots=[(caption, inline_svg(figure, caption)) for caption, figure in [*plots, *figures]],
+        references=[data_url(file) for file in runs[0].scores.metadata.get("references", [])[:10]],
+        **_gallery(runs, max_pictures),
+        methods=how_measured(runs),
+    )
+    write_atomically(outdir / PAGE, readable(html).encode())
+    write_atomically(outdir / TEXT, readable(_markdown(runs, title, notes, differences)).encode())
+    content = {
+        "title": title,
+        "runs": [{"name": run.name, "series": run.series, **as_json(run.scores)} for run in runs],
+        "differences": as_json(differences),
+    }
+    write_atomically(outdir / SCORES, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(outdir / SUMMARY, readable(_csv(_summary_rows(runs))).encode())
+    write_atomically(outdir / PICTURES, readable(_csv(_picture_rows(runs))).encode())
+    return outdir / PAGE
+
+
+def _from_here(run: RunScores) -> RunScores:
+    """Name files below the current folder by their paths from there: a report may be passed on."""
+
+    def short(file: str) -> str:
+        return str(Path(file).relative_to(Path.cwd())) if Path(file).is_relative_to(Path.cwd()) else file
+
+    scores = run.scores
+    rows = tuple(dataclasses.replace(row, file=short(row.file)) for row in scores.rows)
+    metadata = scores.metadata | {"references": [short(file) for file in scores.metadata.get("references", ())]}
+    if "folder" in metadata:
+        metadata["folder"] = short(metadata["folder"])
+    return dataclasses.replace(run, scores=dataclasses.replace(scores, rows=rows, metadata=metadata))
+
+
+def differences_to_first(runs: Sequence[RunScores]) -> dict[str, dict[str, Interval]]:
+    """Return name of each later run -> metric -> its paired difference to the first, where they share prompts and seeds."""
+    found = {}
+    for run in runs[1:]:
+        try:
+            found[run.name] = difference(run.scores, runs[0].scores)
+        except UserError:  # nothing in common, nothing to compare
+            continue
+    return found
+
+
+def metrics_of(runs: Sequence[RunScores]) -> list[str]:
+    """Return the metrics that any of the runs has, in the tables' order."""
+    return [name for name in LABELS if any(name in run.scores.summary for run in runs)]
+
+
+def summary_table(runs: Sequence[RunScores]) -> list[list[tuple[str, str]]]:
+    """Return the table of means: a row of labels, then one for each run; cells are (mean, interval)."""
+    names = metrics_of(runs)
+    head = [("", ""), ("pictures", ""), *((LABELS[name], "(lower is better)" if name == KID else "") for name in names)]
+    return [
+        head,
+        *(
+            [(run.name, ""), (str(len(run.scores.rows)), ""), *(_cell(name, run.scores.summary.get(name)) for name in names)]
+            for run in runs
+        ),
+    ]
+
+
+def difference_table(differences: dict[str, dict[str, Interval]], first: str) -> list[list[tuple[str, str, bool]]]:
+    """Return the table of paired differences; cells are (mean, interval, whether the interval leaves zero out)."""
+    names = [name for name in LABELS if any(name in row for row in differences.values())]
+    head = [(f"less {first}", "", False), *((LABELS[name], "", False) for name in names)]
+    body = [
+        [(pair, "", False), *((*_cell(name, row.get(name), signed=True), _clear(row.get(name))) for name in names)]
+        for pair, row in differences.items()
+    ]
+    return [head, *body] if body else []
+
+
+def how_measured(runs: Sequence[RunScores]) -> list[str]:
+    """Return in sentences what the numbers are; each once, whatever the number of runs."""
+    sentences = [
+        "CLIP-T is the cosine of a picture's embedding and its prompt's, the modifier tokens taken out; CLIP-I and DINO-I "
+        "are the mean cosine to the reference pictures. Values of different encoders cannot be compared.",
+    ]
+    if any("clip_t_w2.5" in run.scores.summary for run in runs):
+        sentences.append("CLIP-T × 2.5 is Custom Diffusion's text score, 2.5 max(cos, 0): another scale than CLIP-T.")
+    if any("place" in run.scores.summary for run in runs):
+        sentences.append(
+            "Noun and place right: share of the pictures in which the classifier on board sees the noun or "
+            "place of the prompt, among those whose prompt names exactly one that it knows. Where all pictures "
+            "are right, or none, the interval has no width: resampling knows no others."
+        )
+    for run in runs:
+        metadata = run.scores.metadata
+        if "encoders" in metadata:
+            roles = {"clip": "CLIP-T and CLIP-I", "instance": "DINO-I"}
+            sentences += [
+                f"{metric}: {metadata['encoders'][role]} ({metadata['preprocessing'][role]})."
+                for role, metric in roles.items()
+            ]
+        if "kid" in metadata:
+            sentences.append(_about_kid(metadata["kid"]))
+        if "interval" in metadata:
+            sentences.append(_about_intervals(metadata))
+    if len(runs) > 1:
+        sentences.append(
+            "Differences are taken between pictures of the same prompt and seed; an interval that leaves out zero is marked."
+        )
+    return list(dict.fromkeys(sentences))
+
+
+def _about_kid(metadata: dict) -> str:
+    kernel = "(x·y / d + 1)³" if metadata["features"] == INCEPTION else "(cosine + 1)³"
+    return (
+        f"KID: squared maximum mean discrepancy (kernel {kernel}, unbiased) of the features of {metadata['features']} to "
+        f"{metadata['real']} real pictures, over 100 subsets of {metadata['subset_size']}; the interval is that of all."
+    )
+
+
+def _about_intervals(metadata: dict) -> str:
+    factors = " and ".join(f"{name}s ({levels})" for name, levels in metadata["resampled"].items())
+    several = (
+        "each of them drawn with replacement by itself; a picture counts as often as the product of its draws"
+        if len(metadata["resampled"]) > 1
+        else "drawn with replacement"
+    )
+    settings = metadata["interval"]
+    return (
+        f"Intervals: {100 * settings['level']:.0f} % percentile bootstrap over {factors}, {several}; "
+        f"{settings['resamples']} resamples, seed {settings['seed']}."
+    )
+
+
+def _cell(name: str, value: Interval | None, signed: bool = False) -> tuple[str, str]:
+    """(mean, interval) in words."""
+    if value is None:
+        return "–", ""
+    factor, spec = (100, ".1f") if name in _SHARE else (1, ".4f")
+    spec = ("+" if signed else "") + spec
+    texts = [format(factor * number, spec).replace("-", "−") for number in (value.mean, value.low, value.high)]
+    unit = (" pp" if signed else " %") if name in _SHARE else ""
+    return texts[0] + unit, "" if math.isnan(value.low) else f"[{texts[1]}, {texts[2]}]"
+
+
+def _clear(value: Interval | None) -> bool:
+    return value is not None and (value.low > 0 or value.high < 0)
+
+
+def _gallery(runs: Sequence[RunScores], most: int) -> dict:
+    """Pictures of the page: for each prompt a row of every run's first pictures.
+
+    Where there are more prompts than the page may show, evenly spaced ones are taken.
+    """
+    by_run = []
+    for run in runs:
+        groups: dict[tuple[str, str], list[ImageScore]] = {}
+        for row in run.scores.rows:
+            groups.setdefault((row.concept, row.prompt), []).append(row)
+        by_run.append((run.name, groups))
+    keys = list(dict.fromkeys(key for _, groups in by_run for key in groups))
+    each = max(1, min(4, most // max(1, len(keys) * len(runs))))
+    number = min(len(keys), max(1, most // (each * len(runs))))
+    chosen = [keys[i * len(keys) // number] for i in range(number)] if keys else []
+    gallery = [
+        {
+            "concept": concept,
+            "prompt": prompt,
+            "runs": [
+                (name, [(data_url(row.file), _scores_of(row)) for row in groups.get((concept, prompt), [])[:each]])
+                for name, groups in by_run
+            ],
+        }
+        for concept, prompt in chosen
+    ]
+    return {"gallery": gallery, "prompts": len(keys), "each": each}
+
+
+def _scores_of(row: ImageScore) -> str:
+    values = " · ".join(
+        f"{LABELS.get(name, name)} {_cell(name, Interval(value, math.nan, math.nan, 1))[0]}"
+        for name, value in row.values.items()
+    )
+    return f"{Path(row.file).name}: {row.text} · {values}"
+
+
+def data_url(file: str | Path) -> str:
+    """Return a picture, made smaller where it is large, as a data: URL."""
+    picture = read_image(file)
+    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    small, content = max(picture.size) < _SIDE, io.BytesIO()
+    picture.save(content, "PNG", optimize=True) if small else picture.save(content, "JPEG", quality=88)
+    return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(content.getvalue()).decode()}"
+
+
+def _markdown(runs: Sequence[RunScores], title: str, notes: Sequence[str], differences: dict) -> str:
+    lines = [f"# {title}", *(line for note in notes for line in ("", note)), "", *_markdown_table(summary_table(runs))]
+    if table := difference_table(differences, runs[0].name):
+        lines += ["", "Paired differences; bold where the interval leaves out zero:", "", *_markdown_table(table)]
+    return "\n".join([*lines, "", *(f"* {sentence}" for sentence in how_measured(runs))]) + "\n"
+
+
+def _markdown_table(table: list[list[tuple]]) -> list[str]:
+    def text(cell: tuple) -> str:
+        value = f"**{cell[0]}**" if len(cell) > 2 and cell[2] else cell[0]
+        return f"{value} {cell[1]}".strip().replace("|", "\\|")
+
+    rows = [f"| {' | '.join(map(text, row))} |" for row in table]
+    return [rows[0], "|" + "---|" * len(table[0]), *rows[1:]]
+
+
+def _summary_rows(runs: Sequence[RunScores]) -> list[dict]:
+    return [
+        {"run": run.name, "series": run.series, "metric": name, "mean": i.mean, "low": i.low, "high": i.high, "n": i.n}
+        for run in runs
+        for name, i in run.scores.summary.items()
+    ]
+
+
+def _picture_rows(runs: Sequence[RunScores]) -> list[dict]:
+    names = list(dict.fromkeys(name for run in runs for row in run.scores.rows for name in row.values))
+    return [
+        {
+            "run": run.name,
+            "file": row.file,
+            "concept": row.concept,
+            "prompt": row.prompt,
+            "text": row.text,
+            "seed": row.noise,
+            **{name: row.values.get(name, "") for name in names},
+        }
+        for run in runs
+        for row in run.scores.rows
+    ]
+
+
+def _csv(rows: list[dict]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()} for row in rows)
+    return file.getvalue()

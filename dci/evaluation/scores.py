@@ -1,0 +1,164 @@
+"""Scores of drawn pictures, their means with intervals, and the difference between two runs."""
+
+import dataclasses
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap_mean, factors
+from dci.evaluation.metrics import KID
+from dci.files import write_atomically
+from ldm.errors import UserError
+
+
+@dataclass(frozen=True)
+class ImageScore:
+    """A drawn picture, what it was drawn from, and its scores."""
+
+    file: str
+    prompt: str  # as it was asked for; one level of the factor "prompt"
+    text: str  # what CLIP-T compares the picture with: the prompt without modifier tokens
+    noise: str  # what the initial noise depends on, "seed:index"; "" where nobody wrote it down
+    values: dict[str, float]  # metric -> score; a metric that does not apply to the picture is left out
+    concept: str = ""  # where several concepts are pooled
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate_folder` measures."""
+
+    rows: tuple[ImageScore, ...]
+    summary: dict[str, Interval]  # metric -> mean over the rows, KID over the folder
+    metadata: dict[str, Any] = field(default_factory=dict)  # encoders, references, numbers of pictures, ...
+
+    def save(self, file: str | Path) -> None:
+        """Write JSON, whole or not at all."""
+        write_atomically(file, (json.dumps(as_json(self), indent=1) + "\n").encode())
+
+    @staticmethod
+    def load(file: str | Path) -> "Scores":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file is missing or holds something else.
+        """
+        try:
+            content = json.loads(Path(file).read_text(encoding="utf-8"))
+            summary = {
+                name: Interval(**{k: math.nan if v is None else v for k, v in i.items()})
+                for name, i in content["summary"].items()
+            }
+            return Scores(
+                tuple(ImageScore(**row) for row in content["rows"]),
+                summary,
+                content["metadata"] if "metadata" in content else content["facts"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{file} holds no scores of a folder: delete it, and evaluate again") from error
+
+
+@dataclass(frozen=True)
+class RunScores:
+    """Scores under the name of a table's row."""
+
+    name: str
+    scores: Scores
+    series: str = ""  # runs that differ in a parameter only, as one method with several T_a; "": each its own
+
+
+def columns(rows: Sequence[ImageScore]) -> dict[str, list[str]]:
+    """Return the factors that the rows belong to, for `dci.evaluation.bootstrap`; unknown noise is a level of its own."""
+    return {
+        "concept": [row.concept for row in rows],
+        "prompt": [row.prompt for row in rows],
+        "seed": [row.noise or f"?{i}" for i, row in enumerate(rows)],
+    }
+
+
+def summarize(rows: Sequence[ImageScore], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Interval]:
+    """Return each metric's mean over the rows that have it, with its bootstrap interval over prompts and seeds."""
+    names = dict.fromkeys(name for row in rows for name in row.values)
+    summary = {}
+    for name in names:
+        having = [row for row in rows if name in row.values]
+        summary[name] = bootstrap_mean([row.values[name] for row in having], columns(having), resamples, seed)
+    return summary
+
+
+def difference(a: Scores, b: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> dict[str, Interval]:
+    """Return each metric's mean of a - b over the pictures of the same concept, prompt and seed, with its interval.
+
+    An interval above zero says that `a` is better; pairing takes out what prompts and seeds do to both.
+    Where no noise is written down, the pictures of a prompt are paired in their order. KID, which has no
+    value of single pictures, is not compared.
+
+    Raises:
+        UserError: the two have no such pictures in common.
+    """
+    ours, theirs = _keyed(a.rows), _keyed(b.rows)
+    keys = [key for key in ours if key in theirs]
+    if not keys:
+        raise UserError("the two runs have no picture of the same prompt and seed: draw both with the same ones")
+    result = {}
+    for name in dict.fromkeys(name for row in a.rows for name in row.values):
+        both = [key for key in keys if name in ours[key].values and name in theirs[key].values]
+        if both:
+            differences = [ours[key].values[name] - theirs[key].values[name] for key in both]
+            result[name] = bootstrap_mean(differences, columns([ours[key] for key in both]), resamples, seed, level)
+    return result
+
+
+def _keyed(rows: Sequence[ImageScore]) -> dict[tuple, ImageScore]:
+    """Rows by concept, prompt, noise, and how often that came before."""
+    seen: dict[tuple, int] = defaultdict(int)
+    keyed = {}
+    for row in rows:
+        key = (row.concept, row.prompt, row.noise)
+        keyed[(*key, seen[key])] = row
+        seen[key] += 1
+    return keyed
+
+
+def pool(parts: Mapping[str, Scores], resamples: int = RESAMPLES, seed: int = 0) -> Scores:
+    """Put the scores of several concepts together; their intervals are over concepts, prompts and seeds.
+
+    Prompts are the same level wherever they are worded the same ("a {} on the beach"). KID, where all parts
+    have it, is the mean of the parts' with an interval over the concepts.
+
+    Args:
+        parts: name of the concept -> its scores.
+    """
+    rows = tuple(dataclasses.replace(row, concept=name) for name, part in parts.items() for row in part.rows)
+    summary = summarize(rows, resamples, seed)
+    if parts and all(KID in part.summary for part in parts.values()):
+        kids = [part.summary[KID].mean for part in parts.values()]
+        summary[KID] = bootstrap_mean(kids, {"concept": list(parts)}, resamples, seed)
+    metadata = dict(next(iter(parts.values())).metadata) if parts else {}
+    metadata |= {"concepts": list(parts), "pictures": len(rows), "resampled": resampled(rows)}
+    metadata["interval"] = {"level": LEVEL, "resamples": resamples, "seed": seed}
+    if KID not in summary:
+        metadata.pop("kid", None)
+    metadata["references"] = [file for part in parts.values() for file in part.metadata.get("references", ())]
+    return Scores(rows, summary, metadata)
+
+
+def resampled(rows: Sequence[ImageScore]) -> dict[str, int]:
+    """Return the factors over which the rows' intervals are, and their numbers of levels."""
+    return {name: int(np.max(levels, initial=-1)) + 1 for name, levels in factors(columns(rows)).items()}
+
+
+def as_json(content: Any) -> Any:
+    """Return scores, intervals, or containers of them as JSON knows them: null in place of NaN."""
+    if dataclasses.is_dataclass(content):
+        return as_json(dataclasses.asdict(content))
+    if isinstance(content, dict):
+        return {key: as_json(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [as_json(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

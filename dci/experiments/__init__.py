@@ -1,0 +1,1 @@
+"""Grids of trainings and samplings: planned, run here or on a cluster, aggregated."""

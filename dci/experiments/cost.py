@@ -1,0 +1,150 @@
+"""How long a grid will take, from what its networks must compute and what the device can."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from dci.experiments.cell import read_prompts
+from dci.experiments.grid import GridPoint, Training
+from dci.finetuning.config import FinetuneConfig
+from dci.finetuning.config_files import finetune_config
+from ldm import config as configuration
+from ldm.config import ModelConfig
+from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
+from ldm.formats.compvis_config import convert, is_compvis_config
+
+UTILISATION = {"cpu": 0.5, "cuda": 0.4}
+"""Assumed share of the device's matrix-product rate that a network reaches; small ones reach less."""
+
+BACKWARD = 2.1
+"""FLOPs of a training step over those of its forward pass: the backward pass for keys, values and contexts."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one grid; hours are of one device."""
+
+    trainings: int
+    images: int
+    training_hours: float
+    sampling_hours: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a model, multiply-add counted as 2, for one image of its own size."""
+
+    unet: int  # one row forward
+    decode: int
+
+
+def cost(config: ModelConfig) -> Cost:
+    """Count what a model computes, without memory or weights."""
+    with torch.device("meta"):
+        model = LatentDiffusion(config)
+        latent = torch.empty(1, *model.latent_shape(config.image_size, config.image_size))
+        context = torch.empty(1, 77, config.unet.context_dim)
+        t = torch.zeros(1, dtype=torch.long)
+    counts = []
+    for call in (lambda: model.unet(latent, t, context), lambda: model.autoencoder.decode(latent)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            call()
+        counts.append(counter.get_total_flops())
+    return Cost(*counts)
+
+
+def matrix_rate(device: str, threads: int = 1, seconds: float = 0.3) -> float:
+    """Measure FLOP/s of large matrix products: fp32 on a CPU with so many threads, bf16 on a GPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _matrix_rate(device, seconds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _matrix_rate(device: str, seconds: float) -> float:
+    n, dtype = (1024, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    done, start = -1, time.perf_counter()
+    while done < 1 or time.perf_counter() - start < seconds:
+        a @ a
+        if device != "cpu":
+            torch.cuda.synchronize()
+        done += 1
+        if done == 0:  # the first one is to warm up
+            start = time.perf_counter()
+    return done * 2 * n**3 / (time.perf_counter() - start)
+
+
+def estimate(points: Sequence[GridPoint], device: str, rate: float) -> Estimate:
+    """Estimate the points' time on one device; what is done already is not counted.
+
+    Args:
+        rate: the device's matrix products, FLOP/s.
+
+    Raises:
+        UserError: a model whose shape is not in a configuration file of this project.
+    """
+    left = [point for point in points if not point.result.is_file()]
+    trainings = {point.training.name: point.training for point in left}
+    configs = {name: _config_of(training) for name, training in trainings.items()}
+    models = {path: _model_of(path) for path in {config.model for config in configs.values()}}
+    costs = {path: cost(model) for path, model in models.items()}
+    training_flops = sampling_flops = 0.0
+    todo = [name for name, training in trainings.items() if not training.concept_file.exists()]
+    for name in todo:
+        config = configs[name]
+        training_flops += BACKWARD * costs[config.model].unet * config.training.steps * config.training.batch_size
+    for point in left:
+        path, number = configs[point.training.name].model, images_of(point)
+        sampling_flops += number * (_rows(point, models[path]) * costs[path].unet + costs[path].decode)
+    speed = rate * UTILISATION["cpu" if device == "cpu" else "cuda"] * 3600
+    return Estimate(len(todo), sum(map(images_of, left)), training_flops / speed, sampling_flops / speed)
+
+
+def images_of(point: GridPoint) -> int:
+    """Return how many images a point samples."""
+    return point.recipe["sampling"]["n_samples"] * len(read_prompts(point.prompts))
+
+
+def _config_of(training: Training) -> FinetuneConfig:
+    return finetune_config(training.task["config"], training.task["options"])
+
+
+def _model_of(path: str) -> ModelConfig:
+    if not Path(path).is_file() or Path(path).suffix not in (".yaml", ".yml"):
+        raise UserError(f"no estimate: the shape of {path} is in its weights; give a configuration and checkpoint=")
+    content = configuration.read_yaml(path)
+    if is_compvis_config(content):
+        return convert(content, path)
+    return configuration.build(ModelConfig, content, source=path)
+
+
+def _rows(point: GridPoint, model: ModelConfig) -> float:
+    """UNet rows of an image: two a step, and one more while both branches run."""
+    options = point.recipe["sampling"]
+    defaults = {"steps": 50, "agg_time": 0.3} | dict(model.sampling)
+    steps, dual = (defaults[name] if options[name] is None else options[name] for name in ("steps", "agg_time"))
+    return steps * (2 + (0 if options["no_dci"] else dual))
+
+
+def describe(plan: Estimate, device: str, rate: float, workers: int) -> str:
+    """Return the estimate in words."""
+    total = plan.training_hours + plan.sampling_hours
+    share = UTILISATION["cpu" if device == "cpu" else "cuda"]
+    return (
+        f"{plan.trainings} trainings and {plan.images:,} images are to be made.\n"
+        f"Estimate: {_time(plan.training_hours)} of training and {_time(plan.sampling_hours)} of sampling, "
+        f"{_time(total / workers)} with {workers} at a time\n"
+        f"(at {share:.0%} of the {rate / 1e12:.3g} TFLOP/s measured on one {device} device; loading and scoring not counted)"
+    )
+
+
+def _time(hours: float) -> str:
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"

@@ -1,0 +1,355 @@
+"""Grids of concepts, methods, seeds and sampling settings: what each of their points is made of, as data and folders."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from dci.files import file_hash
+from dci.finetuning.config import ConceptConfig, FinetuneConfig
+from ldm import config as configuration
+from ldm.errors import UserError
+
+CELL = (sys.executable, "-m", "dci.experiments.cell")
+"""Begins the command of a stage; `dci.experiments.cell` says what follows."""
+
+
+@dataclass
+class GridConcept:
+    """A concept to learn, or several that are learned and sampled together."""
+
+    name: str | None = None  # null: the class noun
+    class_noun: str | None = None  # with `images` the short form of a list of one
+    images: str | None = None  # folder of its images; also the references that results are measured against
+    concepts: list[ConceptConfig] = field(default_factory=list)
+    prompts: str | None = None  # a file of its own; null: the grid's
+    training: list[str] = field(default_factory=list)  # further training options, key.sub=value
+
+    @property
+    def folders(self) -> list[str]:
+        """The folder of each concept's images."""
+        return [concept.images for concept in self.concepts]
+
+
+@dataclass
+class MethodEntry:
+    """A way to learn it."""
+
+    name: str = MISSING
+    config: str = MISSING  # configs/train/*.yaml
+    training: list[str] = field(default_factory=list)  # further training options, key.sub=value
+
+
+@dataclass
+class SettingEntry:
+    """A way to sample it; options with a list of values stand for a setting of each value."""
+
+    name: str = MISSING
+    sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingConfig, such as agg_time: [0.2, 0.3]
+
+
+@dataclass
+class SamplingConfig:
+    """How a point's images are sampled: the options of sample_dci.py; null: the concept's model's."""
+
+    n_samples: int = 4  # images of each prompt
+    seed: int = 0  # of the images' noise
+    batch_size: int = 8
+    negative_prompt: str = ""
+    steps: int | None = None
+    scale: float | None = None
+    eta: float | None = None
+    solver: str | None = None
+    spacing: str | None = None
+    zero_terminal_snr: bool | None = None
+    height: int | None = None
+    width: int | None = None
+    vae_tile: int | None = None
+    vae_batch: int | None = None
+    no_dci: bool = False  # plain sampling of the fine-tuned model
+    agg_time: float | None = None
+    agg_lambda: float | None = None
+    gain: float | None = None
+    token_sharpness: float | None = None
+    pixel_sharpness: float | None = None
+    dci_layers: str | None = None
+    auxiliary_weights: str | None = None
+    separate_guidance: bool = False
+    shared_noise: bool = False
+    auxiliary_noun: str | None = None
+    model: str | None = None  # null: what the concept was trained on
+    checkpoint: str | None = None
+    ema: bool = False
+    clip_skip: int | None = None
+    precision: str = "auto"
+    channels_last: bool = False
+    compile: bool = False
+
+
+@dataclass
+class EvaluationConfig:
+    """How a point's images are scored: the options of evaluate.py."""
+
+    clip: str = "tiny"
+    instance: str = "tiny"
+    kid: str | None = None
+    regularization: str | None = None  # folder of real images of the class, for KID
+    class_noun: list[str] = field(default_factory=list)
+    scaled_text_score: bool = False  # Custom Diffusion's, 2.5 max(cos, 0); also called clip_t_w2.5
+    resamples: int = 9999
+    seed: int = 0
+    batch_size: int = 32
+    offline: bool = False
+
+
+_OTHER_NAMES = {
+    "H": "height",
+    "W": "width",
+    "ddim_steps": "steps",
+    "ddim_eta": "eta",
+    "config": "model",
+    "ckpt": "checkpoint",
+    "clip_t_w2.5": "scaled_text_score",
+}
+"""Names by which the programs know some of these options, too."""
+
+
+@dataclass
+class GridConfig:
+    """Everything that a grid's results depend on; paths are relative to the configuration's project."""
+
+    name: str = MISSING
+    concepts: list[GridConcept] = field(default_factory=list)
+    methods: list[MethodEntry] = MISSING
+    settings: list[SettingEntry] = field(default_factory=lambda: [SettingEntry("dci")])
+    seeds: list[int] = field(default_factory=lambda: [0])  # of training and of the images' noise
+    prompts: str = ""  # a file with a prompt in each line; {} or V* is the concept
+    n_samples: int = 4  # images of each prompt
+    training: list[str] = field(default_factory=list)  # options of all trainings, key.sub=value
+    sampling: dict[str, Any] = field(default_factory=dict)  # fields of SamplingConfig for all points
+    evaluation: dict[str, Any] = field(default_factory=dict)  # fields of EvaluationConfig
+    device: str = "auto"
+    threads: int = 1  # of each process on the CPU; rounding depends on it
+    outdir: str = "outputs/sweeps"  # the grid's folder is made there; relative to the current folder
+
+
+@dataclass(frozen=True)
+class Training:
+    """A fine-tuning run; points that differ in their sampling alone share it."""
+
+    name: str  # concept/method/seed
+    folder: Path
+    command: tuple[str, ...]  # begins the run, and goes on with it
+    task: dict[str, Any]  # what it is to do: config, options, logdir, device
+    recipe: dict[str, Any]  # what its result depends on
+
+    @property
+    def concept_file(self) -> Path:
+        """The finished run's concept file; there when training is done."""
+        return self.folder / "concept.safetensors"
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One place of the grid: a training, its images and their scores."""
+
+    concept: str
+    method: str
+    seed: int
+    setting: str
+    training: Training
+    folder: Path  # images are in folder/samples
+    command: tuple[str, ...]  # samples and scores
+    sampling: dict[str, Any]  # fields of SamplingConfig that the setting and its lists of values give
+    prompts: str
+    recipe: dict[str, Any]  # what its result depends on
+    references: tuple[str, ...]  # folders of the concepts' images
+
+    @property
+    def name(self) -> str:
+        """concept/method/seed/setting."""
+        return f"{self.training.name}/{self.setting}"
+
+    @property
+    def result(self) -> Path:
+        """The scores; there when the point is done."""
+        return self.folder / "result.json"
+
+    @property
+    def log(self) -> Path:
+        """What the point's processes said."""
+        return self.folder / "log.txt"
+
+
+def prepare(config: GridConfig, root: Path) -> None:
+    """Check a grid and make its paths absolute, those of the file relative to its project's `root`.
+
+    Raises:
+        UserError: an option that no grid could use.
+    """
+    config.outdir = str(Path(config.outdir).resolve())
+    config.prompts = str(root / config.prompts)
+    for concept in config.concepts:
+        _prepare_concept(concept, root)
+        concept.prompts = str(root / concept.prompts) if concept.prompts else config.prompts
+    for method in config.methods:
+        method.config = str(root / method.config)
+    config.settings = [each for setting in config.settings for each in _each(setting)]
+    _check(config)
+
+
+def grid_folder(config: GridConfig) -> Path:
+    """The folder of all that a grid makes."""
+    return Path(config.outdir) / config.name
+
+
+def grid_points(config: GridConfig) -> list[GridPoint]:
+    """Return the points of a grid, those of one training beside each other.
+
+    Raises:
+        UserError: an option of training, sampling or evaluation that no point could use.
+    """
+    evaluation = _filled(EvaluationConfig, config.evaluation, "evaluation")
+    points, read = [], functools.cache(_training_config)  # a file and its options are read once, not for each concept
+    for place in itertools.product(config.concepts, config.methods, config.seeds):
+        training = _training(config, *place, read)
+        points += [_point(config, *place, training, setting, evaluation) for setting in config.settings]
+    return points
+
+
+def by_training(chosen: list[GridPoint]) -> list[list[GridPoint]]:
+    """Return the points in groups that share a training, which one worker can work through."""
+    return [list(group) for _, group in itertools.groupby(chosen, lambda point: point.training.name)]
+
+
+def _prepare_concept(concept: GridConcept, root: Path) -> None:
+    """Bring the short form into the list's, and the paths to the project."""
+    short = concept.class_noun or concept.images
+    if bool(short) == bool(concept.concepts) or (short and not (concept.class_noun and concept.images)):
+        name = concept.name or concept.class_noun or concept.images
+        raise UserError(f"concepts: {name}: give class_noun and images, or a list `concepts` of several, and not both")
+    if short:
+        concept.concepts = [ConceptConfig(class_noun=concept.class_noun, images=concept.images)]
+    for part in concept.concepts:
+        part.images = str(root / part.images)
+    concept.name = concept.name or "+".join(part.class_noun for part in concept.concepts)
+
+
+def _training_config(file: str, options: tuple[str, ...], concepts: int) -> FinetuneConfig:
+    """Read a training configuration for so many concepts, which are yet to be put in."""
+    from dci.finetuning.config_files import finetune_config  # with torch, which a grid's workers need not wait for
+
+    unnamed = [{"class_noun": "concept", "images": "."}] * concepts
+    return finetune_config(file, [f"concepts={json.dumps(unnamed)}", *options])
+
+
+def _training(config: GridConfig, concept: GridConcept, method: MethodEntry, seed: int, read: Callable) -> Training:
+    from dci.finetuning.config_files import check
+    from dci.finetuning.run_folder import what_a_run_keeps
+
+    name = f"{concept.name}/{method.name}/{seed}"
+    given = (*config.training, *method.training, *concept.training)
+    resolved = read(method.config, given, len(concept.concepts))
+    seeded = dataclasses.replace(resolved.training, seed=seed)
+    resolved = dataclasses.replace(resolved, concepts=concept.concepts, training=seeded)
+    check(resolved)
+    parts = [{key: value for key, value in vars(part).items() if value is not None} for part in concept.concepts]
+    options = [f"concepts={json.dumps(parts)}", *given, f"training.seed={seed}"]
+    folder = grid_folder(config) / "trainings" / name
+    task = {"config": method.config, "options": options, "logdir": str(folder), "device": config.device}
+    recipe = {"training": what_a_run_keeps(resolved), "threads": config.threads}
+    return Training(name, folder, _command("train", task), task, recipe)
+
+
+def _point(
+    config: GridConfig,
+    concept: GridConcept,
+    method: MethodEntry,
+    seed: int,
+    training: Training,
+    setting: SettingEntry,
+    evaluation: EvaluationConfig,
+) -> GridPoint:
+    folder = grid_folder(config) / "cells" / training.name / setting.name
+    given = {"n_samples": config.n_samples, "seed": seed, **_known_names(config.sampling), **_known_names(setting.sampling)}
+    sampling = dataclasses.asdict(_filled(SamplingConfig, given, f"sampling of '{setting.name}'"))
+    task = {
+        "place": {"concept": concept.name, "method": method.name, "seed": seed, "setting": setting.name},
+        "concept": str(training.concept_file),
+        "prompts": concept.prompts,
+        "sampling": sampling,
+        "references": concept.folders,
+        "evaluation": dataclasses.asdict(evaluation),
+        "folder": str(folder),
+        "device": config.device,
+    }
+    recipe = training.recipe | {
+        "sampling": sampling,
+        "prompts": file_hash(concept.prompts),
+        "evaluation": task["evaluation"],
+    }
+    return GridPoint(
+        **task["place"],
+        training=training,
+        folder=folder,
+        command=_command("score", task),
+        sampling={name: sampling[name] for name in _known_names(setting.sampling)},
+        prompts=concept.prompts,
+        recipe=recipe,
+        references=tuple(concept.folders),
+    )
+
+
+def _command(stage: str, task: dict[str, Any]) -> tuple[str, ...]:
+    return (*CELL, stage, json.dumps(task))
+
+
+def _known_names(options: dict[str, Any]) -> dict[str, Any]:
+    known = {name.replace("-", "_"): value for name, value in options.items()}
+    return {_OTHER_NAMES.get(name, name): value for name, value in known.items()}
+
+
+def _filled(schema: Callable, options: dict[str, Any], source: str) -> Any:
+    return configuration.build(schema, _known_names(options), source=source)
+
+
+def _each(setting: SettingEntry) -> list[SettingEntry]:
+    """A setting for each combination of the values that are lists, named after them."""
+    lists = {key: value for key, value in setting.sampling.items() if isinstance(value, list)}
+    settings = []
+    for values in itertools.product(*lists.values()):
+        chosen = dict(zip(lists, values, strict=True))
+        name = "-".join([setting.name, *(f"{key}={value}" for key, value in chosen.items())])
+        settings.append(SettingEntry(name, {**setting.sampling, **chosen}))
+    return settings
+
+
+def _check(config: GridConfig) -> None:
+    """Raise UserError for what would make folders overlap, or a point fail after long work."""
+    for kind in ("concepts", "methods", "settings", "seeds"):
+        names = [str(entry) if kind == "seeds" else entry.name for entry in getattr(config, kind)]
+        if not names:
+            raise UserError(f"{config.name}: {kind} is empty: a grid needs at least one of them")
+        for name in names:
+            if not re.fullmatch(r"[\w.+=,-]+", name) or name.startswith("."):
+                raise UserError(f"{kind}: '{name}' names a folder: use letters, digits and any of . _ + = , -")
+            if names.count(name) > 1:
+                raise UserError(f"{kind}: '{name}' is there twice: give each a name of its own")
+    for least, name in ((1, "n_samples"), (1, "threads")):
+        if getattr(config, name) < least:
+            raise UserError(f"{name}={getattr(config, name)}: expected {least} or more")
+    for concept in config.concepts:
+        for folder in concept.folders:
+            if not Path(folder).is_dir():
+                raise UserError(f"concepts: {concept.name}: no folder {folder}: give the folder of its images")
+    for file in {concept.prompts for concept in config.concepts} | {method.config for method in config.methods}:
+        if not Path(file).is_file():
+            raise UserError(f"{config.name}: no file {file}: give a file of prompts, or a training configuration")

@@ -1,0 +1,103 @@
+"""Evaluation suites: grids whose concepts and prompts may come from one of the field's data sets."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dci.experiments.datasets import DatasetConcept, read_customconcept101, read_dreambench
+from dci.experiments.grid import GridConcept, GridConfig, grid_folder, prepare
+from dci.files import write_atomically
+from dci.finetuning.config import ConceptConfig
+from ldm import config as configuration
+from ldm.errors import UserError
+
+_READERS = {
+    "dreambench": read_dreambench,
+    "customconcept101": read_customconcept101,
+    "customconcept101-pairs": lambda folder: read_customconcept101(folder, pairs=True),
+}
+
+
+@dataclass
+class DatasetConfig:
+    """Where concepts and prompts come from, in place of lists."""
+
+    kind: str | None = None  # dreambench, customconcept101, customconcept101-pairs
+    folder: str | None = None  # its folder, as published; relative to the current folder
+    subjects: list[str] = field(default_factory=list)  # names of those to take; empty: all
+    first: int | None = None  # take so many at most
+    prompts: int | None = None  # take the first so many prompts of each; null: all
+
+
+LOCAL, SLURM = "local", "slurm"
+
+
+@dataclass
+class SuiteConfig(GridConfig):
+    """A grid, where its concepts and prompts come from, who works on it, and how it is reported.
+
+    The first method and setting are the baseline of the report's comparisons.
+    """
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    title: str = ""
+    notes: list[str] = field(default_factory=list)  # paragraphs of the report
+    cluster: str = LOCAL  # local: processes on this machine; slurm: jobs in its queue
+    workers: int | None = None  # local: processes at a time; null: one for each GPU, without any one for each core
+    slurm: dict[str, Any] = field(default_factory=dict)  # a job's resources in place of the defaults
+
+
+def load_suite(path: str | Path, overrides: list[str] = ()) -> SuiteConfig:
+    """Read a suite's configuration; a data set's prompts are written into the suite's folder.
+
+    Raises:
+        UserError: options that cannot be used, a data set that is not there or not of its layout.
+    """
+    config = configuration.load(SuiteConfig, path, overrides)
+    if config.cluster not in (LOCAL, SLURM):
+        raise UserError(f"cluster={config.cluster}: expected {LOCAL} or {SLURM}")
+    if config.workers is not None and config.workers < 1:
+        raise UserError(f"workers={config.workers}: expected 1 or more")
+    config.title = config.title or config.name
+    config.outdir = str(Path(config.outdir).resolve())
+    if config.dataset.kind is not None:
+        config.concepts = [_entry(config, subject) for subject in _subjects(config)]
+    elif not config.concepts or not (config.prompts or all(concept.prompts for concept in config.concepts)):
+        raise UserError(f"{path} names neither concepts and prompts nor a data set: give both, or dataset.kind and .folder")
+    prepare(config, configuration.project_root(path))
+    return config
+
+
+def _subjects(config: SuiteConfig) -> list[DatasetConcept]:
+    dataset = config.dataset
+    if config.concepts:
+        raise UserError("concepts and dataset.kind are both given: leave one of them out")
+    if dataset.kind not in _READERS:
+        raise UserError(f"dataset.kind={dataset.kind}: expected one of {', '.join(_READERS)}")
+    if dataset.folder is None:
+        raise UserError(f"{config.name} needs the data set's folder: add dataset.folder=FOLDER")
+    for name in ("first", "prompts"):
+        value = getattr(dataset, name)
+        if value is not None and value < 1:
+            raise UserError(f"dataset.{name}={value}: expected 1 or more, or null for all")
+    subjects = _READERS[dataset.kind](Path(dataset.folder).resolve())
+    known = [subject.name for subject in subjects]
+    for name in dataset.subjects:
+        if name not in known:
+            raise UserError(f"dataset.subjects: no '{name}' in {dataset.folder}: it has {', '.join(known)}")
+    chosen = [subject for subject in subjects if not dataset.subjects or subject.name in dataset.subjects]
+    return [dataclasses.replace(s, prompts=s.prompts[: dataset.prompts]) for s in chosen[: dataset.first]]
+
+
+def _entry(config: SuiteConfig, subject: DatasetConcept) -> GridConcept:
+    """A grid's entry for a subject; its prompts go into a file."""
+    file = grid_folder(config) / "prompts" / f"{subject.name}.txt"
+    content = "".join(f"{prompt}\n" for prompt in subject.prompts).encode()
+    if not file.is_file() or file.read_bytes() != content:
+        write_atomically(file, content)  # programs of the suite may be reading it
+    parts = [
+        ConceptConfig(noun, None, str(images), str(regularization) if regularization else None)
+        for noun, images, regularization in zip(subject.class_nouns, subject.images, subject.regularization, strict=True)
+    ]
+    return GridConcept(name=subject.name, concepts=parts, prompts=str(file))

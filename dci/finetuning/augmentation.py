@@ -1,0 +1,65 @@
+"""Custom Diffusion's random resize (Kumari et al. 2023, Sec. 3.2): other sizes, and words that say so."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SMALL_WORDS = ("far away", "very small")  # in front of the caption, for a picture much smaller than the canvas
+LARGE_WORDS = ("zoomed in", "close up")  # for one that is larger
+
+SHRINK_SHARE = 0.66  # how often a picture is made smaller rather than larger
+SMALLEST, LARGEST = 1 / 3, 1.4  # sides, as shares of the canvas
+ENLARGE_FROM = 1.2  # larger pictures are at least so large
+SMALL_BELOW = 0.6  # below this share the caption says that it is small
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A square picture on a square canvas."""
+
+    side: int  # pixels of the resized picture
+    top: int  # of the picture on the canvas, or of the canvas on a larger picture
+    left: int
+    caption_prefix: str  # for the front of the caption; may be empty
+
+    @staticmethod
+    def sample(random: np.random.Generator, size: int) -> "Placement":
+        """Sample a placement on a canvas of size x size pixels, with the published odds."""
+        if random.random() < SHRINK_SHARE:
+            side = int(random.integers(round(SMALLEST * size), size + 1))
+        else:
+            side = int(random.integers(round(ENLARGE_FROM * size), round(LARGEST * size)))
+        top, left = (int(x) for x in random.integers(0, abs(size - side) + 1, 2))
+        prefix = ""
+        if side < SMALL_BELOW * size:
+            prefix = str(random.choice(SMALL_WORDS))
+        elif side > size:
+            prefix = str(random.choice(LARGE_WORDS))
+        return Placement(side, top, left, prefix)
+
+    def place(self, picture: Tensor, size: int) -> Tensor:
+        """Resize a square picture (c, s, s) and put it on a canvas of zeros, or cut it: (c, size, size)."""
+        interpolate = torch.nn.functional.interpolate
+        resized = interpolate(picture[None], (self.side, self.side), mode="bicubic", antialias=True)[0]
+        if self.side > size:
+            return resized[:, self.top : self.top + size, self.left : self.left + size]
+        canvas = picture.new_zeros(len(picture), size, size)
+        canvas[:, self.top : self.top + self.side, self.left : self.left + self.side] = resized
+        return canvas
+
+    def valid(self, size: int, downsampling: int) -> Tensor:
+        """Which latent cells hold the picture and nothing of its border: 0 or 1, (1, h, w).
+
+        As published, a cell is left out at each edge, for the encoder looks beyond a cell.
+        """
+        cells = size // downsampling
+        if self.side > size:
+            return torch.ones(1, cells, cells)
+        rows, columns = (
+            slice(start // downsampling + 1, (start + self.side) // downsampling - 1) for start in (self.top, self.left)
+        )
+        mask = torch.zeros(1, cells, cells)
+        mask[:, rows, columns] = 1
+        return mask

@@ -1,0 +1,129 @@
+"""Pictures and captions as users keep them: folders, lists, masks, and files that cannot be read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dci.captions import LISTS, captioned_files
+from dci.finetuning.config import DataConfig
+from dci.finetuning.masks import object_mask
+from dci.samples.reader import RECORD, read_samples
+from ldm.buckets import cut, nearest_bucket, told_size
+from ldm.conditioning import ImageSize
+from ldm.errors import UserError
+from ldm.images import flatten, list_images, open_image, say_not_used, to_tensor
+from ldm.masks import masks_of
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as training takes it, its mask if it counts, and its caption if it has one."""
+
+    file: Path
+    pixels: Tensor  # (3, h, w) in [-1, 1]
+    mask: Tensor | None = None  # (1, h, w) in [0, 1]
+    caption: str = ""
+    size: ImageSize | None = None  # what a model is told of its size; None: it is what it was
+
+
+def read_references(
+    folder: str | Path, config: DataConfig, size: int, say: Callable[[str], None] = print, multiple: int = 8
+) -> list[Picture]:
+    """Read the pictures of a concept.
+
+    Args:
+        size: side of the squares in pixels.
+        multiple: with `crop=bucket`, what the sides must be multiples of.
+        say: told what is left out.
+
+    Raises:
+        UserError: the folder is missing or empty, or a file cannot be used and `on_bad_image` is error.
+    """
+    files = list_images(folder)
+    masks = masks_of(files)
+    if masks and not config.masked_loss:
+        say(f"Masks in {folder} are not used: data.masked_loss=true counts the object alone")
+    say_not_used(folder, [*files, *masks], say)
+
+    def read(file: Path) -> Picture:
+        picture = open_image(file)
+        shape = _shape(picture, config, size, multiple)
+        mask = _mask_tensor(file, cut(object_mask(file, picture), *shape)) if config.masked_loss else None
+        return Picture(file, to_tensor(cut(flatten(picture), *shape)), mask, size=told_size(picture, *shape))
+
+    return _read_all(files, read, folder, config.on_bad_image, say)
+
+
+def read_regularization(
+    folder: str | Path,
+    config: DataConfig,
+    size: int,
+    say: Callable[[str], None] = print,
+    most: int | None = None,
+    multiple: int = 8,
+) -> list[Picture]:
+    """Read captioned pictures of the class.
+
+    The captions are in lists (`images.txt` names a picture in each line, `caption.txt` has its
+    caption in the same line), in a `.txt` beside each picture, or in the `prompts.json` of sampled ones.
+
+    Args:
+        most: only so many, the first ones; None: all.
+
+    Raises:
+        UserError: the folder is missing or empty, a caption is missing, or a file cannot be used
+            and `on_bad_image` is error.
+    """
+    captions = captions_of(folder)
+
+    def read(file: Path) -> Picture:
+        picture = open_image(file)
+        shape = _shape(picture, config, size, multiple)
+        pixels = to_tensor(cut(flatten(picture), *shape))
+        return Picture(file, pixels, caption=captions[file], size=told_size(picture, *shape))
+
+    if not (Path(folder) / RECORD).is_file():
+        say_not_used(folder, [*captions, *(file.with_suffix(".txt") for file in captions), *LISTS], say)
+    return _read_all(list(captions)[:most], read, folder, config.on_bad_image, say)
+
+
+def _shape(picture: Image.Image, config: DataConfig, size: int, multiple: int) -> tuple[int, int]:
+    """Height and width that a picture is cut to."""
+    square = config.crop == "square"
+    return (size, size) if square else nearest_bucket(picture.height, picture.width, size, multiple)
+
+
+def captions_of(folder: str | Path) -> dict[Path, str]:
+    """Return the images of a folder with their captions: a user's, or one that sampling wrote.
+
+    Raises:
+        UserError: there is none of them, or one without a caption.
+    """
+    if (Path(folder) / RECORD).is_file():
+        return {sample.file: sample.prompt for sample in read_samples(folder)}
+    return captioned_files(folder)
+
+
+def _read_all(files: list[Path], read: Callable, folder: str | Path, on_bad: str, say: Callable) -> list[Picture]:
+    pictures = []
+    for file in files:
+        try:
+            pictures.append(read(file))
+        except UserError as error:
+            if on_bad != "skip":
+                raise
+            say(f"Left out: {error}")
+    if not pictures:
+        raise UserError(f"no usable pictures in {folder}: all {len(files)} were left out")
+    return pictures
+
+
+def _mask_tensor(file: Path, mask: Image.Image) -> Tensor:
+    if mask.getextrema()[1] == 0:
+        raise UserError(f"the object of {file} lies outside the middle part, which alone is used: cut picture and mask")
+    return torch.from_numpy(np.array(mask)).float()[None] / 255

@@ -1,0 +1,46 @@
+"""Number formats of training: what is trained stays fp32, the frozen rest is kept in the format of the arithmetic."""
+
+import torch
+from torch import nn
+
+from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
+
+LIGHTNING = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+"""Our names, and Lightning's, which are understood too."""
+
+_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def lightning_name(precision: str) -> str:
+    """Return Lightning's name of a precision.
+
+    Raises:
+        UserError: there is no such precision.
+    """
+    name = LIGHTNING.get(precision, precision)
+    if name not in _DTYPES:
+        known = ", ".join([*LIGHTNING, *LIGHTNING.values()])
+        raise UserError(f"training.precision={precision}: expected one of {known}")
+    return name
+
+
+def check_device(precision: str, device: torch.device) -> None:
+    """Raise UserError for a precision that a device cannot train in."""
+    if lightning_name(precision) == "16-mixed" and device.type != "cuda":
+        raise UserError(f"training.precision={precision} needs a GPU: give bf16, or --device cuda")
+
+
+def shrink_frozen(model: LatentDiffusion, precision: str) -> None:
+    """Keep the frozen weights of linear and convolution layers in the format they are computed in.
+
+    Casting them once spares the cast in every step, and half the memory. Norms and embeddings are
+    small and stay in fp32, and so does an autoencoder that overflows in fp16.
+    """
+    dtype = _DTYPES[lightning_name(precision)]
+    spared = set(model.autoencoder.modules()) if model.config.autoencoder.force_upcast else set()
+    for module in model.modules():
+        if module not in spared and isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+            for parameter in module.parameters(recurse=False):
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)

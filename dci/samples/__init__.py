@@ -1,0 +1,1 @@
+"""Folders of sampled images: planned, shared among workers, resumed, read again."""

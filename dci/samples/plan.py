@@ -1,0 +1,57 @@
+"""What a sampling command is to make: which images, under which numbers, in which batches."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class PlannedImage(NamedTuple):
+    """One image of a plan."""
+
+    prompt: int  # number of its prompt in the plan
+    seed: int
+    index: int  # its number under that prompt and seed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every prompt's images, `n_samples` with each seed.
+
+    Numbers and batches follow from the plan alone, so that the work may be split in any way. Metadata are
+    plain values, lists and dicts, which JSON gives back as they were.
+    """
+
+    prompts: list[dict]  # of each prompt: "prompt", as it was given, and what was derived from it
+    settings: dict  # of all images: whatever else is needed to make them again
+    seeds: list[int]
+    n_samples: int
+    batch_size: int  # images made together, of whatever prompts and seeds
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.per_prompt
+
+    @property
+    def per_prompt(self) -> int:
+        """Pictures of a prompt."""
+        return len(self.seeds) * self.n_samples
+
+    def image(self, number: int) -> PlannedImage:
+        """Return what image `number` is of: a prompt's images follow one another, and in them a seed's."""
+        prompt, rest = divmod(number, self.per_prompt)
+        seed, index = divmod(rest, self.n_samples)
+        return PlannedImage(prompt, self.seeds[seed], index)
+
+    def metadata(self, number: int) -> dict:
+        """Return everything needed to make image `number` again."""
+        prompt, seed, index = self.image(number)
+        return self.prompts[prompt] | self.settings | {"seed": seed, "batch_size": self.batch_size, "index": index}
+
+    def batches(self, shard: int = 1, of: int = 1) -> list[range]:
+        """Return the numbers of the images that are made together.
+
+        Pictures of another batch would round differently, so a shard has whole batches.
+
+        Args:
+            shard: which share of the batches, from 1 to `of`.
+        """
+        starts = range(0, len(self), self.batch_size)[shard - 1 :: of]
+        return [range(start, min(start + self.batch_size, len(self))) for start in starts]

@@ -1,0 +1,3 @@
+"""The version of the package, written into every concept file."""
+
+__version__ = "0.2.0"

@@ -1,0 +1,138 @@
+"""Judges of pictures that need no hub: a small CLIP, an instance encoder, and a classifier.
+
+All three take pictures (b, 3, h, w) in [-1, 1], RGB; what is not 64 x 64 is resized with antialiasing.
+They were trained on the small world (`ldm/pretraining/judges.py`) and know nothing else; how well each
+does on held-out pictures is in `data/tiny/judges/accuracy.json`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from open_clip.model import CLIP
+from open_clip.modified_resnet import ModifiedResNet
+from torch import Tensor, nn
+
+from ldm import tokenizer
+from ldm.checkpoint import read_safetensors
+from ldm.errors import UserError
+from ldm.shipped import ROOT
+
+JUDGES = ROOT / "data/tiny/judges"
+SIZE = 64  # pixels
+PAD, UNKNOWN = 0, 1  # compact token ids before those of the vocabulary
+
+
+class WorldCLIP(nn.Module):
+    """open_clip's CLIP over the few tokens that the world's captions use (CLIP-T, CLIP-I).
+
+    Args:
+        config: an open_clip model configuration (embed_dim, vision_cfg, text_cfg).
+        vocabulary: CLIP token ids in ascending order; compact ids are 2, 3, ... in the same order.
+    """
+
+    def __init__(self, config: dict, vocabulary: list[int]):
+        super().__init__()
+        self.clip = CLIP(**config)
+        self.vocabulary = vocabulary
+        self.compact = {token: i + 2 for i, token in enumerate(vocabulary)}
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip.positional_embedding.device
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Prompts -> compact ids (b, l); other tokens are UNKNOWN, the end token has the highest id."""
+        rows = []
+        for prompt in prompts:
+            ids = tokenizer.tokenize(prompt.lower().strip())[: self.clip.context_length - 2]
+            ids = [self.compact.get(i, UNKNOWN) for i in (tokenizer.START, *ids, tokenizer.END)]
+            rows.append(ids + [PAD] * (self.clip.context_length - len(ids)))
+        return torch.tensor(rows, device=self.device)
+
+    def image_features(self, pictures: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1] -> unit vectors (b, d)."""
+        return self.clip.encode_image(resized(pictures), normalize=True)
+
+    def text_features(self, prompts: list[str]) -> Tensor:
+        """Prompts -> unit vectors (b, d)."""
+        return self.clip.encode_text(self.tokenize(prompts), normalize=True)
+
+
+class InstanceEncoder(nn.Module):
+    """Tells this cat from that cat, wherever it stands (the role of DINO in DINO-I)."""
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.trunk = ModifiedResNet(**config)
+
+    def image_features(self, pictures: Tensor) -> Tensor:
+        """Pictures (b, 3, h, w) in [-1, 1] -> unit vectors (b, d)."""
+        return F.normalize(self.trunk(resized(pictures)), dim=-1)
+
+
+class Classifier(nn.Module):
+    """Names the noun and the place that a picture shows.
+
+    Args:
+        nouns: the words of the noun logits, in their order.
+        places: the words of the place logits; "plain" is a background without a place.
+    """
+
+    def __init__(self, config: dict, nouns: list[str], places: list[str]):
+        super().__init__()
+        self.trunk = ModifiedResNet(output_dim=len(nouns) + len(places), **config)
+        self.nouns, self.places = nouns, places
+
+    def logits(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (b, 3, h, w) in [-1, 1] -> logits of nouns (b, n) and of places (b, p)."""
+        return self.trunk(resized(pictures)).split([len(self.nouns), len(self.places)], dim=-1)
+
+
+def resized(pictures: Tensor) -> Tensor:
+    """Bring pictures to the judges' 64 x 64 pixels."""
+    if pictures.shape[-2:] == (SIZE, SIZE):
+        return pictures
+    return F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+
+
+def load_clip(folder: str | Path = JUDGES) -> WorldCLIP:
+    """Return the small CLIP, frozen, on the CPU. Raises UserError: its files are missing or broken."""
+    return _load(WorldCLIP(_read(folder, "clip"), _read(folder, "clip-vocabulary")), folder, "clip")
+
+
+def load_instance_encoder(folder: str | Path = JUDGES) -> InstanceEncoder:
+    """Return the instance encoder, frozen, on the CPU. Raises UserError: its files are missing or broken."""
+    return _load(InstanceEncoder(_read(folder, "instance")), folder, "instance")
+
+
+def load_classifier(folder: str | Path = JUDGES) -> Classifier:
+    """Return the classifier, frozen, on the CPU. Raises UserError: its files are missing or broken."""
+    return _load(Classifier(**_read(folder, "classifier")), folder, "classifier")
+
+
+def weights_of(judge: Any) -> nn.Module:
+    """Return the part of a judge whose state dict is stored: open_clip's own module."""
+    return judge.clip if isinstance(judge, WorldCLIP) else judge.trunk
+
+
+Judge = TypeVar("Judge", bound=nn.Module)
+
+
+def _read(folder: str | Path, name: str) -> Any:
+    file = Path(folder) / f"{name}.json"
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"no judge at {file}: expected its configuration (data/tiny/judges has them)") from error
+
+
+def _load(judge: Judge, folder: str | Path, name: str) -> Judge:
+    file = Path(folder) / f"{name}.safetensors"
+    try:
+        weights_of(judge).load_state_dict(read_safetensors(file)[0])
+    except RuntimeError as error:
+        raise UserError(f"{file} does not fit {name}.json beside it: {str(error).splitlines()[-1].strip()}") from error
+    return judge.eval().requires_grad_(False)

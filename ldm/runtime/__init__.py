@@ -1,0 +1,1 @@
+"""What is about machines, not about the model: memory, files, kernels, compilation."""

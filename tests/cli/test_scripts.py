@@ -1,0 +1,267 @@
+"""The programs as a user runs them: what they write, and one line for each mistake."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import ROOT, ok, pixels, refused, run, run_here, run_main
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+CONFIG = ROOT / "configs/train/ico-tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def mixed_pictures(tmp_path_factory):
+    """Pictures of all sizes and kinds: a rotated JPEG, a transparent PNG, a WebP, a tiny palette picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = Image.effect_noise((300, 200), 80).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    noise.save(folder / "turned.jpg", exif=exif)
+    transparent = Image.new("RGBA", (90, 120), (0, 0, 0, 0))
+    transparent.paste((200, 30, 30, 255), (20, 20, 60, 90))
+    transparent.save(folder / "transparent.png")
+    noise.resize((1000, 40)).save(folder / "Wide.WEBP")
+    noise.convert("P").resize((20, 20)).save(folder / "palette.png")
+    (folder / "Thumbs.db").write_bytes(b"not a picture")
+    (folder / "notes.txt").write_text("not a picture either")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(mixed_pictures, tmp_path_factory):
+    """A short run on those pictures; returns (what it printed, its run folder)."""
+    logs = tmp_path_factory.mktemp("logs")
+    out = ok(
+        run(
+            "train_ico.py",
+            "--config",
+            CONFIG,
+            "--name",
+            "short",
+            "--logdir",
+            logs,
+            f"data.images={mixed_pictures}",
+            "concept.class_noun=dog",
+            "training.steps=4",
+            "training.save_every=3",
+            "validation.every=2",
+            "validation.steps=3",
+            "validation.n_samples=2",
+        )
+    )
+    (run_folder,) = logs.iterdir()
+    return out, run_folder
+
+
+@pytest.fixture(scope="session")
+def concept(trained):
+    return trained[1] / "concept.safetensors"
+
+
+def test_a_run_folder_holds_everything(trained, mixed_pictures):
+    out, run_folder = trained
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_short", run_folder.name)
+    assert str(run_folder) in out
+    config = yaml.safe_load((run_folder / "configs/config.yaml").read_text())
+    assert config["concept"]["class_noun"] == "dog"
+    assert config["training"]["steps"] == 4
+    assert config["data"]["images"] == str(mixed_pictures)
+    assert sorted(f.name for f in (run_folder / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    assert (run_folder / "checkpoints/concept-000003.safetensors").is_file()
+    assert list(run_folder.glob("events.out.tfevents.*"))
+    assert load_file(run_folder / "concept.safetensors")["contexts.prefix"].shape == (4, 3, 128)
+
+
+@pytest.mark.slow
+def test_a_resolved_configuration_can_be_run_again(trained, tmp_path):
+    config = trained[1] / "configs/config.yaml"
+    ok(run("train_ico.py", "--config", config, "--logdir", tmp_path, "validation.every=0", cwd=tmp_path))
+    (again,) = tmp_path.glob("*_short/concept.safetensors")
+    first, second = load_file(trained[1] / "concept.safetensors"), load_file(again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def sample(concept, outdir, *args):
+    common = ("--concept", concept, "--prompt", "a V* dog on the beach", "--steps", 6, "--outdir", outdir)
+    return run("sample_dci.py", *common, *args)
+
+
+def test_sampling_writes_pictures_grid_and_record(concept, tmp_path):
+    out = ok(sample(concept, tmp_path, "--n-samples", 3, "--agg_lambda", 0.5, "--verbose", "--batch-size", 2))
+    assert "'a <new1> <new2> dog on the beach', concept at [1, 2, 3], length 8" in out
+    assert "'a dog on the beach', noun at [1], length 6" in out
+    assert sorted(f.name for f in (tmp_path / "samples").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    assert pixels(tmp_path / "samples/00000.png").shape == (64, 64, 3)
+    assert pixels(tmp_path / "grid.png").shape == (130, 130, 3)
+    record = json.loads((tmp_path / "prompts.json").read_text())
+    entry = record["00002"]
+    assert entry["prompt"] == "a V* dog on the beach"
+    assert (entry["index"], entry["seed"], entry["steps"], entry["dci"]["agg_lambda"]) == (2, 0, 6, 0.5)
+
+    # The record makes the picture again; one at a time instead of two; earlier pictures are kept.
+    ok(sample(concept, tmp_path, "--n-samples", 3, "--agg-lambda", entry["dci"]["agg_lambda"], "--batch-size", 1))
+    assert len(list((tmp_path / "samples").iterdir())) == 6
+    for i in range(3):
+        difference = pixels(tmp_path / f"samples/0000{i}.png") - pixels(tmp_path / f"samples/0000{i + 3}.png")
+        assert np.abs(difference).max() <= 1
+
+
+def test_the_options_of_dci_have_an_effect(concept, tmp_path):
+    for name, args in {
+        "default": [],
+        "plain": ["--no-dci"],
+        "one": ["--agg-lambda", "-1e6"],
+        "zero": ["--agg-time", 0],
+        "cat": ["--auxiliary-noun", "cat", "--agg-lambda", 2],
+        "separate": ["--separate-guidance", "--agg-lambda", 2],
+    }.items():
+        ok(sample(concept, tmp_path / name, "--n-samples", 1, "--steps", 12, *args))
+    pictures = {f.parent.parent.name: pixels(f) for f in tmp_path.glob("*/samples/00000.png")}
+    assert len(pictures) == 6
+    for name in ("one", "zero"):
+        assert np.abs(pictures[name] - pictures["plain"]).max() <= 1
+    for name in ("default", "cat", "separate"):
+        assert np.abs(pictures[name] - pictures["plain"]).max() > 8
+
+
+def test_txt2img(tmp_path):
+    ok(run("txt2img.py", "--prompt", "a dog on the beach", "--n-samples", 2, "--ddim_steps", 4, "--outdir", tmp_path))
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+    record = json.loads((tmp_path / "prompts.json").read_text())
+    assert record["00001"]["steps"] == 4
+
+
+def test_sheets(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (10, 8), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
+    sheet = tmp_path / "sheet.png"
+    run_main("contact_sheet.py", tmp_path, "--columns", 2, "--scale", 3, "--out", sheet)
+    assert pixels(sheet).shape == (54, 66, 3)
+    run_main("sheet_base.py", "--pictures", 2, "--steps", 2, "--out", sheet)
+    assert pixels(sheet).shape[:2] == (142, 1052)
+
+
+def test_a_mistake_is_one_line_for_the_shell(tmp_path):
+    refused(run("train_ico.py", "--config", CONFIG, f"data.images={tmp_path}/none"), "error: no folder", f"{tmp_path}/none")
+
+
+def test_training_refuses_impossible_input(tmp_path, capfd):
+    def train(*args, config=CONFIG):
+        return run_here(capfd, "train_ico.py", "--config", config, "--logdir", tmp_path / "logs", *args)
+
+    (tmp_path / "empty").mkdir()
+    refused(train(f"data.images={tmp_path}/empty"), "no pictures in", "empty", ".jpg")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/text.jpg").write_text("this is text")
+    refused(train(f"data.images={tmp_path}/broken"), "text.jpg is not a readable picture")
+    refused(train("data.imags=x"), "unknown key 'data.imags'", "did you mean 'data.images'")
+    refused(train("trainig.steps=5"), "unknown key 'trainig'", "did you mean 'training'")
+    refused(train("training.steps=soon"), "the command line: training.steps=soon: expected a value of type int")
+    refused(train("concept.initial_words=3"), "concept.initial_words=3: expected a value of type list[str]")
+    refused(train("training.steps=0"), "training.steps=0")
+    refused(train("training.precision=half"), "training.precision=half", "bf16-mixed")
+    refused(train("training.learning_rate=nan"), "training.learning_rate=nan")
+    refused(train("validation.every=-1"), "validation.every=-1", "0 or more")
+    refused(train("concept.initial_words=[xyzzyplugh]"), "'xyzzyplugh' is", "tokens")
+    refused(train("nonsense"), "'nonsense' is not an override")
+    refused(train("concept.initial_words=[]"), "0 modifier tokens")
+    refused(train("concept.class_noun=' '"), "noun is empty")
+    refused(train("data.regularization=/nowhere"), "no folder /nowhere")
+    refused(train("--frobnicate"), "--frobnicate")
+    refused(train(config=tmp_path / "none.yaml"), "no configuration file")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    refused(train(config=tmp_path / "bad.yaml"), "not readable as YAML")
+    (tmp_path / "short.yaml").write_text("data: {images: here}")
+    refused(train(config=tmp_path / "short.yaml"), "concept.class_noun must be given")
+    assert not (tmp_path / "logs").exists()
+
+
+def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
+    def draw(file=concept, prompt="a V* dog", *args):
+        return run_here(capfd, "sample_dci.py", "--concept", file, "--prompt", prompt, "--outdir", tmp_path / "out", *args)
+
+    refused(draw(prompt="a dog on the beach"), "does not name the concept", "a V* dog on the beach")
+    refused(draw(tmp_path / "none.safetensors"), "no file")
+    (tmp_path / "text.safetensors").write_text("text")
+    refused(draw(tmp_path / "text.safetensors"), "not a whole .safetensors file")
+    refused(draw(ROOT / "data/tiny/vae.safetensors"), "not a concept file")
+    refused(draw(concept, "a V* dog", "--agg-time", 2), "--agg-time 2.0")
+    refused(draw(concept, "a V* dog", "--H", 50), "--H 50", "multiple of 16")
+    refused(draw(concept, "a V* dog", "--steps", 0), "--steps", "from 1 on")
+    refused(draw(concept, "a V* dog", "--use-dci"), "--use-dci")
+    refused(draw(concept, "a V* dog", "--seed", -2), "-2", "or -1")
+    refused(draw(concept, "a V* dog", "--gain", -1), "--gain -1.0")
+    (tmp_path / "file").touch()
+    refused(draw(concept, "a V* dog", "--outdir", tmp_path / "file"), "is a file")
+    refused(draw(concept, "a V* dog", "--agg-lambda", "nan"), "--agg-lambda", "finite")
+    refused(draw(concept, "a V* dog", "--device", "nowhere"), "--device nowhere")
+
+    # Another base model: the same shapes, other weights.
+    base = tmp_path / "base"
+    base.mkdir()
+    for part in ("text", "vae", "unet"):
+        state = load_file(ROOT / f"data/tiny/{part}.safetensors")
+        if part == "unet":
+            state = {name: tensor * 1.01 for name, tensor in state.items()}
+        save_file(state, base / f"{part}.safetensors")
+    refused(draw(concept, "a V* dog", "--checkpoint", base), "learned on the base model 'tiny'")
+    (base / "unet.safetensors").unlink()
+    refused(draw(concept, "a V* dog", "--checkpoint", base), "lacks model.diffusion_model.")
+    refused(draw(concept, "a V* dog", "--model", ROOT / "configs/model/sd-v1.yaml"), "names no checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_refuses_options_of_fine_tuning_that_do_not_fit(tmp_path, capfd):
+    def train(*args):
+        return run_here(capfd, "train_ico.py", "--config", CONFIG, "--logdir", tmp_path / "logs", "--device", "cpu", *args)
+
+    refused(train("training.trainable=all"), "training.trainable=all", "crossattn-kv, crossattn, none")
+    refused(train("data.augment=rotate"), "data.augment=rotate", "random-resize")
+    refused(train("data.on_bad_image=ignore"), "data.on_bad_image=ignore", "error, skip")
+    refused(train("data.augment=random-resize", "data.cache_latents=true"), "data.cache_latents=true does not go with")
+    refused(train("context.template=photo"), "context.template='photo'", "{}")
+    refused(train("generate.prompts=[photo]"), "generate.prompts", "{}")
+    refused(train("data.masked_loss=true"), "no mask for", "00.mask.png")
+    refused(train("data.background_weight=2"), "data.background_weight=2")
+    refused(train("training.precision=fp16"), "training.precision=fp16 needs a GPU")
+    refused(train("training.batch_size=5", "training.devices=2"), "training.batch_size=5 cannot be shared evenly")
+    refused(train("training.batch_size=1", "data.regularization=generate"), "leaves no room")
+    refused(train("training.keep_last=0"), "training.keep_last=0")
+    refused(train("logging.wandb=project"), "needs the package wandb")
+    refused(train("concept.initial_words=[ktn,pll,ucd,cat]"), "4 modifier tokens")
+    refused(train("--rank", 3, "--energy", 0.5), "exclude each other")
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
+def test_regularization_pictures_are_generated_and_counted(tmp_path):
+    out = ok(
+        run(
+            "train_ico.py",
+            "--config",
+            CONFIG,
+            "--logdir",
+            tmp_path,
+            "--device",
+            "cpu",
+            "data.regularization=generate",
+            "generate.number=3",
+            "generate.steps=2",
+            "training.steps=1",
+            "training.batch_size=4",
+            "validation.every=0",
+            "--rank",
+            2,
+        )
+    )
+    assert "Regularization: 3 images of 'cat' made by the base model" in out
+    assert "Latents: cached, 8 pictures" in out
+    assert "rank 2" in out
+    assert "reconstruction error" in out
+    (run_folder,) = tmp_path.glob("*_ico-tiny")
+    assert any(name.endswith("to_k.weight.u") for name in load_file(run_folder / "concept.safetensors"))

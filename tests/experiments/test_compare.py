@@ -1,0 +1,213 @@
+"""Suites: from a configuration or a data set's folder to cells, an estimate, and a report."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, refused, run_here, run_main
+from test_benchmarks import concepts, dreambench  # noqa: F401
+
+from dci.evaluation.scores import ImageScore, RunScores, Scores, summarize
+from dci.experiments import cost as costs
+from dci.experiments.comparison import verdict
+from dci.experiments.cost import cost, describe, estimate
+from dci.experiments.grid import grid_folder, grid_points
+from dci.experiments.suite import load_suite
+from dci.finetuning.config import concepts_of
+from dci.finetuning.config_files import finetune_config
+from ldm import config as configuration
+from ldm.config import ModelConfig
+from ldm.errors import UserError
+
+SUITES = ROOT / "configs/eval"
+
+
+def task(command):
+    return json.loads(command[-1])
+
+
+def test_the_tiny_suite_is_what_it_says(tmp_path):
+    suite = load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}"])
+    plan = grid_points(suite)
+    assert len(suite.concepts) >= 8
+    assert {(point.method, point.setting) for point in plan} == {
+        (method, setting) for method in ("custom-diffusion", "ico") for setting in ("plain", "dci")
+    }
+    prompts = (ROOT / "data/prompts/tiny.txt").read_text().split("\n")
+    assert len([line for line in prompts if line]) == 20
+    assert suite.n_samples == 8
+    choice = load_suite(SUITES / "tiny-choice.yaml", [f"outdir={tmp_path}"])
+    assert not {c.name for c in suite.concepts} & {c.name for c in choice.concepts}
+
+
+def test_dreambench_becomes_cells(dreambench, tmp_path):  # noqa: F811
+    suite = load_suite(SUITES / "dreambench.yaml", [f"dataset.folder={dreambench}", f"outdir={tmp_path}"])
+    plan = grid_points(suite)
+    assert len(plan) == 2 * 2 * 2
+    sloth = next(point for point in plan if point.concept == "grey_sloth_plushie" and point.method == "ico")
+    (concept,) = learned(sloth)
+    assert concept == {"class_noun": "stuffed animal", "images": str(dreambench / "grey_sloth_plushie")}
+    with open(sloth.prompts) as file:
+        assert file.read() == "a {} in the jungle\na {} on a cook's table\n"
+    scoring = task(sloth.command)
+    assert scoring["sampling"]["n_samples"] == 4 and scoring["prompts"] == sloth.prompts
+    assert scoring["references"] == [str(dreambench / "grey_sloth_plushie")]
+    assert scoring["evaluation"]["clip"] == "open_clip:ViT-B-32/openai"
+    one = load_suite(SUITES / "dreambench.yaml", [f"dataset.folder={dreambench}", f"outdir={tmp_path}", "dataset.first=1"])
+    assert [concept.name for concept in one.concepts] == ["dog6"]
+
+
+def learned(point):
+    """The concepts that a point's training is told."""
+    (given,) = [part for part in point.training.task["options"] if part.startswith("concepts=")]
+    return json.loads(given.removeprefix("concepts="))
+
+
+def test_pairs_are_learned_together(concepts, tmp_path):  # noqa: F811
+    suite = load_suite(SUITES / "customconcept101-pairs.yaml", [f"dataset.folder={concepts}", f"outdir={tmp_path}"])
+    point = grid_points(suite)[0]
+    parts = learned(point)
+    assert [part["class_noun"] for part in parts] == ["dog", "dice plushie"]
+    assert parts[0]["regularization"] == str(concepts / "regularization/pet_dog1")
+    assert task(point.command)["references"] == [part["images"] for part in parts]
+    assert task(point.command)["evaluation"]["scaled_text_score"] is True
+    # The training reads it as it stands: two concepts, which the file's short form does not get in the way of.
+    config = finetune_config(point.training.task["config"], point.training.task["options"])
+    assert [entry.class_noun for entry in concepts_of(config)] == ["dog", "dice plushie"]
+    assert [entry.regularization for entry in concepts_of(config)] == [str(concepts / "regularization/pet_dog1"), "generate"]
+    assert config.validation.prompts == ["a photo of a V1*", "a photo of a V2*"] or not config.validation.every
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["dataset.kind=dreamboth"], "expected one of dreambench"),
+        ([], r"add dataset\.folder"),
+        (["dataset.folder=NOWHERE"], "prompts_and_classes.txt"),
+        (["dataset.folder=FOLDER", "dataset.subjects=[dgo6]"], "no 'dgo6'"),
+        (["dataset.folder=FOLDER", "dataset.first=0"], r"dataset\.first=0"),
+        (["dataset.folder=FOLDER", "workers=0"], "workers=0"),
+        (["dataset.folder=FOLDER", "methods=[]"], "methods is empty"),
+        (["dataset.folder=FOLDER", "cluster=moon"], "cluster=moon"),
+    ],
+)
+def test_suites_that_cannot_be_used(dreambench, tmp_path, overrides, message):  # noqa: F811
+    given = [part.replace("FOLDER", str(dreambench)).replace("NOWHERE", str(tmp_path)) for part in overrides]
+    with pytest.raises(UserError, match=message):
+        load_suite(SUITES / "dreambench.yaml", [*given, f"outdir={tmp_path}"])
+
+
+@pytest.fixture
+def published(dreambench, concepts):  # noqa: F811
+    """The folder of each data set, of the layout in which it is published."""
+    return {"dreambench": dreambench, "customconcept101": concepts, "customconcept101-pairs": concepts}
+
+
+OFFICIAL = ROOT / "tests/data/official/v1-inference.yaml"
+
+
+@pytest.mark.parametrize("model", [None, OFFICIAL], ids=["own", "official"])
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("[es][vw]*/*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch, file, model):
+    monkeypatch.setattr(costs, "cost", lambda config: costs.Cost(config.unet.model_channels, 1))  # is tested below
+    monkeypatch.setattr(costs, "matrix_rate", lambda *_, **__: 1e9)
+    suite = yaml.safe_load(file.read_text())
+    given = [f"outdir={tmp_path / 'out'}", "training=[validation.every=0]"]
+    if "dataset" in suite:
+        given.append(f"dataset.folder={published[suite['dataset']['kind']]}")
+    if model:
+        given[1] = f"training=[validation.every=0,model={model},checkpoint=WEIGHTS]"
+    run_main("sweep.py", "--config", file, *given, "--dry-run")
+    out = capfd.readouterr().out
+    assert "cells are done" in out and "Estimate:" in out
+    assert not list(tmp_path.rglob("result.json"))
+
+
+def test_cost_is_the_published_one_of_stable_diffusion():
+    """803.3 and 2,514.5 GFLOP are what others count for a UNet row and a decode at 512 px."""
+    found = cost(configuration.load(ModelConfig, ROOT / "configs/model/sd-v1.yaml"))
+    assert found.unet == pytest.approx(803.3e9, rel=1e-3)
+    assert found.decode == pytest.approx(2514.5e9, rel=1e-3)
+
+
+def test_an_estimate_counts_what_is_left(tmp_path):
+    overrides = [f"outdir={tmp_path}", "n_samples=2", "training=[training.steps=10]"]
+    suite = load_suite(SUITES / "tiny.yaml", overrides)
+    plan = grid_points(suite)
+    whole = estimate(plan, "cpu", rate=1e9)
+    assert (whole.trainings, whole.images) == (16, len(plan) * 40)
+    price = cost(configuration.load(ModelConfig, ROOT / "configs/model/tiny.yaml"))
+    rows = 16 * 40 * 20 * (2 + 2.5)  # 20 steps; with DCI, whose T_a is 0.5 there, half a row more
+    assert whole.sampling_hours == pytest.approx((rows * price.unet + 32 * 40 * price.decode) / (0.5 * 1e9 * 3600))
+    first = plan[0]
+    for file in (first.result, first.training.concept_file):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    rest = estimate(plan, "cpu", rate=1e9)
+    assert (rest.trainings, rest.images) == (15, whole.images - 40)
+    assert "1,240 images" in describe(rest, "cpu", 1e9, 2)
+
+
+def scores(values):
+    rows = tuple(
+        ImageScore(f"{p}-{s}.png", f"prompt {p}", "", f"0:{s}", {"clip_t": clip, "dino_i": dino}, "dog")
+        for p in range(8)
+        for s in range(4)
+        for clip, dino in [values(p, s)]
+    )
+    return Scores(rows, summarize(rows, 500))
+
+
+def test_a_verdict_follows_the_paired_differences():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(8, 4, generator=generator).tolist()
+    plain = RunScores("plain", scores(lambda p, s: (noise[p][s], 0.5 + 0.01 * noise[s][0])))
+    better = RunScores("dci", scores(lambda p, s: (noise[p][s] + 0.1 + 0.01 * noise[s][1], 0.5 + 0.01 * noise[p][3])))
+    assert "better in editability;" in verdict(better, plain)
+    assert "worse in editability;" in verdict(plain, better)
+    assert "no difference shown" in verdict(plain, plain)
+
+
+@pytest.mark.slow
+def test_a_suite_from_training_to_report(dreambench, tmp_path, capfd):  # noqa: F811
+    """From the published folder; repeated, nothing is done again."""
+    from PIL import Image
+
+    for name in ("dog6", "grey_sloth_plushie"):
+        for index, colour in enumerate(("red", "green", "blue")):
+            Image.new("RGB", (80, 64), colour).save(dreambench / name / f"{index:02}.jpg")
+    method = f"{{name: ico, config: {ROOT / 'configs/train/ico-tiny.yaml'}}}"
+    given = (
+        "--config",
+        SUITES / "dreambench-tiny.yaml",
+        f"dataset.folder={dreambench}",
+        f"outdir={tmp_path}",
+        "n_samples=1",
+        "training=[training.steps=1,training.batch_size=2,validation.every=0,logging.tensorboard=false]",
+        "sampling={steps: 1}",
+        "dataset.first=1",
+        "dataset.prompts=1",
+        "workers=1",
+        f"methods=[{method}]",
+    )
+    run_main("compare.py", *given, "--dry-run")
+    assert "1 trainings and 2 images" in capfd.readouterr().out
+    run_main("compare.py", *given)
+    folder = tmp_path / "dreambench-tiny"
+    page = (folder / "report/report.html").read_text()
+    assert "ico, dci against ico, plain" in page
+    assert (folder / "report/sheet-dog6.webp").is_file()
+    files = {file: file.stat().st_mtime_ns for file in folder.rglob("*.png") if "report" not in file.parts}
+    assert len([file for file in files if file.parent.name == "samples"]) == 2
+    run_main("compare.py", *given)
+    assert files == {file: file.stat().st_mtime_ns for file in files}
+    capfd.readouterr()
+    run_main("compare.py", *given, "--dry-run")
+    assert "0 trainings and 0 images" in capfd.readouterr().out
+    refused(run_here(capfd, "compare.py", *given, "n_samples=2"), "other options")
+
+
+def test_the_folder_is_named_after_the_suite(tmp_path):
+    suite = load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}", "name=other"])
+    assert grid_folder(suite) == tmp_path / "other"

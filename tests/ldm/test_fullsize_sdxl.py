@@ -1,0 +1,84 @@
+"""SDXL at full size with random weights in bf16, each half by itself, against diffusers and transformers.
+
+python -m pytest -m fullsize tests/ldm/test_fullsize_sdxl.py     (minutes; the UNet about 16 GiB of memory, the encoders 7)
+"""
+
+import pytest
+import tiny_models
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from tiny_models import padded, relative_error
+
+from benchmarks.peers import diffusers_unet, empty, random_weight
+from ldm import tokenizer
+from ldm.conditioning import ImageSize
+from ldm.formats import presets
+from ldm.formats.diffusers_names import text_names
+from ldm.text_pair import PairedTextEncoder
+from ldm.unet import UNet
+
+pytestmark = pytest.mark.fullsize
+
+SIZE = ImageSize((1024, 1024), (0, 0), (1024, 1024)).row()
+
+
+def as_good_as_theirs(ours, theirs, exact):
+    """The error of our bf16 is that of bf16: against theirs and against fp32."""
+    own = relative_error(theirs.float(), exact)
+    print(f"bf16 itself {own:.2e}, ours {relative_error(ours.float(), exact):.2e}, "
+          f"between them {relative_error(ours.float(), theirs.float()):.2e}")  # fmt: skip
+    assert 0 < own < 0.1
+    assert relative_error(ours.float(), exact) < 1.5 * own
+    assert relative_error(ours.float(), theirs.float()) < 2 * own
+
+
+@torch.no_grad()
+def test_unet():
+    config = presets.sdxl().unet
+    with torch.device("meta"):
+        ours = UNet(config).eval()
+    state = {name: random_weight(tensor.shape) for name, tensor in ours.state_dict().items()}
+    theirs = empty(diffusers_unet(config, 128)).eval()
+    named = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+    theirs.load_state_dict(convert_ldm_unet_checkpoint(named, theirs.config), assign=True)
+    x, t, context, pooled = torch.randn(1, 4, 32, 32), torch.tensor([500]), torch.randn(1, 77, 2048), torch.randn(1, 1280)
+    vector = torch.cat([pooled, theirs.add_time_proj(SIZE.flatten()).view(1, -1)], dim=-1)
+
+    def call(theirs, x, context, pooled):
+        more = {"text_embeds": pooled, "time_ids": SIZE.to(x.dtype)}
+        return theirs(x, t, context, added_cond_kwargs=more).sample
+
+    exact = call(theirs, x, context, pooled)
+    for name in state:  # one at a time, so that both precisions are never there as a whole
+        state[name] = state[name].bfloat16()
+    half = [tensor.bfloat16() for tensor in (x, context, pooled, vector)]
+    del named
+    for parameter in theirs.parameters():
+        parameter.data = parameter.data.bfloat16()
+    found = call(theirs, *half[:3])
+    del theirs
+    ours.load_state_dict(state, assign=True)
+    as_good_as_theirs(ours(half[0], t, half[1], vector=half[3]), found, exact)
+
+
+@torch.no_grad()
+def test_text_encoders():
+    config = presets.sdxl()
+    with torch.device("meta"):
+        ours = PairedTextEncoder(config).eval()
+    state, states = {}, []
+    ids = tokenizer.tokenize("a photo of a dog on the beach")
+    exact, theirs = [], []
+    for i, encoder in enumerate((config.text_encoder, config.text_encoder_2)):
+        text = tiny_models.randomized(tiny_models.transformers_text(encoder))
+        row = torch.tensor([padded(ids, tokenizer.END if i == 0 else 0)])
+        states.append(text(row, output_hidden_states=True))
+        exact += [states[-1].hidden_states[-2]]
+        text.bfloat16()
+        states.append(text(row, output_hidden_states=True))
+        theirs += [states[-1].hidden_states[-2]]
+        state |= text_names(text.state_dict(), encoder, f"embedders.{i}.")
+    ours.load_state_dict(state, assign=True)
+    found = ours.condition(torch.tensor([tokenizer.frame(ids)]), None, SIZE)
+    as_good_as_theirs(found.tensor, torch.cat(theirs, dim=-1), torch.cat(exact, dim=-1))
+    as_good_as_theirs(found.vector[:, :1280], states[3].text_embeds, states[2].text_embeds)

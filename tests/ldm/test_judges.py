@@ -1,0 +1,310 @@
+"""The judges: loading without a network, their training, and the figures made with them."""
+
+import dataclasses
+import json
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from helpers import ROOT, run_main
+from open_clip.loss import ClipLoss
+from PIL import Image
+
+from ldm.embedded_encoders import JUDGES, UNKNOWN, load_classifier, load_clip, load_instance_encoder
+from ldm.errors import UserError
+from ldm.pretraining import evaluation, judges
+from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instance_accuracy
+from ldm.pretraining.artwork import HELD_OUT, NOUNS
+from ldm.pretraining.cache import RenderedWorld
+from ldm.pretraining.config import PretrainConfig
+from ldm.pretraining.evaluation import Question, draw_pictures, draw_questions, held_out_pictures, judge
+from ldm.pretraining.instances import FigureDataset, artworks, repaint
+from ldm.pretraining.loop import fit
+from ldm.pretraining.run_judges import LabelledDataset, save_judge
+from ldm.pretraining.scenes import PLACES
+from ldm.pretraining.vae import psnr
+from ldm.text_to_image import SamplingOptions, text_to_image
+
+OPTIONS = PretrainConfig(
+    steps=3, batch_size=4, warmup=2, precision="32-true", accelerator="cpu", checkpoint_every=3, learning_rate=1e-3
+)
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load_clip()
+
+
+def test_the_judges_are_at_most_20_mb_and_state_their_accuracy():
+    assert sum(file.stat().st_size for file in JUDGES.iterdir()) <= 20e6
+    stated = json.loads((JUDGES / "accuracy.json").read_text())
+    assert stated.keys() == {"clip", "classifier", "instance"}
+    assert all(0.5 < stated["classifier"][key] <= 1 for key in ("noun", "place"))
+
+
+@pytest.mark.parametrize("load", [load_clip, load_instance_encoder])
+def test_features_are_unit_vectors_of_any_picture_size(load):
+    encoder = load()
+    for size in (64, 100):
+        features = encoder.image_features(torch.rand(3, 3, size, size) * 2 - 1)
+        torch.testing.assert_close(features.norm(dim=-1), torch.ones(3))
+
+
+def test_clip_is_a_model_that_open_clip_builds(clip):
+    """open_clip itself, given the configuration and the weights, computes the same features."""
+    open_clip.add_model_config(JUDGES / "clip.json")
+    theirs = open_clip.create_model("clip", pretrained=str(JUDGES / "clip.safetensors")).eval()
+    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    prompts = ["a dog on the beach", "a red car"]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs.encode_image(pictures, normalize=True), clip.image_features(pictures))
+        text = theirs.encode_text(clip.tokenize(prompts), normalize=True)
+    torch.testing.assert_close(text, clip.text_features(prompts))
+
+
+def test_clip_knows_the_demo_prompts(clip):
+    """Rows of compact ids: the end token is the highest, which is where open_clip reads the features."""
+    ids = clip.tokenize(["a cat on the beach", "a cat in the snow", "a zeppelin", "a dog " * 60])
+    assert ids.shape == (4, clip.clip.context_length)
+    assert (ids.max(dim=1).values == len(clip.vocabulary) + 1).all()
+    assert ids[0].argmax() == 6 and ids[3].argmax() == ids.shape[1] - 1
+    assert not (ids[:2] == UNKNOWN).any() and (ids[2] == UNKNOWN).any()
+
+
+def test_demo_reference_pictures_are_named(clip):
+    """The demo concepts were never seen, but a car is a car."""
+    from ldm.images import read_image, to_tensor
+
+    classifier = load_classifier()
+    for noun, place in (("car", "snow"), ("teapot", "grass")):
+        files = sorted((ROOT / "data/concepts" / noun).glob("*.png"))
+        pictures = torch.stack([to_tensor(read_image(file)) for file in files])
+        nouns, places = classifier.logits(pictures)
+        assert [classifier.places[i] for i in places.argmax(-1)].count(place) >= 4
+
+
+def test_missing_and_broken_judges(tmp_path):
+    with pytest.raises(UserError, match="clip.json"):
+        load_clip(tmp_path)
+    for name in ("instance.json", "instance.safetensors"):
+        (tmp_path / name).write_bytes((JUDGES / name.replace(".safetensors", ".safetensors")).read_bytes())
+    (tmp_path / "instance.safetensors").write_bytes((JUDGES / "classifier.safetensors").read_bytes())
+    with pytest.raises(UserError, match="does not fit instance.json"):
+        load_instance_encoder(tmp_path)
+
+
+def test_contrastive_loss():
+    """open_clip's own loss; and pairs that fit as well are not counted as wrong."""
+    a, b = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1)
+    scale = torch.tensor(7.0)
+    torch.testing.assert_close(judges.contrastive_loss(a, b, scale), ClipLoss()(a, b, scale))
+    same = torch.eye(6, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True
+    assert judges.contrastive_loss(a, b, scale, same) < judges.contrastive_loss(a, b, scale)
+
+
+def test_augmented_pictures_keep_their_shape_and_range():
+    x = torch.zeros(5, 3, 64, 64)
+    y = judges.augmented(x)
+    assert y.shape == x.shape and 0 < y.abs().max() < 1
+
+
+@pytest.mark.parametrize("part", ["clip", "classifier", "instance"])
+def test_a_judge_is_trained_saved_and_loaded(part, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
+    config = dataclasses.replace(OPTIONS, part=part)
+    torch.manual_seed(0)
+    if part == "clip":
+        network = judges.new_clip(["a dog", "a red cat"])
+        ids = network.tokenize(["a dog", "a red cat"] * 4)
+        module, load = judges.CLIPTraining(network, config), load_clip
+        dataset = LabelledDataset(pictures, pictures[:4], ids)
+    elif part == "classifier":
+        network = judges.new_classifier()
+        noun, place = torch.tensor([0, 1, judges.IGNORED, 2] * 2), torch.arange(8)
+        module, load = judges.ClassifierTraining(network, config), load_classifier
+        dataset = LabelledDataset(pictures, pictures[:4], noun, place)
+    else:
+        network = judges.new_instance_encoder()
+        module, load = judges.InstanceTraining(network, config), load_instance_encoder
+        dataset = FigureDataset(_sprites(8), seed=0, scenes=18)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    fit(module, dataset, tmp_path / "run")
+    assert module.samples_seen == 12
+    assert any(not torch.equal(before[name], value) for name, value in network.state_dict().items())
+    trained = module.average.module.eval()
+    save_judge(trained, network.config, tmp_path / "judge", part)
+    loaded = load(tmp_path / "judge")
+    x = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        of = (lambda j: torch.cat(j.logits(x), -1)) if part == "classifier" else (lambda j: j.image_features(x))
+        torch.testing.assert_close(of(loaded), of(trained), atol=0.02, rtol=0.05)  # fp16 on disk
+
+
+def test_labelled_pictures_keep_their_labels():
+    """Behind the pictures come round trips of the first, with the labels of the first."""
+    pictures = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    dataset = LabelledDataset(pictures, pictures[:2] + 100, torch.arange(6))
+    assert len(dataset) == 8
+    rows, labels = dataset.__getitems__([5, 7, 0])
+    assert rows[:, 0, 0, 0].tolist() == [5, 101, 0] and labels.tolist() == [5, 1, 0]
+
+
+def _sprites(number):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (128, 90, 4), dtype=np.uint8), "RGBA") for _ in range(number)]
+
+
+def test_views_are_drawn_anew_and_the_same_for_a_seed():
+    """Each artwork gives its own figure and a repainted one, two different views of each; the seed decides."""
+    dataset = FigureDataset(_sprites(3), seed=0, scenes=18)
+    torch.manual_seed(5)
+    views, later = (dataset.__getitems__([2, 0]) for _ in range(2))
+    torch.manual_seed(5)
+    again = dataset.__getitems__([2, 0])
+    assert views.shape == (4, 2, 3, 64, 64) and views.dtype == torch.uint8
+    assert torch.equal(views, again) and not torch.equal(views, later)
+    assert len({view.numpy().tobytes() for view in views.flatten(0, 1)}) == 8
+
+
+def test_held_out_artwork_is_never_trained_on(tmp_path):
+    fluent, noto = tmp_path / "fluent/assets", tmp_path / "noto/img/google/64"
+    codes = [*NOUNS.values(), *(code for _, code in HELD_OUT.values()), "1f408-200d-2b1b", "1f44b-1f3fb", "1f1e6-1f1e8"]
+    for folder, suffix in ((fluent, "webp"), (noto, "png")):
+        folder.mkdir(parents=True)
+        for code in codes:
+            (folder / f"{code}.{suffix}").touch()
+    training, held_out = artworks(tmp_path)
+    assert {code for _, code in HELD_OUT.values()} <= {file.stem for file in held_out}
+    names = {file.name for file in training}
+    assert not names & {file.name for file in held_out}
+    assert f"{NOUNS['cat']}.webp" not in names | {file.name for file in held_out}  # under the demo concept
+    assert "1f408-200d-2b1b.png" not in names and "1f44b-1f3fb.png" not in names and "1f1e6-1f1e8.png" not in names
+    with pytest.raises(UserError, match="fetch_artwork.sh"):
+        artworks(tmp_path / "elsewhere")
+
+
+def test_repainting_keeps_the_outline():
+    sprite = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 4), dtype=np.uint8), "RGBA")
+    painted = repaint(sprite, np.random.default_rng(1))
+    assert painted.getchannel("A").tobytes() == sprite.getchannel("A").tobytes()
+    assert painted.tobytes() != sprite.tobytes()
+
+
+class ByColour:
+    """Judges whose answers follow from a picture's mean colour: red picks the noun, green the place."""
+
+    nouns, places = list(NOUNS), [*PLACES, "plain"]
+
+    def logits(self, x):
+        red, green = ((x[:, c].mean((1, 2)) + 1) * 127.5 for c in (0, 1))
+        return (-(red[:, None] - torch.arange(64)).abs(), -(green[:, None] - torch.arange(17)).abs())
+
+    def image_features(self, x):
+        angle = x[:, 0].mean((1, 2)) * 2
+        return torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
+def _flat(red, green):
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[..., 0], picture[..., 1] = red, green
+    return picture
+
+
+def test_accuracy_counts_right_answers():
+    judge_ = ByColour()
+    world = RenderedWorld(
+        np.stack([_flat(0, 0), _flat(1, 1), _flat(5, 16), _flat(7, 3)]),
+        ["", "", "", ""],
+        [judge_.nouns[0], judge_.nouns[2], None, judge_.nouns[7]],  # the second wrong, the third not asked
+        [judge_.places[0], judge_.places[1], None, judge_.places[4]],  # the last wrong
+    )
+    found = classifier_accuracy(judge_, world)
+    assert found["noun"] == pytest.approx(2 / 3) and found["place"] == pytest.approx(3 / 4)
+
+    # Figures of distinct colours are found; those of one colour are not told apart.
+    colours = np.array([[0, 40], [80, 120], [160, 200]], np.uint8)
+    views = np.stack([[[_flat(c, 0)] * 3 for c in row] for row in colours])
+    assert instance_accuracy(judge_, views)["of_all"] == 1
+    views[0, 1] = views[0, 0]
+    views[0, 0, 1] = _flat(230, 0)  # a stray view
+    assert instance_accuracy(judge_, views)["of_100"] < 1
+
+
+def test_clip_accuracy_is_chance_for_an_unread_picture(clip):
+    """All pictures alike: one answer for all, so one noun of two is right."""
+    nouns = ["dog", "cat"]
+    captions = [f"a {nouns[i % 2]} number {i}" for i in range(100)]
+    world = RenderedWorld(np.zeros((100, 64, 64, 3), np.uint8), captions, nouns * 50, ["beach", "snow"] * 50)
+    found = clip_accuracy(clip, world, nouns)
+    assert found["noun"] == 0.5 and found["place"] in (0, 0.5) and found["caption_of_100"] == pytest.approx(0.01, abs=0.02)
+
+
+def test_questions_are_different_pairs():
+    questions = draw_questions(200, 0)
+    assert len({q.prompt for q in questions}) == 200
+    assert draw_questions(200, 0) == questions != draw_questions(200, 1)
+    assert all(q.noun in q.prompt and PLACES[q.place][1][0] in q.prompt for q in questions)
+    counts = [[q.noun for q in draw_questions(number, 0)].count(noun) for number in (128, 200) for noun in NOUNS]
+    assert set(counts[:64]) == {2} and set(counts[64:]) == {3, 4}  # a noun's share is of as many prompts as another's
+    assert len({q.prompt for q in draw_questions(5000, 0)}) == 1024
+
+
+def test_judgement_of_drawn_pictures():
+    judge_ = ByColour()
+    questions = [Question("p", judge_.nouns[3], judge_.places[2]), Question("q", judge_.nouns[4], judge_.places[1])]
+    drawn = np.stack([_flat(3, 2), _flat(3, 9), _flat(9, 1), _flat(9, 9)])
+    result = judge(judge_, questions, torch.from_numpy(drawn).permute(0, 3, 1, 2))
+    assert (result["noun_right"], result["place_right"], result["both_right"]) == (0.5, 0.5, 0.25)
+    assert result["noun_right_by_noun"] == {judge_.nouns[3]: 1, judge_.nouns[4]: 0}
+    assert result["named"] == [judge_.nouns[3], judge_.nouns[9]]
+
+
+def test_pictures_do_not_depend_on_the_batch(tiny_base):
+    options = SamplingOptions(steps=2, scale=5, seed=3, height=64, width=64)
+    questions = draw_questions(2, 0)
+    prompts = [q.prompt for q in questions]
+    drawn = [draw_pictures(tiny_base, prompts, 2, options, size, lambda n: None).float() for size in (4, 3)]
+    assert (drawn[0] - drawn[1]).abs().max() <= 1
+    alone = text_to_image(tiny_base, prompts[1], [2, 3], options).clamp(-1, 1)
+    assert (drawn[0][2:] - (alone + 1) * 127.5).abs().max() <= 1.01
+
+
+def test_psnr_of_a_known_error_and_of_the_held_out_pictures(tiny_base):
+    class Shifted:
+        """Gives pictures back a little too bright."""
+
+        class Posterior:
+            def __init__(self, mean):
+                self.mean = mean
+
+        def encode(self, x):
+            return self.Posterior(x)
+
+        def decode(self, z):
+            return z + 0.02
+
+    pictures = np.full((3, 64, 64, 3), 100, np.uint8)
+    assert psnr(Shifted(), pictures) == pytest.approx(20 * np.log10(2 / 0.02), abs=1e-3)
+    held_out = held_out_pictures()
+    assert held_out.shape == (256, 64, 64, 3)
+    assert len({picture.tobytes() for picture in held_out}) == 256
+    assert psnr(tiny_base.autoencoder, held_out[:64]) > 25
+
+
+@pytest.mark.slow
+def test_the_base_model_is_evaluated(tmp_path):
+    places = ("--outdir", tmp_path, "--cache", tmp_path / "cache")
+    options = ("--prompts", 2, "--pictures", 2, "--steps", 2, "--device", "cpu", *places)
+    run_main("evaluate_base.py", *options)
+    first = (tmp_path / "base-evaluation.json").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "text_to_image", None)  # the second time nothing is drawn
+        run_main("evaluate_base.py", *options)
+    assert (tmp_path / "base-evaluation.json").read_text() == first
+    result = json.loads((tmp_path / "base-evaluation.json").read_text())
+    assert result["pictures"] == 4
+    assert 25 < result["psnr"] < 35
+    assert f"{result['place_right']:.1%}" in (tmp_path / "base-evaluation.md").read_text()
+    assert Image.open(tmp_path / "base-evaluation.png").width > 128

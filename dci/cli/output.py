@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from dci.cli.arguments import ChosenSeed
-from dci.cli.loading import vae_facts
 from dci.files import make_new_folder
 from ldm.errors import UserError
 
@@ -16,31 +15,14 @@ from ldm.errors import UserError
 def sampling_facts(args: argparse.Namespace, base: str, checkpoint: str | None, prepared, model_hash: str) -> dict:
     """Return everything needed to make pictures again but their prompts and numbers, and a concept's facts.
 
-    Files may change under their names, so the contents' hashes belong to it.
-
     Args:
         prepared: the request, as `dci.pipeline` prepares it.
         model_hash: fingerprint of the base model.
     """
-    from dci.files import file_hash
+    from dci.samples import facts
 
-    return {
-        "negative_prompt": args.negative_prompt,
-        "model": base,
-        "checkpoint": checkpoint,
-        "model_hash": model_hash,
-        "model_config_hash": file_hash(base) if Path(base).suffix in (".yaml", ".yml") else None,
-        "ema": args.ema,
-        **vae_facts(args),
-        "clip_skip": args.clip_skip,
-        "precision": args.precision,
-        "init_image": args.init_image,
-        "init_image_hash": args.init_image and file_hash(args.init_image),
-        "mask": args.mask,
-        "mask_hash": args.mask and file_hash(args.mask),
-        "strength": prepared.init and prepared.init.strength,
-        **prepared.options.facts(),
-    }
+    loaded = facts.LoadedModel(base, checkpoint, model_hash, args.precision, args.ema, args.clip_skip, args.vae)
+    return facts.sampling_facts(loaded, prepared, args.init_image, args.mask)
 
 
 def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int, sample: Callable, beside=None) -> None:

@@ -1,0 +1,119 @@
+"""The model that the page samples with: loaded once, with one concept at a time applied to it."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from dci.concept.autoencoder import trained_vae
+from dci.concept.base_model import trained_base
+from dci.concept.concept_file import Concept
+from dci.concept.foreign.importing import import_concept, is_foreign
+from dci.concept.loras import add_loras
+from dci.pipeline import Pipeline
+from dci.samples.facts import LoadedModel, precision_name
+from ldm.checkpoint import fingerprint, load_model, model_config
+from ldm.diffusion import LatentDiffusion
+from ldm.runtime.acceleration import accelerate, fastest_precision
+from ldm.shipped import ROOT
+
+TINY = ROOT / "configs/model/tiny.yaml"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Which base model is asked for; None leaves it to the concept, as the programs do."""
+
+    model: str | None = None
+    checkpoint: str | None = None
+    vae: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A concept on its base model, and what tells that model in the images' metadata."""
+
+    pipeline: Pipeline
+    loaded: LoadedModel
+
+
+class Studio:
+    """Holds one base model, and puts concepts on it and off again; the page's queue lets one client sample at a time."""
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        self._lock = threading.RLock()
+        self._model: LatentDiffusion | None = None
+        self._loaded: LoadedModel | None = None
+        self._loras: list[str] = []
+        self._applied: tuple[str, Ready, Callable[[], None]] | None = None  # key of the concept, and how it is undone
+
+    def base(self, trained: dict | None = None) -> tuple[LatentDiffusion, LoadedModel]:
+        """Return the base model, with a concept on it or not, loaded anew where it is another one.
+
+        Args:
+            trained: the training configuration of the concept that it is for.
+        """
+        trained = trained or {}
+        asked = self.weights
+        if asked.model:
+            model, checkpoint = asked.model, asked.checkpoint
+        else:
+            model, checkpoint = trained_base(trained, asked.checkpoint, str(TINY))
+        own = not asked.model and model == trained.get("model")
+        vae = asked.vae or (trained_vae(trained) if own else None)
+        loras = list(trained.get("loras") or [])
+        with self._lock:
+            known = self._loaded
+            if known is None or (model, checkpoint, vae, loras) != (known.model, known.checkpoint, known.vae, self._loras):
+                self._load(model, checkpoint, vae, loras)
+            return self._model, self._loaded
+
+    def use(self, key: str, concept: Concept) -> Ready:
+        """Return a concept on its base model; the one before is taken off.
+
+        Args:
+            key: what tells the concept's content, such as a hash.
+
+        Raises:
+            UserError: the concept's base model is not there, or another one.
+        """
+        with self._lock:
+            if self._applied is not None and self._applied[0] == key:
+                return self._applied[1]
+            model, loaded = self.base(concept.config)
+            self._take_off()
+            replaced = concept.replaced(model)
+            undo = concept.apply(model)
+            ready = Ready(Pipeline(model, concept, replaced), loaded)
+            self._applied = (key, ready, undo)
+            return ready
+
+    def read(self, file: Path, class_noun: str | None = None, trigger: str | None = None) -> Concept:
+        """Read a concept file, ours or another program's.
+
+        Raises:
+            UserError: it cannot be used.
+        """
+        if not is_foreign(file):
+            return Concept.load(file)
+        asked = self.weights
+        model, checkpoint = (asked.model, asked.checkpoint) if asked.model else trained_base({}, asked.checkpoint, str(TINY))
+        load = partial(load_model, model, checkpoint, dtype=None)
+        return import_concept([file], class_noun, trigger, model_config(model), load, identify=False).concept
+
+    def _take_off(self) -> None:
+        if self._applied is not None:
+            self._applied[2]()
+            self._applied = None
+
+    def _load(self, model: str, checkpoint: str | None, vae: str | None, loras: list[str]) -> None:
+        self._model = self._loaded = self._applied = None  # before the next one takes its memory
+        device = self.weights.device
+        loaded = load_model(model, checkpoint, dtype=partial(fastest_precision, device=device), vae=vae)
+        accelerate(loaded, device)
+        add_loras(loaded, loras)
+        known = LoadedModel(model, checkpoint, fingerprint(loaded), precision_name(loaded.dtype), vae=vae)
+        self._model, self._loaded, self._loras = loaded.to(device), known, loras

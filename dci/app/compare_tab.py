@@ -87,7 +87,7 @@ class CompareTab:
         except UserError as error:
             yield markup.error(str(error)), gr.skip(), "", *idle
         finally:
-            self.running.end(client)
+            self.running.end(client, stop)
 
     def _plane(self, grid: Grid, wanted: Wanted, ready: Any) -> str:
         try:

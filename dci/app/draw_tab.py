@@ -37,12 +37,14 @@ class Running:
     def begin(self, client: str) -> threading.Event:
         """Note that a client draws; the event says when to stop."""
         with self._lock:
-            return self._stops.setdefault(client, threading.Event())
+            self._stops[client] = threading.Event()
+            return self._stops[client]
 
-    def end(self, client: str) -> None:
+    def end(self, client: str, event: threading.Event) -> None:
         """Note that it does not any more."""
         with self._lock:
-            self._stops.pop(client, None)
+            if self._stops.get(client) is event:
+                del self._stops[client]
 
     def stop(self, client: str) -> bool:
         """Ask a client's drawing to stop; False where there is none."""
@@ -244,7 +246,7 @@ class DrawTab:
         except UserError as error:
             yield (markup.error(str(error)), *[gr.skip()] * 7, *_idle())
         finally:
-            self.running.end(client)
+            self.running.end(client, stop)
 
     def _partly(self, drawing: Drawing) -> tuple:
         bar = markup.progress(drawing.done, drawing.calls, f"Step {drawing.done // 2} of {drawing.calls // 2}")

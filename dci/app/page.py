@@ -32,7 +32,7 @@ class Page:
 
     @cached_property
     def look(self) -> dict[str, Any]:
-        """How it looks: arguments of `launch`. Fonts are the system's, scripts and colours our own."""
+        """How it looks: arguments of `launch`. The fonts are the system's."""
         theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=_SYSTEM, font_mono=_MONO)
         theme = theme.set(
             body_text_color_subdued="*neutral_600",
@@ -49,7 +49,7 @@ class Page:
             button_primary_background_fill_hover="*primary_700",
             button_primary_text_color="white",
         )
-        return {"theme": theme, "css_paths": [STATIC / "page.css"], "js": (STATIC / "page.js").read_text(encoding="utf-8")}
+        return {"theme": theme, "css_paths": [STATIC / "page.css"]}
 
     def close(self) -> None:
         """End what runs behind the page."""

@@ -78,7 +78,9 @@ def start_now(job, *changes):
 
 def finished(job):
     state = info(job, "JobState")
-    assert state not in ("FAILED", "TIMEOUT", "NODE_FAIL"), state
+    if state in ("FAILED", "TIMEOUT", "NODE_FAIL"):
+        log = Path(info(job, "StdOut"))
+        raise AssertionError(f"{state}, exit code {info(job, 'ExitCode')}; {log.read_text() if log.is_file() else log}")
     return state == "COMPLETED"
 
 

@@ -17,13 +17,13 @@ from dci.evaluation.bootstrap import Interval
 from dci.evaluation.encoders import INCEPTION
 from dci.evaluation.metrics import CLIP_I, CLIP_T, DINO_I, KID, LABELS
 from dci.evaluation.plots import fidelity_editability_plane, inline_svg, scores_by_prompt
-from dci.evaluation.scores import ImageScore, RunScores, as_json, difference
+from dci.evaluation.scores import REPORT, ImageScore, RunScores, as_json, difference
 from dci.files import write_atomically
 from ldm.errors import UserError
 from ldm.images import read_image
 from ldm.texts import readable
 
-PAGE, TEXT, SCORES, SUMMARY, PICTURES = "report.html", "report.md", "scores.json", "summary.csv", "pictures.csv"
+PAGE, TEXT, SUMMARY, PICTURES = "report.html", "report.md", "summary.csv", "pictures.csv"
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _SIDE = 192  # pixels of the longer side of a picture on the page
 _SHARE = {"noun", "place"}  # metrics shown in per cent
@@ -80,7 +80,7 @@ def write_report(
         "runs": [{"name": run.name, "series": run.series, **as_json(run.scores)} for run in runs],
         "differences": as_json(differences),
     }
-    write_atomically(outdir / SCORES, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(outdir / REPORT, (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(outdir / SUMMARY, readable(_csv(_summary_rows(runs))).encode())
     write_atomically(outdir / PICTURES, readable(_csv(_picture_rows(runs))).encode())
     return outdir / PAGE

@@ -31,7 +31,7 @@ TOLERATED = {
     *(f"conditioner.embedders.1.model.{name}" for name in ("logit_scale", "attn_mask")),
     "denoiser.sigmas",
 }
-"""Keys that SD checkpoints carry and that no network reads: the schedule, and what open_clip needs for pictures."""
+"""Keys that SD checkpoints carry and that no network reads: the schedule, and what open_clip needs for images."""
 
 EMA = "model_ema."
 _LAYERS = "cond_stage_model.model.transformer.resblocks."

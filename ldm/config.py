@@ -130,7 +130,7 @@ class ModelConfig:
 
     @property
     def size_multiple(self) -> int:
-        """What a picture's sides must be multiples of, in pixels: every level of the UNet must divide the latent."""
+        """What an image's sides must be multiples of, in pixels: every level of the UNet must divide the latent."""
         return self.autoencoder.downsampling * 2 ** (len(self.unet.channel_mult) - 1)
 
 

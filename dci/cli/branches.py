@@ -43,7 +43,7 @@ def add_dci_options(parser: Parser) -> None:
 
     group = parser.add_argument_group("the branches, made visible")
     group.add_argument("--save-maps", action="store_true", help="branch weights and attention maps, as sheets and .npz")
-    group.add_argument("--save-steps", action="store_true", help="both branches' predicted pictures over the steps")
+    group.add_argument("--save-steps", action="store_true", help="both branches' predicted images over the steps")
 
 
 def settings_of(args: argparse.Namespace) -> dict:

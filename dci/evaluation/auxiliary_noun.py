@@ -35,10 +35,10 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class NounScore:
-    """How well the base model's pictures obeyed the prompts with a noun in the concept's place."""
+    """How well the base model's images obeyed the prompts with a noun in the concept's place."""
 
     noun: str
-    clip_t: float  # mean cosine of picture and prompt
+    clip_t: float  # mean cosine of image and prompt
 
 
 def default_candidates(class_noun: str) -> list[str]:
@@ -55,19 +55,19 @@ def score_nouns(
     candidates: Sequence[str],
     clip: Encoder,
     options: SamplingOptions,
-    pictures: int = 4,
+    images: int = 4,
 ) -> list[NounScore]:
     """Score candidates for the auxiliary noun, the best one first; the earlier one wins a tie.
 
-    With each candidate the base model draws the auxiliary prompts. All pictures are held against the
+    With each candidate the base model draws the auxiliary prompts. All images are held against the
     same texts, the prompts with the class noun, so that the scores can be compared.
 
     Args:
         base: the model without the concept.
         prompts: that name the concept; at most 8 of them are used.
-        clip: an encoder of pictures and texts.
+        clip: an encoder of images and texts.
         options: of the sampler; their seed makes the scores repeatable.
-        pictures: of each prompt and candidate.
+        images: of each prompt and candidate.
 
     Raises:
         UserError: no candidates, a prompt that does not name the concept, or several concepts in one file.
@@ -84,7 +84,7 @@ def score_nouns(
     def score(noun: str) -> float:
         cosines = []
         for prompt, text in zip(prompts, texts, strict=True):
-            drawn = to_images(text_to_image(base, plain(prompt, noun), list(range(pictures)), options))
+            drawn = to_images(text_to_image(base, plain(prompt, noun), list(range(images)), options))
             cosines.append(F.normalize(clip.image_features(drawn), dim=-1) @ text)
         return torch.cat(cosines).mean().item()
 
@@ -96,4 +96,4 @@ def describe(scores: list[NounScore]) -> str:
     """Say in lines how the candidates did and which one is taken."""
     best = scores[0]
     lines = [f"  {s.clip_t:.4f}  {s.noun}" for s in scores]
-    return "\n".join(["Auxiliary noun by CLIP-T of the base model's pictures:", *lines, f"Auxiliary noun: {best.noun}"])
+    return "\n".join(["Auxiliary noun by CLIP-T of the base model's images:", *lines, f"Auxiliary noun: {best.noun}"])

@@ -1,6 +1,6 @@
 """Which difference between two runs so many concepts can show: the report's interval, simulated.
 
-Paired differences of pictures are taken apart into what concepts, prompts, seeds and their combinations add to
+Paired differences of images are taken apart into what concepts, prompts, seeds and their combinations add to
 them (random effects of a crossed design without gaps; variances by the method of moments, Searle, Casella and
 McCulloch, "Variance Components", 1992, Sec. 4.3). From these variances, differences of as many concepts as are
 asked about are drawn, and each draw gets the report's bootstrap interval. Such an interval moves with the mean, so
@@ -57,7 +57,7 @@ def difference_variances(a: Scores, b: Scores) -> list[Variances]:
     """Return what the paired differences a - b vary with, for each metric that both have.
 
     Raises:
-        UserError: the pictures of the two runs are not all combinations of concepts, prompts and seeds.
+        UserError: the images of the two runs are not all combinations of concepts, prompts and seeds.
     """
     return [
         Variances(metric, dict(zip(AXES, table.shape, strict=True)), variance_components(table))
@@ -181,7 +181,7 @@ def _tables(a: Scores, b: Scores) -> dict[str, np.ndarray]:
         shape = [len(labels) for labels in names]
         if np.prod(shape) != len(found):
             raise UserError(
-                f"{metric}: {len(found)} pairs of pictures are not all combinations of {shape[0]} concepts, {shape[1]} "
+                f"{metric}: {len(found)} pairs of images are not all combinations of {shape[0]} concepts, {shape[1]} "
                 f"prompts and {shape[2]} seeds: compare runs that are complete"
             )
         place = [{label: number for number, label in enumerate(labels)} for labels in names]

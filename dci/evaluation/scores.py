@@ -1,4 +1,4 @@
-"""Scores of drawn pictures, their means with intervals, and the difference between two runs."""
+"""Scores of drawn images, their means with intervals, and the difference between two runs."""
 
 import dataclasses
 import json
@@ -22,13 +22,13 @@ REPORT = "scores.json"
 
 @dataclass(frozen=True)
 class ImageScore:
-    """A drawn picture, what it was drawn from, and its scores."""
+    """A drawn image, what it was drawn from, and its scores."""
 
     file: str
     prompt: str  # as it was asked for; one level of the factor "prompt"
-    text: str  # what CLIP-T compares the picture with: the prompt without modifier tokens
+    text: str  # what CLIP-T compares the image with: the prompt without modifier tokens
     noise: str  # what the initial noise depends on, "seed:index"; "" where nobody wrote it down
-    values: dict[str, float]  # metric -> score; a metric that does not apply to the picture is left out
+    values: dict[str, float]  # metric -> score; a metric that does not apply to the image is left out
     concept: str = ""  # where several concepts are pooled
 
 
@@ -38,7 +38,7 @@ class Scores:
 
     rows: tuple[ImageScore, ...]
     summary: dict[str, Interval]  # metric -> mean over the rows, KID over the folder
-    metadata: dict[str, Any] = field(default_factory=dict)  # encoders, references, numbers of pictures, ...
+    metadata: dict[str, Any] = field(default_factory=dict)  # encoders, references, numbers of images, ...
 
     def save(self, file: str | Path) -> None:
         """Write JSON, whole or not at all."""
@@ -112,14 +112,14 @@ def summarize(rows: Sequence[ImageScore], resamples: int = RESAMPLES, seed: int 
 
 
 def difference(a: Scores, b: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> dict[str, Interval]:
-    """Return each metric's mean of a - b over the pictures of the same concept, prompt and seed, with its interval.
+    """Return each metric's mean of a - b over the images of the same concept, prompt and seed, with its interval.
 
     An interval above zero says that `a` is better; pairing takes out what prompts and seeds do to both.
-    Where no noise is written down, the pictures of a prompt are paired in their order. KID, which has no
-    value of single pictures, is not compared.
+    Where no noise is written down, the images of a prompt are paired in their order. KID, which has no
+    value of single images, is not compared.
 
     Raises:
-        UserError: the two have no such pictures in common.
+        UserError: the two have no such images in common.
     """
     result = {}
     for name, found in paired_differences(a, b).items():
@@ -129,15 +129,15 @@ def difference(a: Scores, b: Scores, resamples: int = RESAMPLES, seed: int = 0, 
 
 
 def paired_differences(a: Scores, b: Scores) -> dict[str, list[tuple[ImageScore, float]]]:
-    """Return, for each metric that both have, a's pictures with a partner in b, and the differences a - b.
+    """Return, for each metric that both have, a's images with a partner in b, and the differences a - b.
 
     Raises:
-        UserError: the two have no picture of the same concept, prompt and seed in common.
+        UserError: the two have no image of the same concept, prompt and seed in common.
     """
     ours, theirs = _keyed(a.rows), _keyed(b.rows)
     keys = [key for key in ours if key in theirs]
     if not keys:
-        raise UserError("the two runs have no picture of the same prompt and seed: draw both with the same ones")
+        raise UserError("the two runs have no image of the same prompt and seed: draw both with the same ones")
     found: dict[str, list[tuple[ImageScore, float]]] = {}
     for name in dict.fromkeys(name for row in a.rows for name in row.values):
         both = [key for key in keys if name in ours[key].values and name in theirs[key].values]

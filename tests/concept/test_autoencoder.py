@@ -62,7 +62,7 @@ def test_another_autoencoder_goes_before_it(trained):
     assert base_vae(argparse.Namespace(vae=None, model=None, checkpoint=None), {"model": "/gone", "vae": own}) is None
 
 
-def test_pictures_record_its_content(trained, tmp_path):
+def test_images_record_its_content(trained, tmp_path):
     file, own, _ = trained
     small = ("--steps", 1, "--n-samples", 1, "--no-dci", "--device", "cpu")
     run_main("sample_dci.py", "--concept", file, "--prompt", "a V* cat", "--outdir", tmp_path / "out", *small)

@@ -111,7 +111,7 @@ def test_designs_that_show_nothing(design, message):
 def test_the_program(tmp_path, capfd):
     from dci.evaluation.report import write_report
 
-    picture = ROOT / "data/concepts/cat/00.png"
+    image = ROOT / "data/concepts/cat/00.png"
     table = drawn({("concept",): 0.1}, (4, 3, 2))
     runs = [
         RunScores(name, scores(table + shift))
@@ -119,7 +119,7 @@ def test_the_program(tmp_path, capfd):
     ]
     for run in runs:
         for row in run.scores.rows:
-            object.__setattr__(row, "file", str(picture))
+            object.__setattr__(row, "file", str(image))
             row.values["clip_t"] = row.values["dino_i"]
     write_report(tmp_path, runs, "Runs")
     assert [run.name for run in read_report(tmp_path)] == ["plain", "dci"]

@@ -42,12 +42,12 @@ def train(task):
 
 def score(task):
     score = zlib.crc32(json.dumps(task["place"]).encode()) / 2**32
-    picture, noise = str(next(Path(task["references"][0]).glob("*.png"))), str(task["sampling"]["seed"])
-    rows = [dict(file=picture, prompt=p, text=p, noise=noise, values={"clip_t": score, "dino_i": score / 3}) for p in "ab"]
+    image, noise = str(next(Path(task["references"][0]).glob("*.png"))), str(task["sampling"]["seed"])
+    rows = [dict(file=image, prompt=p, text=p, noise=noise, values={"clip_t": score, "dino_i": score / 3}) for p in "ab"]
     summary = {name: dict(mean=rows[0]["values"][name], low=None, high=1.0, n=2) for name in rows[0]["values"]}
     folder = Path(task["folder"])
     (folder / "samples").mkdir()
-    (folder / "samples/00000.png").write_bytes(Path(picture).read_bytes())
+    (folder / "samples/00000.png").write_bytes(Path(image).read_bytes())
     (folder / "prompts.json").write_text(json.dumps({"00000": "a"}))
     (folder / "result.json").write_text(json.dumps(task["place"] | dict(rows=rows, summary=summary, facts={})))
 

@@ -55,7 +55,7 @@ _OPTIONS = {
     **{name: name.replace("_", "-") for name in (
         "agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights", "auxiliary_noun",
         "steps", "scale", "eta", "solver", "spacing", "seed", "zero_terminal_snr", "vae_tile", "vae_batch", "init_image",
-        "mask", "strength", "batch_size", "model", "checkpoint", "original_size", "crop")},
+        "mask", "strength", "batch_size", "model", "checkpoint", "original_size", "crop", "clip")},
 }  # fmt: skip
 """Options of the sampling programs, by their names in Python."""
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dci.concept.concept_file import Concept
 from dci.concept.prompts import parse_prompt
-from dci.evaluation.encoders import Encoder
+from dci.evaluation.encoders import TINY, Encoder, load_encoder
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.images import to_images
@@ -90,6 +90,33 @@ def score_nouns(
 
     scores = [NounScore(noun, score(noun)) for noun in candidates]
     return sorted(scores, key=lambda s: -s.clip_t)
+
+
+def choose_noun(
+    base: LatentDiffusion,
+    concept: Concept,
+    prompts: Sequence[str],
+    options: SamplingOptions,
+    clip: str | None = None,
+    candidates: str | None = None,
+) -> list[NounScore]:
+    """Score candidates as `score_nouns` does, with an encoder that is loaded by its name.
+
+    Args:
+        clip: see `dci.evaluation.encoders`; None: the embedded one, for the embedded model.
+        candidates: nouns with commas between them; None: `default_candidates`.
+
+    Raises:
+        UserError: as `score_nouns`; no encoder is named for a model that is not the embedded one, or there is none.
+    """
+    if not clip and base.config.name != "tiny":
+        raise UserError(
+            f"auxiliary_noun {AUTO}: a CLIP is needed that knows what '{base.config.name}' draws: name one as clip=, "
+            "such as open_clip:ViT-B-32/openai"
+        )
+    given = [noun.strip() for noun in (candidates or "").split(",") if noun.strip()]
+    encoder = load_encoder(clip or TINY, device=str(base.device))
+    return score_nouns(base, concept, prompts, given or default_candidates(concept.class_noun), encoder, options)
 
 
 def describe(scores: list[NounScore]) -> str:

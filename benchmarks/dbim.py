@@ -15,7 +15,7 @@ from ldm.errors import UserError
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """Measure each resolution; rows are [unconditional, concept, auxiliary] of `--batch` pictures."""
+    """Measure each resolution; rows are [unconditional, concept, auxiliary] of `--batch` images."""
     if args.peer == "diffusers":
         raise UserError("dbim --peer diffusers: diffusers has no DCI; give --peer none or --peer naive")
     if args.peer == "pipeline":

@@ -3,7 +3,7 @@
 python benchmarks/measure_workers.py --rounds 3 --out benchmarks/workers-tiny-cpu.json
 
 Two workers share one folder and one plan. Two rates are taken: of the sampling alone, all workers having
-loaded their model, from a common start to the last picture written; and of the whole command, its start-up
+loaded their model, from a common start to the last image written; and of the whole command, its start-up
 included, which shrinks with the length of the run. It needs as many free cores as workers.
 """
 
@@ -39,10 +39,10 @@ def work(folder: str, options: argparse.Namespace, ready, times) -> None:
     settings = sampling_options(model, steps=options.steps)
     prompts = [f"a {noun} {place}" for noun in ("dog", "cat", "car") for place in ("on the beach", "in the snow")]
     facts = {"steps": settings.steps, "solver": settings.solver, "scale": settings.scale, "width": 64, "height": 64}
-    plan = Plan([{"prompt": prompt} for prompt in prompts], facts, [0], options.pictures, options.batch_size)
+    plan = Plan([{"prompt": prompt} for prompt in prompts], facts, [0], options.images, options.batch_size)
 
-    def sample(pictures):
-        return text_to_image(model, [prompts[p.prompt] for p in pictures], [p.index for p in pictures], settings)
+    def sample(images):
+        return text_to_image(model, [prompts[p.prompt] for p in images], [p.index for p in images], settings)
 
     sample([plan.image(0)])  # what is set up at the first call
     ready.wait()
@@ -53,7 +53,7 @@ def work(folder: str, options: argparse.Namespace, ready, times) -> None:
 
 
 def measure(workers: int, options: argparse.Namespace) -> dict[str, float]:
-    """Return pictures per second of so many workers: while sampling, and over their whole lives."""
+    """Return images per second of so many workers: while sampling, and over their whole lives."""
     context = multiprocessing.get_context("spawn")  # as separate commands are: nothing is shared
     ready, times = context.Barrier(workers), context.Queue()
     with tempfile.TemporaryDirectory() as folder:
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measurements with each number of workers (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="compared with one (default 2)")
     parser.add_argument(
-        "--images", "--pictures", dest="pictures", type=int, default=32, help="of each of 6 prompts (default 32)"
+        "--images", "--pictures", dest="images", type=int, default=32, help="of each of 6 prompts (default 32)"
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -92,7 +92,7 @@ def main() -> None:
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[2], 2),
-        "pictures": 6 * options.pictures,
+        "pictures": 6 * options.images,
         "steps": options.steps,
         "batch_size": options.batch_size,
         "workers": options.workers,
@@ -101,8 +101,8 @@ def main() -> None:
         one, several = ([rate[part] for rate in measured] for measured in rates.values())
         ratios = [b / a for a, b in zip(one, several, strict=True)]
         result[part] = {
-            "pictures_per_second_1": round(statistics.median(one), 3),
-            f"pictures_per_second_{options.workers}": round(statistics.median(several), 3),
+            "images_per_second_1": round(statistics.median(one), 3),
+            f"images_per_second_{options.workers}": round(statistics.median(several), 3),
             "ratio_median": round(statistics.median(ratios), 3),
             "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
         }

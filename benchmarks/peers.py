@@ -29,10 +29,10 @@ def build(name: str, dtype: torch.dtype, device: str, size: int | None = None) -
     """Return the embedded model ("tiny"), or one of Stable Diffusion's size with random weights ("sd-v1").
 
     Args:
-        size: side of its pictures in pixels; None: the model's own.
+        size: side of its images in pixels; None: the model's own.
 
     Raises:
-        UserError: the model has no pictures of that size.
+        UserError: the model has no images of that size.
     """
     if name == "tiny":
         model = load_model(ROOT / "configs/model/tiny.yaml", dtype=dtype)

@@ -1,4 +1,4 @@
-"""DCI in a pipeline of diffusers over that same pipeline without it: text to pictures, on diffusers' own networks."""
+"""DCI in a pipeline of diffusers over that same pipeline without it: text to images, on diffusers' own networks."""
 
 import argparse
 import tempfile
@@ -34,7 +34,7 @@ def dci_over_plain(args: argparse.Namespace, model: LatentDiffusion, rate: float
     name = f"diffusers' pipeline, {args.steps} steps, {size}x{size} px, batch {args.batch}"
     ways = {"DCI": way(agg_time=dual.agg_time, gain=dual.gain), "plain": way(dci=False)}
     result = compare(name, ways, args.device, args.rounds, rate, args.compile)
-    speeds = {f"pictures_per_second,_{way}": args.batch / figures["median"] for way, figures in result["ways"].items()}
+    speeds = {f"images_per_second,_{way}": args.batch / figures["median"] for way, figures in result["ways"].items()}
     return result | {"notes": speeds}
 
 
@@ -48,7 +48,7 @@ def dci_pipeline(model: LatentDiffusion):
     from dci.finetuning.module import ICOTraining
     from ldm.formats.diffusers_export import write_tokenizer
 
-    concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), pictures=1).concept()
+    concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), images=1).concept()
     theirs = peers.with_weights_of(model.requires_grad_(False))
     with tempfile.TemporaryDirectory() as folder:
         write_tokenizer(Path(folder), model.config)

@@ -61,12 +61,12 @@ def anew(model: LatentDiffusion, call: Way) -> Way:
 
 
 def per_second(args: argparse.Namespace, result: dict) -> dict:
-    """Pictures per second, of each way."""
-    return {f"pictures_per_second,_{way}": args.batch / figures["median"] for way, figures in result["ways"].items()}
+    """Images per second, of each way."""
+    return {f"images_per_second,_{way}": args.batch / figures["median"] for way, figures in result["ways"].items()}
 
 
 def dci_over_plain(args: argparse.Namespace, model: LatentDiffusion, rate: float) -> dict:
-    """The whole process, text to pictures, with DCI and without."""
+    """The whole process, text to images, with DCI and without."""
     from dci.concept.modifier_tokens import ConceptName
     from dci.concept.prompts import parse_prompt
     from dci.dual_branch.options import dual_branch, sampling_options
@@ -76,7 +76,7 @@ def dci_over_plain(args: argparse.Namespace, model: LatentDiffusion, rate: float
 
     # An untrained concept costs what a trained one does.
     with torch.inference_mode(False):
-        concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), pictures=1).concept()
+        concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), images=1).concept()
     prompt = parse_prompt("a V* dog on the beach", ConceptName(concept.modifier_tokens, "dog"))
     options = sampling_options(model, steps=args.steps)
 
@@ -120,7 +120,7 @@ def share_inside(model: LatentDiffusion, call: Way, device: str) -> float:
 
 
 def unet_step(args: argparse.Namespace, model: LatentDiffusion, others: dict[str, Callable], rate: float) -> dict:
-    """One guided step of `--batch` pictures: twice as many rows."""
+    """One guided step of `--batch` images: twice as many rows."""
     rows, side = 2 * args.batch, model.config.image_size // model.config.autoencoder.downsampling
     x = torch.randn(rows, model.config.autoencoder.embed_dim, side, side, device=args.device, dtype=model.dtype)
     t = torch.full((rows,), 500, device=args.device)
@@ -133,7 +133,7 @@ def unet_step(args: argparse.Namespace, model: LatentDiffusion, others: dict[str
 
 
 def plain_sampling(args: argparse.Namespace, model: LatentDiffusion, theirs: peers.Theirs, rate: float) -> dict:
-    """Text to pictures beside diffusers' StableDiffusionPipeline: the same ids, first noise, solver and guidance."""
+    """Text to images beside diffusers' StableDiffusionPipeline: the same ids, first noise, solver and guidance."""
     from diffusers import StableDiffusionPipeline
 
     from dci.dual_branch.options import sampling_options

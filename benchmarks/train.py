@@ -1,7 +1,7 @@
 """Fine-tuning: a step of ours, alone or beside diffusers' Custom Diffusion loop.
 
 Both train keys and values of all cross-attention layers and one modifier token, on the same batch
-size, precision and picture size. Theirs is written from the algorithm of their example script:
+size, precision and image size. Theirs is written from the algorithm of their example script:
 diffusers' UNet with its Custom Diffusion attention processors, the autoencoder run in every step,
 the whole token table trained with the gradients of ordinary tokens set to zero, AdamW, gradients
 clipped. Ours is the setting that the trainer takes for the same task. The weights are equal.
@@ -26,7 +26,7 @@ RUN = 900  # steps of a run, in the paper
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    """Time steps on `--batch` reference pictures; the options are those of scripts/benchmark.py."""
+    """Time steps on `--batch` reference images; the options are those of scripts/benchmark.py."""
     if args.peer == "pipeline":
         raise UserError("train --peer pipeline: a pipeline does not train; give --peer none or --peer diffusers")
     if args.peer == "naive":
@@ -72,16 +72,16 @@ def our_step(args: argparse.Namespace, model: LatentDiffusion) -> Callable[[], N
         f"training.compile={args.compile}",
     ]
     config = configuration.build(FinetuneConfig, {}, options)
-    pictures = read_references(config.data.images, config.data, model.config.image_size)[: args.batch]
-    module = ICOTraining(model, config, len(pictures)).to(args.device)
-    dataset = ConceptDataset(model, pictures, [], config.data)
+    images = read_references(config.data.images, config.data, model.config.image_size)[: args.batch]
+    module = ICOTraining(model, config, len(images)).to(args.device)
+    dataset = ConceptDataset(model, images, [], config.data)
     module.prepare()
     optimizer = module.configure_optimizers()
     count = iter(range(10**6))
 
     def step() -> None:
         number = next(count)
-        draws = [BatchSlot(i % len(pictures), number, i) for i in range(args.batch)]
+        draws = [BatchSlot(i % len(images), number, i) for i in range(args.batch)]
         (batch,) = dataset.__getitems__([draws])
         with autocast(args):
             loss = module.loss(batch.to(args.device))

@@ -41,8 +41,8 @@ FULL_SIZE = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", choices=("tiny", "sd-v1"))
-    parser.add_argument("--size", type=int, help="side of the pictures (default: the model's)")
-    parser.add_argument("--batch", type=int, default=2, help="reference pictures of a step (default 2)")
+    parser.add_argument("--size", type=int, help="side of the images (default: the model's)")
+    parser.add_argument("--batch", type=int, default=2, help="reference images of a step (default 2)")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after one to warm up (default 3)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", help="this setting alone, in this process; prints JSON")
@@ -98,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict:
     if args.flops:
         with FlopCounterMode(display=False, custom_mapping=PACKED) as counter:
             step()
-        result["flops_per_picture"] = counter.get_total_flops() / args.batch
+        result["flops_per_image"] = counter.get_total_flops() / args.batch
         counts = counter.get_flop_counts()
         result["flops_autoencoder"] = sum(sum(v.values()) for k, v in counts.items() if "first_stage" in k)
     if args.steps:
@@ -152,9 +152,9 @@ def prepare(args: argparse.Namespace):
         model.to(args.device).eval()
     model.config.image_size = args.size or model.config.image_size
     check_device(config.training.precision, model.device)
-    pictures = read_references(config.data.images, config.data, model.config.image_size)
-    module = ICOTraining(model, config, len(pictures)).to(args.device)
-    dataset = ConceptDataset(model, pictures[: args.batch], [], config.data)
+    images = read_references(config.data.images, config.data, model.config.image_size)
+    module = ICOTraining(model, config, len(images)).to(args.device)
+    dataset = ConceptDataset(model, images[: args.batch], [], config.data)
     parts = dataset.__getitems__([[BatchSlot(i % len(dataset), 0, i) for i in range(args.batch)]])[0].to(args.device)
     module.prepare()
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(lightning_name(config.training.precision))

@@ -1,12 +1,12 @@
 """Personalised image generation by ICO and DCI (Jin et al., ECCV 2024).
 
-From a concept file to PIL pictures:
+From a concept file to PIL images:
 
     from dci import Pipeline
 
     pipeline = Pipeline.load("logs/RUN/concept.safetensors")
-    for i, picture in enumerate(pipeline("a V* cat on the beach", n=4, seed=0, agg_lambda=0.5)):
-        picture.save(f"beach-{i}.png")
+    for i, image in enumerate(pipeline("a V* cat on the beach", n=4, seed=0, agg_lambda=0.5)):
+        image.save(f"beach-{i}.png")
 
 `Pipeline` and what it needs, PyTorch above all, are imported when it is first asked for.
 """

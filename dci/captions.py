@@ -28,15 +28,15 @@ def captioned_files(folder: str | Path) -> dict[Path, str]:
 def _listed(folder: Path, names: list[str], captions: list[str], texts: str) -> dict[Path, str]:
     if len(names) != len(captions):
         raise UserError(
-            f"{folder}: images.txt has {len(names)} lines, {texts} has {len(captions)}: give one caption for each picture"
+            f"{folder}: images.txt has {len(names)} lines, {texts} has {len(captions)}: give one caption for each image"
         )
     if not names:
-        raise UserError(f"{folder / 'images.txt'} names no pictures")
+        raise UserError(f"{folder / 'images.txt'} names no images")
     return {_find(folder, name): caption for name, caption in zip(names, captions, strict=True)}
 
 
 def _find(folder: Path, name: str) -> Path:
-    """Find a listed picture: lists made elsewhere name it from their own folder, or in full."""
+    """Find a listed image: lists made elsewhere name it from their own folder, or in full."""
     places = [folder / name, folder / "images" / Path(name).name, folder / Path(name).name, folder.parent / name, Path(name)]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
@@ -48,11 +48,11 @@ def _lines(file: Path) -> list[str]:
     return [line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
 
 
-def _caption_beside(picture: Path) -> str:
-    file = picture.with_suffix(".txt")
+def _caption_beside(image: Path) -> str:
+    file = image.with_suffix(".txt")
     if not file.is_file():
         raise UserError(
-            f"no caption {file}: put a text file with the caption beside each regularization picture, "
+            f"no caption {file}: put a text file with the caption beside each regularization image, "
             "or lists images.txt and caption.txt into the folder"
         )
     return " ".join(file.read_text(encoding="utf-8-sig", errors="replace").split())

@@ -1,4 +1,4 @@
-"""AutoencoderKL: pictures <-> latents (Rombach et al. 2022, Sec. 3.1), with SD checkpoint names."""
+"""AutoencoderKL: images <-> latents (Rombach et al. 2022, Sec. 3.1), with SD checkpoint names."""
 
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ class Posterior:
         return self.mean + torch.exp(0.5 * self.logvar) * noise
 
     def kl(self) -> Tensor:
-        """Kullback-Leibler divergence to N(0, 1), summed over a picture's latent: (b,)."""
+        """Kullback-Leibler divergence to N(0, 1), summed over an image's latent: (b,)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 
@@ -104,7 +104,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Picture (b, 3, f h, f w) -> moments (b, 2 z, h, w)."""
+    """Image (b, 3, f h, f w) -> moments (b, 2 z, h, w)."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -128,7 +128,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (b, z, h, w) -> picture (b, 3, f h, f w). `up[0]` is the full resolution, as in SD."""
+    """Latent (b, z, h, w) -> image (b, 3, f h, f w). `up[0]` is the full resolution, as in SD."""
 
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         return self.to_pixels(self.mid(self.conv_in(z)))
 
     def to_pixels(self, h: Tensor) -> Tensor:
-        """Hidden state of the latent's resolution (b, width, h, w) -> picture: the local part, most of the work."""
+        """Hidden state of the latent's resolution (b, width, h, w) -> image: the local part, most of the work."""
         for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -165,14 +165,14 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
     def encode(self, x: Tensor) -> Posterior:
-        """Pictures (b, 3, H, W) in [-1, 1] -> posterior over unscaled latents (b, c, H/f, W/f)."""
+        """Images (b, 3, H, W) in [-1, 1] -> posterior over unscaled latents (b, c, H/f, W/f)."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return Posterior(mean, logvar.clamp(-30, 20))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Unscaled latents (b, c, h, w) -> pictures (b, 3, f h, f w), about [-1, 1], not clamped."""
+        """Unscaled latents (b, c, h, w) -> images (b, 3, f h, f w), about [-1, 1], not clamped."""
         return self.decoder.to_pixels(self.to_hidden(z))
 
     def to_hidden(self, z: Tensor) -> Tensor:
-        """The decoder up to and with its attention, which sees the whole picture: (b, z, h, w) -> (b, width, h, w)."""
+        """The decoder up to and with its attention, which sees the whole image: (b, z, h, w) -> (b, width, h, w)."""
         return self.decoder.mid(self.decoder.conv_in(self.post_quant_conv(z)))

@@ -31,7 +31,7 @@ TOLERATED = {
     *(f"conditioner.embedders.1.model.{name}" for name in ("logit_scale", "attn_mask")),
     "denoiser.sigmas",
 }
-"""Keys that SD checkpoints carry and that no network reads: the schedule, and what open_clip needs for pictures."""
+"""Keys that SD checkpoints carry and that no network reads: the schedule, and what open_clip needs for images."""
 
 EMA = "model_ema."
 _LAYERS = "cond_stage_model.model.transformer.resblocks."
@@ -60,7 +60,8 @@ def load_model(
             In the file's precision the weights are memory-mapped and not copied.
         ema: use the averaged weights (`model_ema.*`) of a training checkpoint for the UNet.
         clip_skip: layers of the text encoder to stop before the end, counted from 1 (none left out).
-        vae: file or folder of an autoencoder that takes the place of the weights' own.
+        vae: file or folder of an autoencoder that takes the place of the weights' own; None: what a YAML file of
+            ours names as `vae:`, if anything.
 
     Raises:
         UserError: the configuration or the weights are missing, broken, hostile, or do not fit.
@@ -72,8 +73,11 @@ def load_model(
         config = weights.config()
     else:
         config = read_config(path)
+        root = configuration.project_root(path)
         if checkpoint is None and config.checkpoint is not None:
-            checkpoint = hub.anchored(config.checkpoint, configuration.project_root(path))
+            checkpoint = hub.anchored(config.checkpoint, root)
+        if vae is None and config.vae is not None:
+            vae = root / config.vae
     if checkpoint is not None:
         weights = open_weights(checkpoint, half)
     if weights is None:
@@ -311,6 +315,7 @@ def surroundings_digest(model: LatentDiffusion) -> str:
     Rounded to fp16, like that; names, places and samplers' defaults do not matter.
     """
     config = dataclasses.asdict(dataclasses.replace(model.config, name="", checkpoint=None, sampling={}))
+    del config["vae"]  # its weights count, not its name
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in model.autoencoder.state_dict().items():
         digest.update(name.encode())

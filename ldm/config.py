@@ -113,6 +113,7 @@ class ModelConfig:
 
     name: str = "sd-v1"
     checkpoint: str | None = None  # weights in any format; relative to the configuration's project
+    vae: str | None = None  # an autoencoder's file or folder, in place of the weights' own; relative like them
     image_size: int = 512  # pixels, the side that the model was trained at
     latent_scale: float = 0.18215  # latents are multiplied by this to have unit variance
     unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
@@ -130,7 +131,7 @@ class ModelConfig:
 
     @property
     def size_multiple(self) -> int:
-        """What a picture's sides must be multiples of, in pixels: every level of the UNet must divide the latent."""
+        """What an image's sides must be multiples of, in pixels: every level of the UNet must divide the latent."""
         return self.autoencoder.downsampling * 2 ** (len(self.unet.channel_mult) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Contexts that were worked out before: a run has many pictures, and few prompts."""
+"""Contexts that were worked out before: a run has many images, and few prompts."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence

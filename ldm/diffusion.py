@@ -90,12 +90,12 @@ class LatentDiffusion(nn.Module):
         f = self.config.autoencoder.downsampling
         return self.config.autoencoder.embed_dim, height // f, width // f
 
-    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pictures (b, 3, H, W) in [-1, 1] -> scaled latents (b, c, h, w), sampled from the posterior."""
-        return self.config.latent_scale * self.autoencoder.encode(pictures).sample(noise)
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Images (b, 3, H, W) in [-1, 1] -> scaled latents (b, c, h, w), sampled from the posterior."""
+        return self.config.latent_scale * self.autoencoder.encode(images).sample(noise)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (b, c, h, w) -> pictures (b, 3, H, W) in [-1, 1]."""
+        """Scaled latents (b, c, h, w) -> images (b, 3, H, W) in [-1, 1]."""
         with self.vae_precision():
             pixels = self.autoencoder.decode(latents.to(self.vae_dtype) / self.config.latent_scale)
         return pixels.to(latents.dtype).clamp(-1, 1)

@@ -1,8 +1,8 @@
-"""Judges of pictures that need no hub: a small CLIP, an instance encoder, and a classifier.
+"""Judges of images that need no hub: a small CLIP, an instance encoder, and a classifier.
 
-All three take pictures (b, 3, h, w) in [-1, 1], RGB; what is not 64 x 64 is resized with antialiasing.
+All three take images (b, 3, h, w) in [-1, 1], RGB; what is not 64 x 64 is resized with antialiasing.
 They were trained on the small world (`ldm/pretraining/judges.py`) and know nothing else; how well each
-does on held-out pictures is in `data/tiny/judges/accuracy.json`.
+does on held-out images is in `data/tiny/judges/accuracy.json`.
 """
 
 import json
@@ -52,9 +52,9 @@ class WorldCLIP(nn.Module):
             rows.append(ids + [PAD] * (self.clip.context_length - len(ids)))
         return torch.tensor(rows, device=self.device)
 
-    def image_features(self, pictures: Tensor) -> Tensor:
-        """Pictures (b, 3, h, w) in [-1, 1] -> unit vectors (b, d)."""
-        return self.clip.encode_image(resized(pictures), normalize=True)
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images (b, 3, h, w) in [-1, 1] -> unit vectors (b, d)."""
+        return self.clip.encode_image(resized(images), normalize=True)
 
     def text_features(self, prompts: list[str]) -> Tensor:
         """Prompts -> unit vectors (b, d)."""
@@ -68,13 +68,13 @@ class InstanceEncoder(nn.Module):
         super().__init__()
         self.trunk = ModifiedResNet(**config)
 
-    def image_features(self, pictures: Tensor) -> Tensor:
-        """Pictures (b, 3, h, w) in [-1, 1] -> unit vectors (b, d)."""
-        return F.normalize(self.trunk(resized(pictures)), dim=-1)
+    def image_features(self, images: Tensor) -> Tensor:
+        """Images (b, 3, h, w) in [-1, 1] -> unit vectors (b, d)."""
+        return F.normalize(self.trunk(resized(images)), dim=-1)
 
 
 class Classifier(nn.Module):
-    """Names the noun and the place that a picture shows.
+    """Names the noun and the place that an image shows.
 
     Args:
         nouns: the words of the noun logits, in their order.
@@ -86,16 +86,16 @@ class Classifier(nn.Module):
         self.trunk = ModifiedResNet(output_dim=len(nouns) + len(places), **config)
         self.nouns, self.places = nouns, places
 
-    def logits(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (b, 3, h, w) in [-1, 1] -> logits of nouns (b, n) and of places (b, p)."""
-        return self.trunk(resized(pictures)).split([len(self.nouns), len(self.places)], dim=-1)
+    def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (b, 3, h, w) in [-1, 1] -> logits of nouns (b, n) and of places (b, p)."""
+        return self.trunk(resized(images)).split([len(self.nouns), len(self.places)], dim=-1)
 
 
-def resized(pictures: Tensor) -> Tensor:
-    """Bring pictures to the judges' 64 x 64 pixels."""
-    if pictures.shape[-2:] == (SIZE, SIZE):
-        return pictures
-    return F.interpolate(pictures, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+def resized(images: Tensor) -> Tensor:
+    """Bring images to the judges' 64 x 64 pixels."""
+    if images.shape[-2:] == (SIZE, SIZE):
+        return images
+    return F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
 
 
 def load_clip(folder: str | Path = JUDGES) -> WorldCLIP:

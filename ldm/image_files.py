@@ -82,7 +82,7 @@ def read_file(file: str | Path, convert: Callable[[Decoded], T]) -> T:
         raise
     except _UNREADABLE as error:
         raise UserError(
-            f"{file} is not a readable picture ({_reason(error)}): mend it or take it out of the folder"
+            f"{file} is not a readable image ({_reason(error)}): mend it or take it out of the folder"
         ) from error
 
 
@@ -211,7 +211,7 @@ def _eight_bits(decoded: Decoded) -> Image.Image:
     elif most > 255 or ";16" in image.mode:
         values = values / 257
     if not np.isfinite(values).all() or values.max(initial=0) > 255.5 or values.min(initial=0) < -1:
-        raise UserError(f"{decoded.file} has values that no picture of 8 or 16 bits has: convert it to one, or take it out")
+        raise UserError(f"{decoded.file} has values that no image of 8 or 16 bits has: convert it to one, or take it out")
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 

@@ -1,4 +1,4 @@
-"""Pictures: files <-> tensors, and grids."""
+"""Images: files <-> tensors, and grids."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,65 +10,65 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.image_files import EXTENSIONS, UNSUPPORTED, in_srgb, read_file
-from ldm.masks import picture_of, split_masks
+from ldm.masks import image_of, split_masks
 from ldm.shipped import find
 from ldm.texts import readable
 
 
 def read_image(file: str | Path) -> Image.Image:
-    """Read a picture as RGB: EXIF rotation applied, transparency flattened onto white.
+    """Read an image as RGB: EXIF rotation applied, transparency flattened onto white.
 
     Raises:
-        UserError: the file is not a picture, or a broken one; it is named.
+        UserError: the file is not an image, or a broken one; it is named.
     """
     return flatten(open_image(file))
 
 
 def open_image(file: str | Path) -> Image.Image:
-    """Read a picture as RGB, or as RGBA where it has transparency: 8 bits per channel, sRGB, EXIF rotation applied.
+    """Read an image as RGB, or as RGBA where it has transparency: 8 bits per channel, sRGB, EXIF rotation applied.
 
     See `ldm.image_files` for what is read, and how.
 
     Raises:
-        UserError: the file is not a picture, a broken one, or one that shows nothing; it is named.
+        UserError: the file is not an image, a broken one, or one that shows nothing; it is named.
     """
-    picture = read_file(file, in_srgb)
-    picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    if picture.mode == "RGBA" and picture.getchannel("A").getextrema()[1] == 0:
+    image = read_file(file, in_srgb)
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    if image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
         raise UserError(
             f"{file} is transparent throughout: nothing of it can be seen; take it out, or mend its alpha channel"
         )
-    return picture
+    return image
 
 
-def flatten(picture: Image.Image) -> Image.Image:
-    """Picture of any mode -> RGB, transparency onto white."""
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+def flatten(image: Image.Image) -> Image.Image:
+    """Image of any mode -> RGB, transparency onto white."""
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """Return the picture files of a folder in the order of their names, those of unsupported formats included.
+    """Return the image files of a folder in the order of their names, those of unsupported formats included.
 
-    Masks beside them (see `ldm.masks`) and files of other kinds are not pictures.
+    Masks beside them (see `ldm.masks`) and files of other kinds are not images.
 
     Raises:
-        UserError: no such folder, or no pictures in it.
+        UserError: no such folder, or no images in it.
     """
     folder = find(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: give the folder that holds the pictures")
-    pictures, _ = split_masks(f for f in sorted(folder.iterdir()) if _is_picture(f))
-    if not pictures:
+        raise UserError(f"no folder {folder}: give the folder that holds the images")
+    images, _ = split_masks(f for f in sorted(folder.iterdir()) if _is_image(f))
+    if not images:
         held = not_used(folder, [])
-        raise UserError(f"no pictures in {folder}: expected files ending in {', '.join(EXTENSIONS)}"
+        raise UserError(f"no images in {folder}: expected files ending in {', '.join(EXTENSIONS)}"
                         f"{f'; it holds {held}' if held else ''}")  # fmt: skip
-    return pictures
+    return images
 
 
-def _is_picture(file: Path) -> bool:
+def _is_image(file: Path) -> bool:
     return file.suffix.lower() in EXTENSIONS + UNSUPPORTED and not file.name.startswith(".") and not file.is_dir()
 
 
@@ -83,7 +83,7 @@ def not_used(folder: str | Path, used: Iterable[str | Path]) -> str:
     kinds = {"folder": [f for f in rest if f.is_dir()]}
     files = [f for f in rest if not f.is_dir()]
     kinds["caption"] = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in stems]
-    kinds["mask"] = [f for f in files if _is_picture(f) and picture_of(f) is not None]
+    kinds["mask"] = [f for f in files if _is_image(f) and image_of(f) is not None]
     kinds["other file"] = [f for f in files if f not in kinds["caption"] + kinds["mask"]]
     return ", ".join(_counted(kind, found) for kind, found in kinds.items() if found)
 
@@ -99,40 +99,40 @@ def _counted(kind: str, files: list[Path]) -> str:
     return f"{len(files)} {kind}{'s' if len(files) > 1 else ''} ({names})"
 
 
-def square(picture: Image.Image, size: int) -> Image.Image:
+def square(image: Image.Image, size: int) -> Image.Image:
     """Cut the largest square from the middle and resize it to size x size pixels."""
-    return ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
-def to_tensor(picture: Image.Image) -> Tensor:
-    """RGB picture -> (3, h, w) float in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB image -> (3, h, w) float in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """(b, 3, h, w) in [-1, 1] -> b RGB pictures."""
+    """(b, 3, h, w) in [-1, 1] -> b RGB images."""
     values = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(value) for value in values]
 
 
-def grid(pictures: list[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Put pictures of one size into a grid, row by row; about square when `columns` is None."""
-    columns = columns or int(np.ceil(np.sqrt(len(pictures))))
-    width, height = pictures[0].size
-    rows = -(-len(pictures) // columns)
+def grid(images: list[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Put images of one size into a grid, row by row; about square when `columns` is None."""
+    columns = columns or int(np.ceil(np.sqrt(len(images))))
+    width, height = images[0].size
+    rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    for i, image in enumerate(images):
+        sheet.paste(image, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
 
 
-def captioned_grid(pictures: list[Image.Image], captions: list[str], columns: int, scale: int = 1) -> Image.Image:
-    """Put enlarged pictures of one size into a grid, each with its caption below."""
-    width, height = (scale * side for side in pictures[0].size)
+def captioned_grid(images: list[Image.Image], captions: list[str], columns: int, scale: int = 1) -> Image.Image:
+    """Put enlarged images of one size into a grid, each with its caption below."""
+    width, height = (scale * side for side in images[0].size)
     cells = []
-    for picture, caption in zip(pictures, captions, strict=True):
+    for image, caption in zip(images, captions, strict=True):
         cell = Image.new("RGB", (width, height + 14), "white")
-        cell.paste(picture.resize((width, height), Image.Resampling.LANCZOS))
+        cell.paste(image.resize((width, height), Image.Resampling.LANCZOS))
         ImageDraw.Draw(cell).text((2, height + 1), readable(caption), fill="black", font_size=10)
         cells.append(cell)
     return grid(cells, columns, gap=4)

@@ -1,6 +1,6 @@
-"""Starting from a picture: img2img (Meng et al. 2022, SDEdit), and inpainting by latent replacement.
+"""Starting from an image: img2img (Meng et al. 2022, SDEdit), and inpainting by latent replacement.
 
-The picture's latent is noised to where the solver starts. With a mask, what is to be kept is put
+The image's latent is noised to where the solver starts. With a mask, what is to be kept is put
 back after every step, noised to that step's level (Lugmayr et al. 2022, Eq. 8, without resampling).
 """
 
@@ -24,36 +24,36 @@ from ldm.solvers import Solver
 class InitImage:
     """What sampling starts from, and what of it stays."""
 
-    latents: Tensor  # scaled latent of the picture (1, c, h, w)
-    pixels: Tensor  # the picture (1, 3, H, W) in [-1, 1]
+    latents: Tensor  # scaled latent of the image (1, c, h, w)
+    pixels: Tensor  # the image (1, 3, H, W) in [-1, 1]
     mask: Tensor | None  # 1 where to paint anew, 0 where to keep (1, 1, H, W); None paints everywhere
-    strength: float  # share of the steps to take, 0 (the picture itself) to 1 (from noise alone, nearly)
+    strength: float  # share of the steps to take, 0 (the image itself) to 1 (from noise alone, nearly)
 
     @staticmethod
     @torch.inference_mode()
     def of(
         model: LatentDiffusion,
-        picture: Image.Image,
+        image: Image.Image,
         height: int,
         width: int,
         strength: float,
         mask: Image.Image | None = None,
     ) -> "InitImage":
-        """Fit a picture, and a mask that is white where to paint anew, to height x width pixels and encode it.
+        """Fit an image, and a mask that is white where to paint anew, to height x width pixels and encode it.
 
         Args:
             mask: of any form that `ldm.masks.as_mask` takes.
 
         Raises:
-            UserError: the strength is out of range, or the mask is none or has another size than the picture.
+            UserError: the strength is out of range, or the mask is none or has another size than the image.
         """
         if not 0 <= strength <= 1:
-            raise UserError(f"strength {strength}: expected 0 (the picture itself) to 1 (all steps)")
+            raise UserError(f"strength {strength}: expected 0 (the image itself) to 1 (all steps)")
         if mask is not None:
-            check_size(mask, picture)
+            check_size(mask, image)
             mask = as_mask(mask)
         size = (width, height)
-        pixels = to_tensor(flatten(picture).resize(size, Image.Resampling.LANCZOS))[None].to(model.device)
+        pixels = to_tensor(flatten(image).resize(size, Image.Resampling.LANCZOS))[None].to(model.device)
         latents = model.config.latent_scale * model.posterior(pixels.to(model.vae_dtype)).mean.float()
         region = None
         if mask is not None:
@@ -66,7 +66,7 @@ class InitImage:
         return steps - min(int(steps * self.strength), steps)
 
     def start(self, solver: Solver, noise: Tensor) -> Tensor:
-        """The first state: the picture's latent, noised; noise (..., b, c, h, w)."""
+        """The first state: the image's latent, noised; noise (..., b, c, h, w)."""
         return self._noised(solver.alphas[0], noise) if solver.timesteps else self.latents.expand_as(noise)
 
     def keep(self, solver: Solver, noise: Tensor) -> After | None:
@@ -92,14 +92,14 @@ def begin(init: InitImage | None, solver: Solver, noise: Tensor) -> tuple[Tensor
     return init.start(solver, noise), init.keep(solver, noise)
 
 
-def fitting_size(model: LatentDiffusion, picture: Image.Image) -> tuple[int, int]:
-    """Return (height, width) of a picture's shape, its shorter side about what the model was trained at.
+def fitting_size(model: LatentDiffusion, image: Image.Image) -> tuple[int, int]:
+    """Return (height, width) of an image's shape, its shorter side about what the model was trained at.
 
     A model that was trained at several shapes (SDXL) gets the nearest of those.
     """
     if model.config.unet.adm_in_channels:
-        return nearest_bucket(picture.height, picture.width, model.config.image_size, model.config.size_multiple)
+        return nearest_bucket(image.height, image.width, model.config.image_size, model.config.size_multiple)
     multiple = model.config.size_multiple
-    scale = model.config.image_size / min(picture.size)
-    width, height = (max(round(scale * side / multiple), 1) * multiple for side in picture.size)
+    scale = model.config.image_size / min(image.size)
+    width, height = (max(round(scale * side / multiple), 1) * multiple for side in image.size)
     return height, width

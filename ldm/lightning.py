@@ -4,7 +4,7 @@ import logging
 import warnings
 
 _NOT_OUR_CASE = (
-    ".*does not have many workers.*",  # pictures in memory need no loader processes
+    ".*does not have many workers.*",  # images in memory need no loader processes
     ".*smaller than the logging interval.*",
     ".*module\\(s\\) in eval mode.*",  # the frozen networks have no dropout
     ".*LeafSpec.*",

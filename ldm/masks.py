@@ -17,7 +17,7 @@ _LABELS = 8  # different values, at most, that are labels of objects rather than
 _NEAR = 32  # of 255: as good as black or white
 
 
-def picture_of(mask: str | Path) -> str | None:
+def image_of(mask: str | Path) -> str | None:
     """Return the stem or name of the image that a file is the mask of, lower case; None: its name is not a mask's."""
     match = _NAME.fullmatch(Path(mask).stem)
     return (match["behind"] or match["before"]).lower() if match else None
@@ -30,74 +30,74 @@ def split_masks(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     nothing else it is an image's, of a mask to wear.
     """
     files = list(files)
-    images = [file for file in files if picture_of(file) is None]
-    masks = [file for file in files if picture_of(file) is not None]
+    images = [file for file in files if image_of(file) is None]
+    masks = [file for file in files if image_of(file) is not None]
     if not images:  # mask_mask.png is the mask of mask_*.png then
         known = _names(files)
-        masks = [file for file in files if picture_of(file) in known or _is_surely_mask(file)]
+        masks = [file for file in files if image_of(file) in known or _is_surely_mask(file)]
         images = [file for file in files if file not in masks]
     return images, masks
 
 
 def _is_surely_mask(file: Path) -> bool:
     stem = file.stem.lower()
-    return picture_of(file) is not None and stem.endswith(("masklabel", ".mask"))
+    return image_of(file) is not None and stem.endswith(("masklabel", ".mask"))
 
 
 def _names(files: Iterable[Path]) -> set[str]:
     return {name.lower() for file in files for name in (file.stem, file.name)}
 
 
-def mask_of(picture: str | Path) -> Path | None:
+def mask_of(image: str | Path) -> Path | None:
     """Return the mask file beside an image, if there is one.
 
     Raises:
         UserError: there are several.
     """
-    masks = masks_of([Path(picture)])
+    masks = masks_of([Path(image)])
     if len(masks) > 1:
         names = " and ".join(file.name for file in masks)
-        raise UserError(f"{picture} has several masks, {names}: keep one of them")
+        raise UserError(f"{image} has several masks, {names}: keep one of them")
     return masks[0] if masks else None
 
 
-def masks_of(pictures: Iterable[Path]) -> list[Path]:
+def masks_of(images: Iterable[Path]) -> list[Path]:
     """Return the mask files beside images of one folder."""
-    pictures = list(pictures)
-    own = _names(pictures)
-    masks = [file for folder in {picture.parent for picture in pictures} for file in _masks_in(folder)]
-    return [file for file in masks if picture_of(file) in own and file not in pictures]
+    images = list(images)
+    own = _names(images)
+    masks = [file for folder in {image.parent for image in images} for file in _masks_in(folder)]
+    return [file for file in masks if image_of(file) in own and file not in images]
 
 
 def _masks_in(folder: Path) -> list[Path]:
     files = (file for file in sorted(folder.iterdir()) if file.suffix.lower() in EXTENSIONS)
-    return [file for file in files if not file.name.startswith(".") and picture_of(file) is not None]
+    return [file for file in files if not file.name.startswith(".") and image_of(file) is not None]
 
 
-def read_mask(file: str | Path, picture: Image.Image, picture_file: str | Path | None = None) -> Image.Image:
+def read_mask(file: str | Path, image: Image.Image, image_file: str | Path | None = None) -> Image.Image:
     """Read an image's mask, in whatever form it is: 8-bit grey of the image's size, white is what it marks.
 
     Args:
-        picture: the image, upright.
-        picture_file: where it was read from; a mask that was drawn before the image was turned by its EXIF
+        image: the image, upright.
+        image_file: where it was read from; a mask that was drawn before the image was turned by its EXIF
             orientation is turned with it.
 
     Raises:
         UserError: the file is not readable, is no mask, or has another size.
     """
     mask = read_file(file, lambda decoded: decoded.image)
-    if picture_file is not None and mask.size != picture.size and mask.size == picture.size[::-1]:
-        mask = turn(mask, orientation_of(picture_file))
-    check_size(mask, picture, str(file), Path(picture_file or "").name)
+    if image_file is not None and mask.size != image.size and mask.size == image.size[::-1]:
+        mask = turn(mask, orientation_of(image_file))
+    check_size(mask, image, str(file), Path(image_file or "").name)
     return as_mask(mask, str(file))
 
 
-def check_size(mask: Image.Image, picture: Image.Image, name: str = "the mask", of: str = "") -> None:
+def check_size(mask: Image.Image, image: Image.Image, name: str = "the mask", of: str = "") -> None:
     """Raise UserError for a mask of another size than its image."""
-    if mask.size != picture.size:
+    if mask.size != image.size:
         raise UserError(
-            f"{name} is {mask.width} x {mask.height} px, its picture {of + ' ' if of else ''}"
-            f"{picture.width} x {picture.height}: give a mask of the picture's size"
+            f"{name} is {mask.width} x {mask.height} px, its image {of + ' ' if of else ''}"
+            f"{image.width} x {image.height}: give a mask of the image's size"
         )
 
 
@@ -114,7 +114,7 @@ def as_mask(image: Image.Image, name: str = "the mask") -> Image.Image:
         UserError: it has one value throughout, no black, or several labels.
     """
     values = _values(image)
-    expected = "expected white (or opaque) where it marks the picture, black (or transparent) elsewhere"
+    expected = "expected white (or opaque) where it marks the image, black (or transparent) elsewhere"
     if not np.isfinite(values).all() or (values < 0).any():
         raise UserError(f"{name} is no mask, it has negative values or such that are no numbers: {expected}")
     low, high = values.min(), values.max()

@@ -1,4 +1,4 @@
-"""Noise that belongs to a picture: the same whatever batch, order or process it is made in."""
+"""Noise that belongs to an image: the same whatever batch, order or process it is made in."""
 
 from collections.abc import Sequence
 
@@ -15,13 +15,13 @@ def fitting_seed(seed: int, bits: int) -> int:
 
 
 class ImageNoise:
-    """Independent N(0, 1) streams, one for each picture of a batch.
+    """Independent N(0, 1) streams, one for each image of a batch.
 
     Args:
-        seed: the user's seed, not negative; or each picture's own.
-        indices: each picture's number under its seed.
-        shape: of one picture's latent (c, h, w).
-        stream: further streams of the same pictures, such as another branch's.
+        seed: the user's seed, not negative; or each image's own.
+        indices: each image's number under its seed.
+        shape: of one image's latent (c, h, w).
+        stream: further streams of the same images, such as another branch's.
     """
 
     def __init__(
@@ -40,5 +40,5 @@ class ImageNoise:
         ]
 
     def __call__(self) -> Tensor:
-        """Draw the next noise of every picture (b, c, h, w). Always drawn on the CPU, then moved."""
+        """Draw the next noise of every image (b, c, h, w). Always drawn on the CPU, then moved."""
         return upload(torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]), self.device)

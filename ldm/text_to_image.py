@@ -1,4 +1,4 @@
-"""Text to picture with the model as it is: classifier-free guidance and a solver."""
+"""Text to image with the model as it is: classifier-free guidance and a solver."""
 
 import dataclasses
 import difflib
@@ -22,7 +22,7 @@ from ldm.solvers import SOLVERS, SPACINGS, Solver
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What a picture depends on besides model and prompt."""
+    """What an image depends on besides model and prompt."""
 
     steps: int = 50
     scale: float = 6.0  # classifier-free guidance; 1 is none
@@ -33,9 +33,9 @@ class SamplingOptions:
     solver: str = "ddim"  # a name in ldm.solvers.SOLVERS
     spacing: str | None = None  # of the timesteps: leading, trailing or linspace; None: the solver's usual one
     zero_terminal_snr: bool = False  # rescale the schedule to end in pure noise; for v-prediction models
-    vae_tile: int | None = None  # pixels of a tile's side in decoding; None: whole pictures, if memory allows
-    vae_batch: int | None = None  # pictures decoded at a time; None: as many as memory allows
-    original_size: tuple[int, int] | None = None  # what SDXL is told of the original's height and width; None: the picture's
+    vae_tile: int | None = None  # pixels of a tile's side in decoding; None: whole images, if memory allows
+    vae_batch: int | None = None  # images decoded at a time; None: as many as memory allows
+    original_size: tuple[int, int] | None = None  # what SDXL is told of the original's height and width; None: the image's
     crop: tuple[int, int] | None = None  # and of the crop's top and left; None: nothing was cut off
 
     def facts(self) -> dict[str, Any]:
@@ -45,7 +45,7 @@ class SamplingOptions:
         return facts | {name: list(size) for name, size in sizes.items() if size is not None}
 
     def image_size(self) -> ImageSize:
-        """What a model that is conditioned on the picture's size is told of it."""
+        """What a model that is conditioned on the image's size is told of it."""
         size = (self.height, self.width)
         return ImageSize(self.original_size or size, self.crop or (0, 0), size)
 
@@ -103,7 +103,7 @@ def _check_sizes(model: LatentDiffusion, options: SamplingOptions) -> None:
         if not whole or min(value) < least:
             raise UserError(f"{name} {value}: expected two whole numbers from {least} on, such as (1024, 768)")
         if not model.config.unet.adm_in_channels:
-            raise UserError(f"{name} {value}: the model '{model.config.name}' is not told a picture's size, only SDXL is: "
+            raise UserError(f"{name} {value}: the model '{model.config.name}' is not told an image's size, only SDXL is: "
                             "leave it out")  # fmt: skip
 
 
@@ -144,14 +144,14 @@ def guided(
 
 
 def per_image(prompt: Any, indices: list[int]) -> list:
-    """Return the prompt of each picture, from one for all or a list of them.
+    """Return the prompt of each image, from one for all or a list of them.
 
     Raises:
-        UserError: not as many prompts as pictures.
+        UserError: not as many prompts as images.
     """
     prompts = list(prompt) if isinstance(prompt, list) else [prompt] * len(indices)
     if len(prompts) != len(indices):
-        raise UserError(f"{len(prompts)} prompts for {len(indices)} pictures: expected one prompt, or one for each picture")
+        raise UserError(f"{len(prompts)} prompts for {len(indices)} images: expected one prompt, or one for each image")
     return prompts
 
 
@@ -166,13 +166,13 @@ def text_to_image(
     init: InitImage | None = None,
     seeds: list[int] | None = None,
 ) -> Tensor:
-    """Draw the pictures numbered `indices` of a prompt: (b, 3, height, width) in [-1, 1].
+    """Draw the images numbered `indices` of a prompt: (b, 3, height, width) in [-1, 1].
 
     Args:
-        prompt: one for all pictures, or one for each.
+        prompt: one for all images, or one for each.
         negative: what guidance leads away from.
-        init: the picture to start from; None starts from noise alone.
-        seeds: each picture's seed; None: the options' for all.
+        init: the image to start from; None starts from noise alone.
+        seeds: each image's seed; None: the options' for all.
     """
     check_options(model, options)
     prompts, shape = per_image(prompt, indices), model.latent_shape(options.height, options.width)

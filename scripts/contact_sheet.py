@@ -1,4 +1,4 @@
-"""Put the pictures of a folder into one sheet."""
+"""Put the images of a folder into one sheet."""
 
 import clone  # noqa: F401
 

@@ -1,6 +1,6 @@
 """Measure how often the embedded base model draws the noun and the place that a prompt asks for.
 
-python scripts/evaluate_base.py        # 16 pictures for each of 200 prompts; --prompts, --pictures for less
+python scripts/evaluate_base.py        # 16 images for each of 200 prompts; --prompts, --images for less
 
 Repeating the command goes on where it stopped.
 """
@@ -19,7 +19,7 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=positive, default=200, help="prompts drawn from all pairs (default 200)")
     parser.add_argument(
-        "--images", "--pictures", dest="pictures", type=positive, default=16, help="pictures of each prompt (default 16)"
+        "--images", "--pictures", dest="images", type=positive, default=16, help="images of each prompt (default 16)"
     )
     parser.add_argument("--scale", type=number, default=5.0, help="guidance (default 5)")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (default 50)")
@@ -39,7 +39,7 @@ def main() -> None:
     from dci.dual_branch.options import sampling_options
     from ldm.checkpoint import fingerprint, load_model
     from ldm.embedded_encoders import JUDGES, load_classifier
-    from ldm.pretraining.evaluation import draw_pictures, draw_questions, held_out_pictures, judge
+    from ldm.pretraining.evaluation import draw_images, draw_questions, held_out_images, judge
     from ldm.pretraining.vae import psnr
 
     model = load_model(args.model, args.checkpoint).to(pick_device(args.device))
@@ -49,29 +49,29 @@ def main() -> None:
     outdir = Path(args.outdir)
     outdir.mkdir(parents=True, exist_ok=True)
 
-    drawing = f"{args.prompts}x{args.pictures}-{args.steps}-{args.scale:g}-{args.seed}-{args.precision}"
+    drawing = f"{args.prompts}x{args.images}-{args.steps}-{args.scale:g}-{args.seed}-{args.precision}"
     cache = Path(args.cache or "outputs/base") / f"{fingerprint(model)[:12]}-{drawing}"
     cache.mkdir(parents=True, exist_ok=True)
 
     bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    with bf16, tqdm(total=len(questions) * args.pictures, desc="drawing", unit="picture") as bar:
+    with bf16, tqdm(total=len(questions) * args.images, desc="drawing", unit="image") as bar:
         prompts = [question.prompt for question in questions]
-        drawn = draw_pictures(model, prompts, args.pictures, options, args.batch_size, bar.update, cache)
-    result = {"psnr": round(psnr(model.autoencoder, held_out_pictures()), 2), **judge(classifier, questions, drawn)}
+        drawn = draw_images(model, prompts, args.images, options, args.batch_size, bar.update, cache)
+    result = {"psnr": round(psnr(model.autoencoder, held_out_images()), 2), **judge(classifier, questions, drawn)}
     result |= {"pictures": len(drawn), "guidance": args.scale, "steps": args.steps, "seed": args.seed}
     result["precision"] = args.precision
     result["classifier_on_rendered_pictures"] = json.loads((JUDGES / "accuracy.json").read_text())["classifier"]
-    write(outdir, result, questions, drawn, args.pictures)
+    write(outdir, result, questions, drawn, args.images)
 
 
-def write(outdir: Path, result: dict, questions: list, drawn, pictures: int) -> None:
-    """Write base-evaluation.json, .md and .png: the first picture of every prompt, wrong ones marked."""
+def write(outdir: Path, result: dict, questions: list, drawn, images: int) -> None:
+    """Write base-evaluation.json, .md and .png: the first image of every prompt, wrong ones marked."""
     from PIL import Image
 
     from ldm.images import captioned_grid
 
     named = result.pop("named")
-    firsts = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in drawn[::pictures]]
+    firsts = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn[::images]]
     captions = [q.prompt if q.noun == n else f"{q.prompt} [{n}]" for q, n in zip(questions, named, strict=True)]
     sheet = captioned_grid(firsts, captions, columns=10, scale=2)
     sheet.quantize(256).save(outdir / "base-evaluation.png", optimize=True)  # a third of the size
@@ -87,18 +87,18 @@ def report(result: dict, prompts: int) -> str:
     lines = [
         "# The base model, judged",
         "",
-        f'{result["pictures"]} pictures of {prompts} prompts "a <noun> <place>" drawn with seed {result["seed"]};',
+        f'{result["pictures"]} images of {prompts} prompts "a <noun> <place>" drawn with seed {result["seed"]};',
         f"guidance {result['guidance']:g}, {result['steps']} DDIM steps, {result['precision']}. Judged by the classifier of",
-        f"`data/tiny/judges`, which on rendered pictures is right about {own['place']:.1%} of places",
+        f"`data/tiny/judges`, which on rendered images is right about {own['place']:.1%} of places",
         f"and {own['noun']:.1%} of nouns.",
         "",
         "| | right |",
         "|---|---|",
         *(f"| {name} | {result[name + '_right']:.1%} |" for name in ("place", "noun", "both")),
         "",
-        f"The autoencoder gives 256 held-out pictures back with {result['psnr']:.1f} dB (mean PSNR).",
+        f"The autoencoder gives 256 held-out images back with {result['psnr']:.1f} dB (mean PSNR).",
         "",
-        "The first picture of every prompt; in brackets what the classifier took a wrong noun for:",
+        "The first image of every prompt; in brackets what the classifier took a wrong noun for:",
         "",
         "![200 prompts](base-evaluation.png)".replace("200", str(prompts)),
     ]

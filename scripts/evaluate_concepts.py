@@ -3,8 +3,8 @@
 python scripts/evaluate_concepts.py                         # 15 drawings with ICO and Custom Diffusion; hours on a CPU
 python scripts/evaluate_concepts.py --concepts teddy,boot --methods ico-tiny
 
-Each drawing is learned from five pictures in one place (data/concepts) and drawn in the world's 16 places. The
-instance encoder picks, of all the drawings' reference pictures, the nearest: right if it is the drawing that
+Each drawing is learned from five images in one place (data/concepts) and drawn in the world's 16 places. The
+instance encoder picks, of all the drawings' reference images, the nearest: right if it is the drawing that
 was taught. Repeating the command goes on where it stopped.
 """
 
@@ -25,12 +25,12 @@ def main() -> None:
     parser.add_argument("--concepts", help="names with commas between them (default: all held-out drawings)")
     parser.add_argument("--methods", default=METHODS, help=f"files of configs/train, without .yaml (default {METHODS})")
     parser.add_argument("--dci", action="store_true", help="with DCI (default: plain sampling)")
-    parser.add_argument("--n-samples", type=positive, default=1, help="pictures of each place (default 1)")
+    parser.add_argument("--n-samples", type=positive, default=1, help="images of each place (default 1)")
     parser.add_argument("--steps", type=positive, default=50, help="solver steps (default 50)")
     parser.add_argument("--scale", type=number, help="classifier-free guidance (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--work", default="outputs/concepts", help="folder that keeps runs and pictures, to go on from")
+    parser.add_argument("--work", default="outputs/concepts", help="folder that keeps runs and images, to go on from")
     parser.add_argument("--out", default=str(ROOT / "docs/concepts"), help="stem of the sheets and figures")
     add_model_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of training in place of the files'")
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def taught(args, method: str, name: str, noun: str):
-    """Return the pictures (places * n_samples, 3, h, w) uint8 of a concept, taught by a method; kept in `args.work`."""
+    """Return the images (places * n_samples, 3, h, w) uint8 of a concept, taught by a method; kept in `args.work`."""
     import hashlib
 
     import torch
@@ -70,20 +70,20 @@ def taught(args, method: str, name: str, noun: str):
     training = training_config(args, method, name, noun)
     facts = [fingerprint(model), repr(training), args.dci, args.n_samples, args.steps, args.scale, args.seed]
     folder = Path(args.work) / f"{method}-{name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
-    file = folder / "pictures.safetensors"
+    file = folder / "images.safetensors"
     if not file.is_file():
         concept = learned(args, model, training, folder)
         phrases = [phrases[0] for _, phrases in PLACES.values()]
         prompts = [f"a V* {noun} {phrase}" for phrase in phrases for _ in range(args.n_samples)]
-        pictures = sampled(args, concept, prompts)
+        images = sampled(args, concept, prompts)
         partial = file.with_suffix(".partial")
-        save_file({"pictures": ((pictures + 1) * 127.5).round().to(torch.uint8)}, partial)
+        save_file({"pictures": ((images + 1) * 127.5).round().to(torch.uint8)}, partial)
         partial.rename(file)
     return load_file(file)["pictures"]
 
 
 def training_config(args, method: str, name: str, noun: str):
-    """Return how a method learns a concept: its own file, the concept's pictures, no validation."""
+    """Return how a method learns a concept: its own file, the concept's images, no validation."""
     from dci.finetuning.config_files import finetune_config
 
     given = [f"data.images={ROOT / 'data/concepts' / name}", f"concept.class_noun={noun}", "validation.every=0"]
@@ -102,7 +102,7 @@ def learned(args, model, training, folder: Path) -> Path:
 
 
 def sampled(args, concept_file: Path, prompts: list[str]):
-    """Return one picture (n, 3, h, w) in [-1, 1] for each prompt, its number choosing its noise."""
+    """Return one image (n, 3, h, w) in [-1, 1] for each prompt, its number choosing its noise."""
     from dci.concept.concept_file import Concept
     from dci.concept.prompts import parse_prompt
     from dci.dual_branch.options import dual_branch, sampling_options
@@ -121,7 +121,7 @@ def sampled(args, concept_file: Path, prompts: list[str]):
 
 
 def reference_features(names: list[str]) -> dict:
-    """Return the instance encoder's features (5, d) of every concept's reference pictures."""
+    """Return the instance encoder's features (5, d) of every concept's reference images."""
     import torch
 
     from ldm.embedded_encoders import SIZE, load_instance_encoder
@@ -135,14 +135,14 @@ def reference_features(names: list[str]) -> dict:
     return features
 
 
-def judged(pictures, name: str, gallery: dict) -> dict[str, float | int]:
-    """Return how often a concept's pictures (n, 3, h, w) uint8 are taken for it, like it, and in the place asked for."""
+def judged(images, name: str, gallery: dict) -> dict[str, float | int]:
+    """Return how often a concept's images (n, 3, h, w) uint8 are taken for it, like it, and in the place asked for."""
     import torch
 
     from ldm.embedded_encoders import load_classifier, load_instance_encoder
     from ldm.pretraining.scenes import PLACES
 
-    x = pictures.float() / 127.5 - 1
+    x = images.float() / 127.5 - 1
     classifier = load_classifier()
     with torch.inference_mode():
         features = load_instance_encoder().image_features(x)
@@ -159,18 +159,18 @@ def judged(pictures, name: str, gallery: dict) -> dict[str, float | int]:
 
 
 def write_sheet(drawn: dict, out: Path) -> None:
-    """Write a sheet: a row for each concept, two of its references and then the first picture of every place."""
+    """Write a sheet: a row for each concept, two of its references and then the first image of every place."""
     from ldm.images import captioned_grid, list_images, read_image, square, to_images
     from ldm.pretraining.scenes import PLACES
 
-    pictures, captions = [], []
+    images, captions = [], []
     for name, rows in drawn.items():
         references = [square(read_image(file), 64) for file in list_images(ROOT / "data/concepts" / name)[:2]]
         firsts = rows[:: len(rows) // len(PLACES)]
-        pictures += [*references, *to_images(firsts.float() / 127.5 - 1)]
+        images += [*references, *to_images(firsts.float() / 127.5 - 1)]
         captions += [name, "reference", *PLACES]
     out.parent.mkdir(parents=True, exist_ok=True)
-    captioned_grid(pictures, captions, columns=len(PLACES) + 2, scale=1).quantize(256).save(out, optimize=True)
+    captioned_grid(images, captions, columns=len(PLACES) + 2, scale=1).quantize(256).save(out, optimize=True)
     print(f"Sheet: {out}")
 
 

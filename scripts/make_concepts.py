@@ -29,8 +29,8 @@ def main() -> None:
     for name in names:
         folder = Path(args.outdir) / name
         folder.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(render_concept(args.artwork, concepts[name], args.seed)):
-            picture.save(folder / f"{index:02}.png", optimize=True)
+        for index, image in enumerate(render_concept(args.artwork, concepts[name], args.seed)):
+            image.save(folder / f"{index:02}.png", optimize=True)
         print(folder)
 
 

@@ -1,4 +1,4 @@
-"""Train one part of the embedded default model, or one judge, on the small world of labelled pictures.
+"""Train one part of the embedded default model, or one judge, on the small world of labelled images.
 
 python scripts/pretrain.py --config configs/pretrain/vae.yaml [key=value ...]
 """
@@ -12,7 +12,7 @@ from ldm.shipped import ROOT
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="configs/pretrain/vae.yaml, diffusion.yaml, clip.yaml, ...")
-    parser.add_argument("--preview", metavar="PNG", help="only write a sheet of the world's first pictures with captions")
+    parser.add_argument("--preview", metavar="PNG", help="only write a sheet of the world's first images with captions")
     parser.add_argument("--export", action="store_true", help="save the last checkpoint's weights without training on")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options in place of the file's")
     args = parser.parse_args()

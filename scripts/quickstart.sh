@@ -10,13 +10,13 @@ echo "== 1/2 Learning the concept in data/concepts/cat with ICO"
 python scripts/train_ico.py --config configs/train/ico-tiny.yaml --name cat --logdir "$run/logs"
 concept=$(ls -d "$run"/logs/*_cat)/concept.safetensors
 
-echo "== 2/2 Drawing it in places that its pictures do not show, with DCI"
+echo "== 2/2 Drawing it in places that its images do not show, with DCI"
 for place in "on the beach" "in the snow" "in the forest" "at night"; do
     echo "   a V* cat $place"
-    python scripts/sample_dci.py --concept "$concept" --prompt "a V* cat $place" --n-samples 4 --outdir "$run/pictures"
+    python scripts/sample_dci.py --concept "$concept" --prompt "a V* cat $place" --n-samples 4 --outdir "$run/images"
 done
-python scripts/contact_sheet.py "$run/pictures/samples" --columns 4 --scale 3 --out "$run/grid.png"
+python scripts/contact_sheet.py "$run/images/samples" --columns 4 --scale 3 --out "$run/grid.png"
 
 echo
-echo "Done. Its reference pictures: data/concepts/cat"
-echo "The new pictures: $run/pictures/samples, together in $run/grid.png (a row for each place)"
+echo "Done. Its reference images: data/concepts/cat"
+echo "The new images: $run/images/samples, together in $run/grid.png (a row for each place)"

@@ -12,7 +12,7 @@ from dci.cli.loading import TINY, pick_device
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="the sheet's file")
-    parser.add_argument("--images", "--pictures", dest="pictures", type=positive, default=48)
+    parser.add_argument("--images", "--pictures", dest="images", type=positive, default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
     parser.add_argument("--model", default=str(TINY))
@@ -25,16 +25,16 @@ def main() -> None:
     from dci.dual_branch.options import sampling_options
     from ldm.checkpoint import load_model
     from ldm.images import captioned_grid
-    from ldm.pretraining.evaluation import draw_pictures
+    from ldm.pretraining.evaluation import draw_images
     from ldm.pretraining.world import all_prompts
 
     model = load_model(args.model).to(pick_device(args.device))
     options = sampling_options(model, seed=args.seed, steps=args.steps)
-    prompts = all_prompts(args.pictures)
-    with tqdm(total=len(prompts), unit="picture") as bar:
-        drawn = draw_pictures(model, prompts, 1, options, batch_size=16, progress=bar.update)
-    pictures = [Image.fromarray(picture) for picture in drawn.permute(0, 2, 3, 1).numpy()]
-    captioned_grid(pictures, prompts, columns=8, scale=2).quantize(256).save(args.out, optimize=True)
+    prompts = all_prompts(args.images)
+    with tqdm(total=len(prompts), unit="image") as bar:
+        drawn = draw_images(model, prompts, 1, options, batch_size=16, progress=bar.update)
+    images = [Image.fromarray(image) for image in drawn.permute(0, 2, 3, 1).numpy()]
+    captioned_grid(images, prompts, columns=8, scale=2).quantize(256).save(args.out, optimize=True)
     print(f"Sheet: {args.out}")
 
 

@@ -70,9 +70,9 @@ def train_lora(args, folder: Path) -> None:
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.rate)
     files = list_images(args.images)
-    pictures = torch.stack([to_tensor(square(read_image(file), model.config.image_size)) for file in files])
+    images = torch.stack([to_tensor(square(read_image(file), model.config.image_size)) for file in files])
     with torch.no_grad():
-        latents = model.encode(pictures)
+        latents = model.encode(images)
         text = model.text_encoder([f"a photo of a {args.trigger} {args.class_noun}"])
     for _ in trange(args.steps, desc="LoRA", mininterval=10):
         x_0 = latents[torch.randint(len(latents), (4,))]

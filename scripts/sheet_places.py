@@ -18,22 +18,22 @@ def main() -> None:
     parser.add_argument("--prompt", default="a V* {noun} {place}", help="with V*, {noun} and {place}")
     parser.add_argument("--dci", action="store_true", help="with DCI (default: plain sampling)")
     parser.add_argument("--out", required=True, help="stem of the sheet (.png) and the figures (.json)")
-    parser.add_argument("--n-samples", type=positive, default=4, help="pictures of each place (default 4)")
+    parser.add_argument("--n-samples", type=positive, default=4, help="images of each place (default 4)")
     parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
     parser.add_argument("--scale", type=number, help="classifier-free guidance (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add_model_options(parser)
     args = parser.parse_args()
 
-    results, pictures, captions = {}, [], []
+    results, images, captions = {}, [], []
     for file in args.concept:
         drawn, result = judge_places(args, file)
         results[file] = result
-        pictures += [row[0] for row in drawn.values()]
+        images += [row[0] for row in drawn.values()]
         captions += list(drawn)
         print(
-            f"{file}: place right {result['place_right']:.1%} of {result['pictures']} pictures, "
+            f"{file}: place right {result['place_right']:.1%} of {result['images']} images, "
             f"likeness to the references {result['likeness']:.3f}; " + json.dumps(result["seen"])
         )
 
@@ -41,13 +41,13 @@ def main() -> None:
 
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    captioned_grid(pictures, captions, columns=len(captions) // len(args.concept), scale=1).save(out.with_suffix(".png"))
+    captioned_grid(images, captions, columns=len(captions) // len(args.concept), scale=1).save(out.with_suffix(".png"))
     out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     print(f"Sheet: {out.with_suffix('.png')}, a row for each concept file\nFigures: {out.with_suffix('.json')}")
 
 
 def judge_places(args, file: str) -> tuple[dict, dict]:
-    """Return the pictures of every place, and the classifier's judgement of them."""
+    """Return the images of every place, and the classifier's judgement of them."""
     import torch
     from tqdm import tqdm
 
@@ -69,9 +69,9 @@ def judge_places(args, file: str) -> tuple[dict, dict]:
     dual = dual_branch(model) if args.dci else None
     classifier, instance, drawn, seen, likeness = load_classifier(), load_instance_encoder(), {}, {}, []
     folder = concept.config["data"]["images"]
-    pictures = torch.stack([to_tensor(square(read_image(file), SIZE)) for file in list_images(folder)])
+    images = torch.stack([to_tensor(square(read_image(file), SIZE)) for file in list_images(folder)])
     with torch.inference_mode():
-        references = instance.image_features(pictures)
+        references = instance.image_features(images)
     for place, (_, phrases) in tqdm(PLACES.items(), "places"):
         text = args.prompt.replace("{noun}", concept.class_noun).replace("{place}", phrases[0])
         prompt = parse_prompt(text, concept.names)
@@ -83,7 +83,7 @@ def judge_places(args, file: str) -> tuple[dict, dict]:
         seen[place] = {name: answers.count(name) / len(answers) for name in sorted(set(answers))}
     right = sum(shares.get(place, 0) for place, shares in seen.items()) / len(seen)
     like = float(torch.stack(likeness).mean())
-    return drawn, {"place_right": right, "likeness": like, "pictures": len(seen) * args.n_samples, "seen": seen}
+    return drawn, {"place_right": right, "likeness": like, "images": len(seen) * args.n_samples, "seen": seen}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Learn a concept from a folder of pictures: ICO, Custom Diffusion, textual inversion."""
+"""Learn a concept from a folder of images: ICO, Custom Diffusion, textual inversion."""
 
 import clone  # noqa: F401
 

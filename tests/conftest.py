@@ -51,7 +51,7 @@ def finetuned(tiny_base):
     from dci.finetuning.module import ICOTraining
 
     model = copy.deepcopy(tiny_base)
-    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), pictures=1)
+    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), images=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         if parameter.requires_grad:

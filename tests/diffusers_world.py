@@ -67,7 +67,7 @@ class World:
 def learned(model):
     """A concept that differs from its base, and the model with it applied."""
     model = copy.deepcopy(model)
-    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), pictures=1)
+    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), images=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         if parameter.requires_grad:

@@ -49,7 +49,7 @@ def test_ldm_does_not_import_dci():
 ARROWS = {
     "cli": {"app", "experiments", "evaluation", "samples", "finetuning", "dual_branch", "concept", "pipeline"},
     "app": {"evaluation", "samples", "finetuning", "dual_branch", "concept", "pipeline"},
-    "experiments": {"evaluation", "samples", "finetuning", "dual_branch", "concept"},
+    "experiments": {"evaluation", "samples", "finetuning", "dual_branch", "concept", "pipeline"},
     "evaluation": {"concept", "samples"},
     "finetuning": {"dual_branch", "concept", "samples"},
     "pipeline": {"dual_branch", "concept"},

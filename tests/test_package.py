@@ -70,10 +70,11 @@ def installed(tmp_path_factory):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     programs = environment / ("Scripts" if os.name == "nt" else "bin")
     [packages] = [*environment.glob("lib/python3*/site-packages"), *environment.glob("Lib/site-packages")]
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     [wheel] = place.glob("*.whl")
     install = ["--python", programs / "python", "install", "--no-deps", "--no-index", wheel]
     subprocess.run([*pip, *install], check=True)
+    # Only now: pip takes a package that it finds there, such as this clone's editable one, for installed.
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return programs
 
 

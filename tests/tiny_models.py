@@ -227,21 +227,21 @@ class Expected:
         self.x, self.t = torch.randn(1, 4, side, side), torch.tensor([871])
         self.text = torch.randn(1, 77, unet.context_dim)
         factor = theirs.config.autoencoder.downsampling
-        self.picture = torch.rand(1, 3, factor * side, factor * side) * 2 - 1
+        self.image = torch.rand(1, 3, factor * side, factor * side) * 2 - 1
         self.vector, more = None, {}
         if theirs.text_2 is not None:
             pooled, sizes = torch.randn(1, theirs.config.text_encoder_2.projection), torch.tensor([[64.0, 32, 1, 2, 16, 8]])
             more = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
             self.vector = torch.cat([pooled, theirs.unet.add_time_proj(sizes.flatten()).view(1, -1)], dim=-1)
         self.noise = theirs.unet(self.x, self.t, self.text, **more).sample
-        self.moments = theirs.vae.encode(self.picture).latent_dist
+        self.moments = theirs.vae.encode(self.image).latent_dist
         self.decoded = theirs.vae.decode(self.x).sample
         self.context = theirs.context()
 
     @torch.no_grad()
     def errors(self, model):
         """Relative error of each network: {name: error}."""
-        posterior = model.autoencoder.encode(self.picture)
+        posterior = model.autoencoder.encode(self.image)
         return {
             "unet": relative_error(model.unet(self.x, self.t, self.text, vector=self.vector), self.noise),
             "vae mean": relative_error(posterior.mean, self.moments.mean),

@@ -141,7 +141,7 @@ class DrawTab:
         """Connect the events."""
         read = dict(fn=self._reading, inputs=[self.concept, self.prompt, self.noun], outputs=self.read)
         for component in (self.prompt, self.noun):
-            component.input(**read, **at_once(trigger_mode="always_last"))
+            component.change(**read, **at_once(trigger_mode="always_last"))
         self.concept.input(self._choose, [self.concept, self.prompt, self.noun], [self.prompt, self.read], **at_once())
         self.add.click(
             self._add,

@@ -1,4 +1,4 @@
-"""What all programs share: options, errors, the device, and where pictures go."""
+"""What all programs share: options, errors, the device, and where images go."""
 
 import argparse
 import math
@@ -56,7 +56,7 @@ _OPTIONS = {
     **{name: name.replace("_", "-") for name in (
         "agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights", "auxiliary_noun",
         "steps", "scale", "eta", "solver", "spacing", "seed", "zero_terminal_snr", "vae_tile", "vae_batch", "init_image",
-        "mask", "strength", "batch_size", "model", "checkpoint", "original_size", "crop")},
+        "mask", "strength", "batch_size", "model", "checkpoint", "original_size", "crop", "clip")},
 }  # fmt: skip
 """Options of the sampling programs, by their names in Python."""
 
@@ -76,9 +76,9 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--prompt", help="what to draw")
     parser.add_argument("--from-file", metavar="FILE", help="a UTF-8 text file with a prompt in each line, not --prompt")
     parser.add_argument("--negative-prompt", default="", help="what to lead away from")
-    parser.add_argument("--n-samples", type=positive, default=4, help="pictures of each prompt and seed (default 4)")
+    parser.add_argument("--n-samples", type=positive, default=4, help="images of each prompt and seed (default 4)")
     parser.add_argument("--n-iter", type=positive, default=1, help="so many times --n-samples (default 1)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="pictures made at a time (default 8)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images made at a time (default 8)")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
         "--seed", type=seed, default=0, help="same seed, same images (default 0); -1 chooses one, and says it"
@@ -89,7 +89,7 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--original-size", nargs="+", metavar="PIXELS", help="SDXL: height and width of the image as it "
                         "were before it was resized (default: that of the image)")  # fmt: skip
     parser.add_argument("--crop", nargs="+", metavar="PIXELS", help="SDXL: top and left of what were cut off (default: 0 0)")
-    parser.add_argument("--outdir", help="folder for the pictures, and to go on in (default: a new one in outputs/)")
+    parser.add_argument("--outdir", help="folder for the images, and to go on in (default: a new one in outputs/)")
     parser.add_argument("--shard", type=share, default=(1, 1), metavar="K/N", help="make share K of N, from 1/N to N/N")
 
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:0.8]",
@@ -106,10 +106,10 @@ def add_sampling_options(parser: Parser) -> None:
         "--zero-terminal-snr", action="store_true", default=None, help="rescale the schedule to end in pure noise"
     )
 
-    group = parser.add_argument_group("starting from a picture")
-    group.add_argument("--init-image", metavar="FILE", help="the picture to start from")
-    group.add_argument("--strength", type=number, help="0 keeps the picture, 1 takes all steps (default 0.75, masked 1)")
-    group.add_argument("--mask", metavar="FILE", help="white where to paint, black where to keep; of the picture's size")
+    group = parser.add_argument_group("starting from an image")
+    group.add_argument("--init-image", metavar="FILE", help="the image to start from")
+    group.add_argument("--strength", type=number, help="0 keeps the image, 1 takes all steps (default 0.75, masked 1)")
+    group.add_argument("--mask", metavar="FILE", help="white where to paint, black where to keep; of the image's size")
 
     group = parser.add_argument_group("model and machine")
     add_model_options(group)
@@ -119,7 +119,7 @@ def add_sampling_options(parser: Parser) -> None:
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes at first, faster afterwards")
     group.add_argument("--channels-last", action="store_true", help="memory layout (GPUs get it in half precision anyway)")
     group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="side of tiles in decoding (default: if needed)")
-    group.add_argument("--vae-batch", type=positive, metavar="N", help="pictures decoded at a time (default: what fits)")
+    group.add_argument("--vae-batch", type=positive, metavar="N", help="images decoded at a time (default: what fits)")
 
 
 def add_model_options(parser) -> None:

@@ -43,7 +43,7 @@ def add_dci_options(parser: Parser) -> None:
 
     group = parser.add_argument_group("the branches, made visible")
     group.add_argument("--save-maps", action="store_true", help="branch weights and attention maps, as sheets and .npz")
-    group.add_argument("--save-steps", action="store_true", help="both branches' predicted pictures over the steps")
+    group.add_argument("--save-steps", action="store_true", help="both branches' predicted images over the steps")
 
 
 def settings_of(args: argparse.Namespace) -> dict:
@@ -82,17 +82,9 @@ def choose_noun(args: argparse.Namespace, base, concept, prompts: list[str]) -> 
     if args.auxiliary_noun != AUTO:
         return args.auxiliary_noun
     from dci.dual_branch.options import sampling_options
-    from dci.evaluation.auxiliary_noun import default_candidates, describe, score_nouns
-    from dci.evaluation.encoders import TINY, load_encoder
+    from dci.evaluation import auxiliary_noun
 
-    if not args.clip and base.config.name != "tiny":
-        raise UserError(
-            f"--auxiliary-noun {AUTO} needs a CLIP that knows what '{base.config.name}' draws: name one, "
-            "such as --clip open_clip:ViT-B-32/openai"
-        )
-    clip = load_encoder(args.clip or TINY, device=str(base.device))
-    given = [noun.strip() for noun in (args.auxiliary_candidates or "").split(",") if noun.strip()]
     options = sampling_options(base, steps=args.steps, scale=args.scale, seed=args.seed)
-    scores = score_nouns(base, concept, prompts, given or default_candidates(concept.class_noun), clip, options)
-    print(describe(scores))
+    scores = auxiliary_noun.choose_noun(base, concept, prompts, options, args.clip, args.auxiliary_candidates)
+    print(auxiliary_noun.describe(scores))
     return scores[0].noun

@@ -1,4 +1,4 @@
-"""Put the pictures of a folder into one sheet.
+"""Put the images of a folder into one sheet.
 
 python scripts/contact_sheet.py outputs/RUN/samples --columns 4 --scale 3 --out sheet.png
 """
@@ -8,8 +8,8 @@ from dci.cli.arguments import Parser, positive
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="folder of pictures of one size, put in the order of their names")
-    parser.add_argument("--columns", type=positive, help="pictures in a row (default: about square)")
+    parser.add_argument("folder", help="folder of images of one size, put in the order of their names")
+    parser.add_argument("--columns", type=positive, help="images in a row (default: about square)")
     parser.add_argument("--scale", type=positive, default=1, help="whole-number enlargement")
     parser.add_argument("--out", required=True, help="the sheet's file")
     args = parser.parse_args()

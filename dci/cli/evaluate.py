@@ -1,4 +1,4 @@
-"""Measure fidelity and editability of drawn pictures: CLIP-T, CLIP-I, DINO-I, KID, with intervals, and make a report.
+"""Measure fidelity and editability of drawn images: CLIP-T, CLIP-I, DINO-I, KID, with intervals, and make a report.
 
 python scripts/evaluate.py --samples dci=outputs/A plain=outputs/B --out reports/cat
 """
@@ -24,9 +24,9 @@ def arguments():
         "--references",
         nargs="+",
         metavar="FOLDER",
-        help="the concept's pictures, for several concepts a folder each (default: recorded)",
+        help="the concept's images, for several concepts a folder each (default: recorded)",
     )
-    parser.add_argument("--regularization", metavar="FOLDER", help="real pictures of the class, for KID")
+    parser.add_argument("--regularization", metavar="FOLDER", help="real images of the class, for KID")
     parser.add_argument(
         "--class-noun",
         nargs="+",

@@ -1,4 +1,4 @@
-"""Where the sampling programs put their pictures, and what they say of them."""
+"""Where the sampling programs put their images, and what they say of them."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ from ldm.errors import UserError
 
 
 def sampling_facts(args: argparse.Namespace, base: str, checkpoint: str | None, prepared, model_hash: str) -> dict:
-    """Return everything needed to make pictures again but their prompts and numbers, and a concept's facts.
+    """Return everything needed to make images again but their prompts and numbers, and a concept's facts.
 
     Args:
         prepared: the request, as `dci.pipeline` prepares it.
@@ -26,15 +26,15 @@ def sampling_facts(args: argparse.Namespace, base: str, checkpoint: str | None, 
 
 
 def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int, sample: Callable, beside=None) -> None:
-    """Draw what is missing of every prompt's pictures into the folder for them, under a progress bar.
+    """Draw what is missing of every prompt's images into the folder for them, under a progress bar.
 
     Args:
         prompts: the facts of each prompt.
-        facts: of all pictures.
-        calls: solver steps of a picture.
-        sample: (pictures of the plan, callback for each step) -> pixels (b, 3, h, w).
-        beside: what is written beside the pictures of the last call of `sample`: `save(outdir, names)`, and
-            `is_there(outdir, name)`, without which a picture counts as missing.
+        facts: of all images.
+        calls: solver steps of an image.
+        sample: (images of the plan, callback for each step) -> pixels (b, 3, h, w).
+        beside: what is written beside the images of the last call of `sample`: `save(outdir, names)`, and
+            `is_there(outdir, name)`, without which an image counts as missing.
     """
     from tqdm import tqdm
 
@@ -59,10 +59,10 @@ def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int,
                 beside.save(outdir, [folder.file(number).stem for number in numbers])
             progress.update(0 if here else calls)
 
-        def filled(pictures: list):
+        def filled(images: list):
             # A compiled UNet would be compiled again for a smaller batch: the last one is filled up.
-            more = [pictures[-1]] * (whole - len(pictures))
-            return sample([*pictures, *more], lambda _: progress.update())[: len(pictures)]
+            more = [images[-1]] * (whole - len(images))
+            return sample([*images, *more], lambda _: progress.update())[: len(images)]
 
         worker.sample_missing(folder, batches, filled, done)
         left = sum(len(folder.missing(numbers)) for numbers in batches)
@@ -70,8 +70,8 @@ def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int,
     if drawn < len(batches):
         print(f"Batches: {drawn} drawn, the other {len(batches) - drawn} made before or by other workers")
     if left:
-        print(f"Pictures that other workers are making: {left}; repeat the command should one of them be stopped")
-    print(f"Pictures: {outdir / 'samples'}" + (f"\nGrid: {sheet}" if sheet.is_file() else ""))
+        print(f"Images that other workers are making: {left}; repeat the command should one of them be stopped")
+    print(f"Images: {outdir / 'samples'}" + (f"\nGrid: {sheet}" if sheet.is_file() else ""))
 
 
 def check_sharing(args: argparse.Namespace) -> None:

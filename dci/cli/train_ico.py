@@ -1,4 +1,4 @@
-"""Learn a concept from a folder of pictures: ICO, Custom Diffusion, textual inversion.
+"""Learn a concept from a folder of images: ICO, Custom Diffusion, textual inversion.
 
 python scripts/train_ico.py --config configs/train/ico-tiny.yaml data.images=FOLDER concept.class_noun=dog
 python scripts/train_ico.py --resume logs/RUN

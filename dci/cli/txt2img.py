@@ -1,4 +1,4 @@
-"""Draw pictures with the base model alone: of a prompt, from a picture, or into a picture.
+"""Draw images with the base model alone: of a prompt, from an image, or into an image.
 
 python scripts/txt2img.py --prompt "a dog on the beach"
 """

@@ -49,8 +49,8 @@ class Concept:
 
     keys_values: dict[str, Tensor]  # SD name -> cross-attention weight that was trained (to_k and to_v, as a rule)
     modifiers: Tensor  # embeddings of the modifier tokens (k, d)
-    prefixes: Tensor  # image-specific contexts (pictures, p, d); of use for study, not for sampling
-    suffixes: Tensor  # (pictures, s, d)
+    prefixes: Tensor  # image-specific contexts (images, p, d); of use for study, not for sampling
+    suffixes: Tensor  # (images, s, d)
     names: tuple[ConceptName, ...]  # of the concepts, one or several
     base: str  # fingerprint of the base model; "" where an imported file does not tell
     base_name: str
@@ -247,7 +247,7 @@ def _parsed(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Concept:
     if concept.modifiers.ndim != 2 or len(concept.modifiers) != number:
         raise ValueError(f"{_MODIFIERS} is {tuple(concept.modifiers.shape)}, expected {number} rows")
     if concept.prefixes.ndim != 3 or concept.suffixes.ndim != 3:
-        raise ValueError("contexts of another shape than (pictures, tokens, width)")
+        raise ValueError("contexts of another shape than (images, tokens, width)")
     for name, change in concept.low_rank.items():
         if change.u.ndim != 2 or change.v.ndim not in (2, 4) or change.u.shape[1] != len(change.v):
             raise ValueError(f"the factors of {name} do not go together")

@@ -22,7 +22,7 @@ class Neighbour:
 class LearnedToken:
     """One learned embedding."""
 
-    name: str  # "<new1>", "prefix 2 of picture 0", ...
+    name: str  # "<new1>", "prefix 2 of image 0", ...
     norm: float
     nearest: list[Neighbour]  # nearest first
 
@@ -37,7 +37,7 @@ def inspect_tokens(concept: Concept, model: LatentDiffusion, nearest: int = 5, c
     named = list(zip(concept.modifier_tokens, concept.modifiers, strict=True))
     if contexts:
         for part, rows in (("prefix", concept.prefixes), ("suffix", concept.suffixes)):
-            named += [(f"{part} {i} of picture {p}", row[i]) for p, row in enumerate(rows) for i in range(len(row))]
+            named += [(f"{part} {i} of image {p}", row[i]) for p, row in enumerate(rows) for i in range(len(row))]
     if not named:
         return []
     vectors = torch.stack([vector.float() for _, vector in named])

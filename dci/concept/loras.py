@@ -78,6 +78,13 @@ def load_with_loras(
     return loaded
 
 
+def check_strength(strength: float) -> None:
+    """Raise UserError for a factor on a concept's change that is out of range."""
+    low, high = STRENGTHS
+    if not low <= strength <= high:
+        raise UserError(f"a concept's strength of {strength:g}: expected {low:g} (its tokens alone) to {high:g}")
+
+
 def scaled(concept: Concept, model: LatentDiffusion, strength: float) -> Concept:
     """Return a concept whose changes are `strength` times as large; its tokens stay.
 
@@ -87,9 +94,7 @@ def scaled(concept: Concept, model: LatentDiffusion, strength: float) -> Concept
     Raises:
         UserError: a strength out of range, or another base model.
     """
-    low, high = STRENGTHS
-    if not low <= strength <= high:
-        raise UserError(f"a concept's strength of {strength:g}: expected {low:g} (its tokens alone) to {high:g}")
+    check_strength(strength)
     if strength == 1:
         return concept
     relative = as_changes(concept, model)

@@ -123,7 +123,7 @@ def _joined(concepts: list[Concept], low_rank: dict[str, LowRank]) -> Concept:
         keys_values={},
         low_rank=low_rank,
         modifiers=torch.cat([concept.modifiers for concept in concepts]),
-        prefixes=none,  # contexts belong to the pictures of one concept; its own file has them
+        prefixes=none,  # contexts belong to the images of one concept; its own file has them
         suffixes=none,
         names=tuple(ConceptName(new, name.class_noun) for new, name in zip(tokens, old, strict=True)),
     )

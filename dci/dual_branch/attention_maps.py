@@ -67,7 +67,7 @@ class MapRecord:
         self.calls.setdefault(maps.number, []).append(means)
 
     def arrays(self, row: int) -> dict[str, np.ndarray]:
-        """Return a picture's maps as the .npz file has them.
+        """Return an image's maps as the .npz file has them.
 
         `timesteps` (steps,); `layers`, the layers' names in the order they run; and for each of them
         `layerN/weight`, `layerN/concept` and `layerN/auxiliary` (steps, h, w).

@@ -140,7 +140,7 @@ def evidence(
         *q.stride()[:3], *k.stride()[:3],
         WIDTH=width, TOKENS=triton.next_power_of_2(k.shape[2]), OTHERS=others, PIXELS=PIXELS, CHANNELS=CHANNELS,
     )  # fmt: skip
-    # Blocks are summed in a fixed order: the same picture every time, which atomic additions would not give.
+    # Blocks are summed in a fixed order: the same image every time, which atomic additions would not give.
     whole = largest.amax(dim=-1)
     return Evidence(values, whole, (sums * torch.exp(largest - whole[..., None])).sum(dim=-1))
 

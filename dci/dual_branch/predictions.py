@@ -1,4 +1,4 @@
-"""What the branches take the finished picture for, step by step."""
+"""What the branches take the finished image for, step by step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from ldm.runtime.decoding import decode
 
 @dataclass(frozen=True)
 class StepImages:
-    """One picture's predicted clean pictures at some steps."""
+    """One image's predicted clean images at some steps."""
 
     steps: list[int]  # numbers of the calls of the UNet, from 0 on
     timesteps: list[int]  # training timesteps of those
@@ -43,7 +43,7 @@ class StepRecord:
 
     @torch.inference_mode()
     def images(self, model: LatentDiffusion, row: int, steps: list[int]) -> StepImages:
-        """Decode what was predicted for a picture.
+        """Decode what was predicted for an image.
 
         Args:
             row: of the batch.

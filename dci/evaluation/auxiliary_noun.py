@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dci.concept.concept_file import Concept
 from dci.concept.prompts import parse_prompt
-from dci.evaluation.encoders import Encoder
+from dci.evaluation.encoders import TINY, Encoder, load_encoder
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.images import to_images
@@ -35,10 +35,10 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class NounScore:
-    """How well the base model's pictures obeyed the prompts with a noun in the concept's place."""
+    """How well the base model's images obeyed the prompts with a noun in the concept's place."""
 
     noun: str
-    clip_t: float  # mean cosine of picture and prompt
+    clip_t: float  # mean cosine of image and prompt
 
 
 def default_candidates(class_noun: str) -> list[str]:
@@ -55,19 +55,19 @@ def score_nouns(
     candidates: Sequence[str],
     clip: Encoder,
     options: SamplingOptions,
-    pictures: int = 4,
+    images: int = 4,
 ) -> list[NounScore]:
     """Score candidates for the auxiliary noun, the best one first; the earlier one wins a tie.
 
-    With each candidate the base model draws the auxiliary prompts. All pictures are held against the
+    With each candidate the base model draws the auxiliary prompts. All images are held against the
     same texts, the prompts with the class noun, so that the scores can be compared.
 
     Args:
         base: the model without the concept.
         prompts: that name the concept; at most 8 of them are used.
-        clip: an encoder of pictures and texts.
+        clip: an encoder of images and texts.
         options: of the sampler; their seed makes the scores repeatable.
-        pictures: of each prompt and candidate.
+        images: of each prompt and candidate.
 
     Raises:
         UserError: no candidates, a prompt that does not name the concept, or several concepts in one file.
@@ -84,7 +84,7 @@ def score_nouns(
     def score(noun: str) -> float:
         cosines = []
         for prompt, text in zip(prompts, texts, strict=True):
-            drawn = to_images(text_to_image(base, plain(prompt, noun), list(range(pictures)), options))
+            drawn = to_images(text_to_image(base, plain(prompt, noun), list(range(images)), options))
             cosines.append(F.normalize(clip.image_features(drawn), dim=-1) @ text)
         return torch.cat(cosines).mean().item()
 
@@ -92,8 +92,35 @@ def score_nouns(
     return sorted(scores, key=lambda s: -s.clip_t)
 
 
+def choose_noun(
+    base: LatentDiffusion,
+    concept: Concept,
+    prompts: Sequence[str],
+    options: SamplingOptions,
+    clip: str | None = None,
+    candidates: str | None = None,
+) -> list[NounScore]:
+    """Score candidates as `score_nouns` does, with an encoder that is loaded by its name.
+
+    Args:
+        clip: see `dci.evaluation.encoders`; None: the embedded one, for the embedded model.
+        candidates: nouns with commas between them; None: `default_candidates`.
+
+    Raises:
+        UserError: as `score_nouns`; no encoder is named for a model that is not the embedded one, or there is none.
+    """
+    if not clip and base.config.name != "tiny":
+        raise UserError(
+            f"auxiliary_noun {AUTO}: a CLIP is needed that knows what '{base.config.name}' draws: name one as clip=, "
+            "such as open_clip:ViT-B-32/openai"
+        )
+    given = [noun.strip() for noun in (candidates or "").split(",") if noun.strip()]
+    encoder = load_encoder(clip or TINY, device=str(base.device))
+    return score_nouns(base, concept, prompts, given or default_candidates(concept.class_noun), encoder, options)
+
+
 def describe(scores: list[NounScore]) -> str:
     """Say in lines how the candidates did and which one is taken."""
     best = scores[0]
     lines = [f"  {s.clip_t:.4f}  {s.noun}" for s in scores]
-    return "\n".join(["Auxiliary noun by CLIP-T of the base model's pictures:", *lines, f"Auxiliary noun: {best.noun}"])
+    return "\n".join(["Auxiliary noun by CLIP-T of the base model's images:", *lines, f"Auxiliary noun: {best.noun}"])

@@ -1,15 +1,15 @@
 """Bootstrap intervals of a mean over crossed factors, such as prompts and seeds.
 
-Pictures of one prompt resemble each other, and so do pictures from one initial noise, so pictures are
+Images of one prompt resemble each other, and so do images from one initial noise, so images are
 not independent and resampling them one by one would give intervals that are too short. Here whole
 factors are resampled: the levels of each are drawn with replacement, independently of the other
-factors, and a picture counts as often as the product of how often its levels were drawn (the
+factors, and an image counts as often as the product of how often its levels were drawn (the
 "pigeonhole" bootstrap; Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1, 2007). With one
 factor it is the ordinary percentile bootstrap, that of `scipy.stats.bootstrap(method="percentile")`.
 
 Over crossed factors no bootstrap is exact. Simulated with 20 prompts and 8 seeds, intervals of 95 % hold the
-truth in 91 to 94 % of cases where prompts and seeds matter as much as the picture itself, and in over 99 %
-where only the picture does; those over single pictures hold it in as little as 44 %. As with every percentile
+truth in 91 to 94 % of cases where prompts and seeds matter as much as the image itself, and in over 99 %
+where only the image does; those over single images hold it in as little as 44 %. As with every percentile
 bootstrap, few levels make intervals somewhat short.
 """
 
@@ -41,7 +41,7 @@ def factors(columns: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
 
     A factor of one level is left out, and so is one that is nested in a factor before it: seeds that
     belong to one prompt each come and go with their prompts. Where no factor is left, the rows
-    themselves are one, named "picture".
+    themselves are one, named "image".
 
     Args:
         columns: name of the factor -> label of every row, the outer factors first.
@@ -53,7 +53,7 @@ def factors(columns: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
         nested = any(len({*zip(numbers.tolist(), outer.tolist(), strict=True)}) == levels for outer in kept.values())
         if levels > 1 and not nested:
             kept[name] = numbers
-    return kept or {"picture": np.arange(max((len(labels) for labels in columns.values()), default=0))}
+    return kept or {"image": np.arange(max((len(labels) for labels in columns.values()), default=0))}
 
 
 def weights(levels: Mapping[str, np.ndarray], resamples: int, seed: int) -> Iterator[np.ndarray]:

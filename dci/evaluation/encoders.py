@@ -1,4 +1,4 @@
-"""Encoders of pictures and texts, by name.
+"""Encoders of images and texts, by name.
 
     tiny                                       the embedded encoders (64 x 64 px, the embedded world)
     open_clip:ARCHITECTURE/TAG                 open_clip:ViT-B-32/openai; a weights' file in place of the tag; or a folder
@@ -39,10 +39,10 @@ _INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"  # as torch-fidelity na
 
 @dataclass(frozen=True)
 class Encoder:
-    """Pictures, and texts if it has a text tower, to features."""
+    """Images, and texts if it has a text tower, to features."""
 
     name: str
-    prepare: Callable[[Image.Image], Tensor]  # RGB picture -> (3, h, w) as the network wants it
+    prepare: Callable[[Image.Image], Tensor]  # RGB image -> (3, h, w) as the network wants it
     image: Callable[[Tensor], Tensor]  # (b, 3, h, w) -> (b, d)
     module: nn.Module  # whose weights these are
     text: Callable[[list[str]], Tensor] | None = None  # texts -> (b, d)
@@ -50,9 +50,9 @@ class Encoder:
     settings: str = ""  # what else features depend on besides the module
 
     @torch.inference_mode()
-    def image_features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """RGB pictures of any sizes -> features (b, d), fp32 on the CPU, of whatever length."""
-        prepared = [self.prepare(picture).to(self._device()) for picture in pictures]
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images of any sizes -> features (b, d), fp32 on the CPU, of whatever length."""
+        prepared = [self.prepare(image).to(self._device()) for image in images]
         if len({one.shape for one in prepared}) == 1:
             return self.image(torch.stack(prepared)).float().cpu()
         return torch.cat([self.image(one[None]) for one in prepared]).float().cpu()
@@ -189,8 +189,8 @@ def _frozen(module: nn.Module, device: str) -> nn.Module:
 def _tiny(role: str, device: str) -> Encoder:
     from ldm.embedded_encoders import SIZE, load_classifier, load_clip, load_instance_encoder, resized
 
-    def prepare(picture: Image.Image) -> Tensor:
-        return resized(to_tensor(square(picture, min(picture.size)))[None])[0]
+    def prepare(image: Image.Image) -> Tensor:
+        return resized(to_tensor(square(image, min(image.size)))[None])[0]
 
     words = f"middle square, {SIZE} x {SIZE} px"
     if role == "clip":
@@ -293,8 +293,8 @@ def _transformers(name: str, model: str, device: str) -> Encoder:
     network = _frozen(AutoModel.from_pretrained(model, **bare), device)
     processor = AutoImageProcessor.from_pretrained(model)
 
-    def prepare(picture: Image.Image) -> Tensor:
-        return processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    def prepare(image: Image.Image) -> Tensor:
+        return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
     words = f"{type(processor).__name__} of {model}"
     settings = str(processor.to_dict())
@@ -340,8 +340,8 @@ def _inception(name: str, file: str, device: str) -> Encoder:
         torch.load(weights, weights_only=True)  # torch-fidelity unpickles whatever there is: let it see tensors alone
         network = _frozen(FeatureExtractorInceptionV3("inception", ["2048"], str(weights)), device)
 
-    def prepare(picture: Image.Image) -> Tensor:
-        return (to_tensor(square(picture, min(picture.size))) * 127.5 + 127.5).round().byte()
+    def prepare(image: Image.Image) -> Tensor:
+        return (to_tensor(square(image, min(image.size))) * 127.5 + 127.5).round().byte()
 
     words = "middle square, resized to 299 x 299 px as TensorFlow 1 did"
     return Encoder(INCEPTION, prepare, lambda x: network(x)[0], network, None, words)

@@ -1,4 +1,4 @@
-"""Folder of drawn pictures + reference pictures -> scores."""
+"""Folder of drawn images + reference images -> scores."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ def load_encoders(clip: str = TINY, instance: str = TINY, kid: str | None = None
 
 
 def recorded_references(folder: str | Path) -> list[Path]:
-    """Return the folders of the reference pictures that a folder's concept was learned from.
+    """Return the folders of the reference images that a folder's concept was learned from.
 
     Raises:
         UserError: `prompts.json` does not lead there.
@@ -68,8 +68,8 @@ def recorded_references(folder: str | Path) -> list[Path]:
         folders += [Path(subject["images"]) for subject in subjects if subject.get("images")]
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
     if not folders:
-        why = f"its concept {files[0]}, or that one's pictures, are not there" if files else "it names no concept file"
-        raise UserError(f"{folder} does not lead to reference pictures ({why}): give them with --references FOLDER")
+        why = f"its concept {files[0]}, or that one's images, are not there" if files else "it names no concept file"
+        raise UserError(f"{folder} does not lead to reference images ({why}): give them with --references FOLDER")
     return folders
 
 
@@ -88,18 +88,18 @@ def evaluate_folder(
     progress: Callable[[int], None] = lambda number: None,
     say: Callable[[str], None] = print,
 ) -> Scores:
-    """Score the pictures of a folder in the layout of `dci.samples.reader`.
+    """Score the images of a folder in the layout of `dci.samples.reader`.
 
     Args:
-        references: folder of the concept's pictures; of several concepts in one picture a folder each, and
+        references: folder of the concept's images; of several concepts in one image a folder each, and
             the image scores are the mean over the concepts; None: as the concept file records.
-        regularization: folder of real pictures of the class, for KID; None: no KID.
+        regularization: folder of real images of the class, for KID; None: no KID.
         class_nouns: see `read_samples`.
         scaled_text_score: add Custom Diffusion's 2.5 max(cos, 0) as `clip_t_w2.5`.
         cache: file of features from earlier evaluations, or a store; None: nothing is kept.
         resamples, seed: of the bootstrap.
-        progress: told how many more pictures an encoder has seen.
-        say: told what the folders of references and real pictures hold besides them.
+        progress: told how many more images an encoder has seen.
+        say: told what the folders of references and real images hold besides them.
 
     Raises:
         UserError: a folder or file is missing or cannot be used.
@@ -109,15 +109,15 @@ def evaluate_folder(
         references = recorded_references(folder)
     folders = [references] if isinstance(references, (str, Path)) else list(references)
     groups = [_references(one, say) for one in folders]
-    real = list(captioned_files(regularization)) if _has_lists(regularization) else _pictures(regularization)
+    real = list(captioned_files(regularization)) if _has_lists(regularization) else _images(regularization)
     store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
     files = [sample.file for sample in samples]
 
     def features(encoder: Encoder, files: Sequence[Path]) -> Tensor:
         return store.features(encoder, files, batch_size, progress)
 
-    pictures = features(encoders.clip, files)
-    values = {metrics.CLIP_T: metrics.text_scores(pictures, _text_features(encoders.clip, samples, batch_size))}
+    images = features(encoders.clip, files)
+    values = {metrics.CLIP_T: metrics.text_scores(images, _text_features(encoders.clip, samples, batch_size))}
     if scaled_text_score:
         values[metrics.CLIP_T_SCALED] = metrics.scaled_text_scores(values[metrics.CLIP_T])
     for name, encoder in ((metrics.CLIP_I, encoders.clip), (metrics.DINO_I, encoders.instance)):
@@ -165,7 +165,7 @@ def add_labels(rows: list[dict], samples: Sequence[SampledImage], classifier: En
     """Add whether the classifier sees the noun and the place that a prompt names; prompts that name none get nothing.
 
     Args:
-        rows: scores of each picture, to be added to.
+        rows: scores of each image, to be added to.
         logits: of nouns and places side by side (n, nouns + places).
     """
     nouns, places = classifier.module.nouns, classifier.module.places
@@ -188,7 +188,7 @@ def _named(text: str, phrases: dict[str, Sequence[str]]) -> str | None:
 
 
 def _text_features(encoder: Encoder, samples: Sequence[SampledImage], batch_size: int) -> Tensor:
-    """Features of each picture's text (n, d); each text is read once."""
+    """Features of each image's text (n, d); each text is read once."""
     texts = list(dict.fromkeys(sample.text for sample in samples))
     parts = [encoder.text_features(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
     return torch.cat(parts)[[texts.index(sample.text) for sample in samples]]
@@ -210,7 +210,7 @@ def _has_lists(folder: str | Path | None) -> bool:
     return folder is not None and (Path(folder) / "images.txt").is_file()
 
 
-def _pictures(folder: str | Path | None) -> list[Path]:
+def _images(folder: str | Path | None) -> list[Path]:
     if folder is None:
         return []
     own = Path(folder) / "samples"  # of images that the base model made

@@ -1,4 +1,4 @@
-"""Features of picture files, kept by the files' content, so that nothing is encoded twice."""
+"""Features of image files, kept by the files' content, so that nothing is encoded twice."""
 
 import hashlib
 import sqlite3
@@ -45,13 +45,13 @@ class FeatureStore:
         batch_size: int = 32,
         progress: Callable[[int], None] = lambda number: None,
     ) -> Tensor:
-        """Return the features of picture files: (n, d), fp32.
+        """Return the features of image files: (n, d), fp32.
 
         Args:
-            progress: told how many pictures are done.
+            progress: told how many images are done.
 
         Raises:
-            UserError: a file is not a picture, or a broken one.
+            UserError: a file is not an image, or a broken one.
         """
         name, digests = self._name(encoder), [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         found = {digest: vector for digest in dict.fromkeys(digests) if (vector := self._find(name, digest)) is not None}

@@ -32,7 +32,7 @@ LABELS = {
 
 
 def text_scores(images: Tensor, texts: Tensor) -> Tensor:
-    """CLIP-T: cosine of each picture's embedding and its prompt's.
+    """CLIP-T: cosine of each image's embedding and its prompt's.
 
     Args:
         images, texts: (n, d).
@@ -49,7 +49,7 @@ def scaled_text_scores(cosines: Tensor) -> Tensor:
 
 
 def image_scores(images: Tensor, references: Tensor) -> Tensor:
-    """CLIP-I and DINO-I: mean cosine of each picture's embedding to those of the reference pictures.
+    """CLIP-I and DINO-I: mean cosine of each image's embedding to those of the reference images.
 
     Args:
         images: (n, d).
@@ -93,20 +93,20 @@ class Kid(NamedTuple):
 def kid(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000, seed: int = 0) -> Kid:
     """KID, a squared distance that is 0 on average for two samples of one distribution and may be below.
 
-    The subsets are drawn without replacement, those of the real pictures first, in torchmetrics' order: with
+    The subsets are drawn without replacement, those of the real images first, in torchmetrics' order: with
     `torch.manual_seed(seed)` before its `compute()`, its subsets are the same.
 
     Args:
-        real: features of real pictures (n, d).
-        fake: features of drawn pictures (m, d).
+        real: features of real images (n, d).
+        fake: features of drawn images (m, d).
         subset_size: of which no more is taken than the smaller set has.
 
     Raises:
-        UserError: a set has fewer than two pictures.
+        UserError: a set has fewer than two images.
     """
     subset_size = min(subset_size, len(real), len(fake))
     if subset_size < 2:
-        raise UserError(f"KID of {len(real)} real and {len(fake)} drawn pictures: expected 2 or more of each")
+        raise UserError(f"KID of {len(real)} real and {len(fake)} drawn images: expected 2 or more of each")
     generator, real, fake = torch.Generator().manual_seed(fitting_seed(seed, 64)), real.double().cpu(), fake.double().cpu()
     values = []
     for _ in range(subsets):
@@ -119,13 +119,13 @@ def kid(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000,
 def kid_interval(
     real: Tensor, fake: Tensor, columns: Mapping[str, Sequence[str]], value: Kid, resamples: int, seed: int
 ) -> Interval:
-    """Return KID with its bootstrap interval over the drawn pictures' prompts and seeds; the real ones stay.
+    """Return KID with its bootstrap interval over the drawn images' prompts and seeds; the real ones stay.
 
-    Each resample is the weighted unbiased estimate from all pictures. A picture drawn twice is never paired
-    with itself, which would take it for two pictures that are alike.
+    Each resample is the weighted unbiased estimate from all images. An image drawn twice is never paired
+    with itself, which would take it for two images that are alike.
 
     Args:
-        columns: factors that the drawn pictures belong to, see `dci.evaluation.bootstrap.factors`.
+        columns: factors that the drawn images belong to, see `dci.evaluation.bootstrap.factors`.
     """
     real, fake = real.double().cpu(), fake.double().cpu()
     cross = polynomial_kernel(fake, real).mean(1).numpy()

@@ -89,7 +89,7 @@ def fidelity_editability_plane(runs: Sequence[RunScores], editability: str = CLI
 
 
 def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> Figure:
-    """Draw each prompt's mean over its pictures for every run, with bootstrap intervals over its pictures.
+    """Draw each prompt's mean over its images for every run, with bootstrap intervals over its images.
 
     Args:
         runs: of which the first are shown, as many as there are colours.

@@ -17,15 +17,15 @@ from dci.evaluation.bootstrap import Interval
 from dci.evaluation.encoders import INCEPTION
 from dci.evaluation.metrics import CLIP_I, CLIP_T, DINO_I, KID, LABELS
 from dci.evaluation.plots import fidelity_editability_plane, inline_svg, scores_by_prompt
-from dci.evaluation.scores import ImageScore, RunScores, as_json, difference
+from dci.evaluation.scores import REPORT, ImageScore, RunScores, as_json, difference
 from dci.files import write_atomically
 from ldm.errors import UserError
 from ldm.images import read_image
 from ldm.texts import readable
 
-PAGE, TEXT, SCORES, SUMMARY, PICTURES = "report.html", "report.md", "scores.json", "summary.csv", "pictures.csv"
+PAGE, TEXT, SUMMARY, IMAGES = "report.html", "report.md", "summary.csv", "pictures.csv"
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
-_SIDE = 192  # pixels of the longer side of a picture on the page
+_SIDE = 192  # pixels of the longer side of an image on the page
 _SHARE = {"noun", "place"}  # metrics shown in per cent
 
 
@@ -35,7 +35,7 @@ def write_report(
     title: str,
     notes: Sequence[str] = (),
     figures: Sequence[tuple[str, Figure]] = (),
-    max_pictures: int = 160,
+    max_images: int = 160,
 ) -> Path:
     """Write `report.html`, `report.md`, `scores.json`, `summary.csv` and `pictures.csv`.
 
@@ -43,13 +43,13 @@ def write_report(
         runs: rows of the tables, one or more; differences are to the first.
         notes: paragraphs below the title.
         figures: (caption, figure) on the page behind its own plots.
-        max_pictures: that the page may show, references aside.
+        max_images: that the page may show, references aside.
 
     Returns:
         The page's file.
 
     Raises:
-        UserError: a picture that the page should show cannot be read.
+        UserError: an image that the page should show cannot be read.
     """
     outdir, runs = Path(outdir), [_from_here(run) for run in runs]
     differences = differences_to_first(runs)
@@ -59,7 +59,7 @@ def write_report(
         for name, figure in plane.items()
     ]
     plots += [
-        (f"{LABELS[name]} of each prompt, with intervals over its pictures.", scores_by_prompt(runs, name))
+        (f"{LABELS[name]} of each prompt, with intervals over its images.", scores_by_prompt(runs, name))
         for name in (CLIP_T, DINO_I)
     ]
     page = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -70,7 +70,7 @@ def write_report(
         differences=difference_table(differences, runs[0].name),
         plots=[(caption, inline_svg(figure, caption)) for caption, figure in [*plots, *figures]],
         references=[data_url(file) for file in runs[0].scores.metadata.get("references", [])[:10]],
-        **_gallery(runs, max_pictures),
+        **_gallery(runs, max_images),
         methods=how_measured(runs),
     )
     write_atomically(outdir / PAGE, readable(html).encode())
@@ -80,9 +80,9 @@ def write_report(
         "runs": [{"name": run.name, "series": run.series, **as_json(run.scores)} for run in runs],
         "differences": as_json(differences),
     }
-    write_atomically(outdir / SCORES, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(outdir / REPORT, (json.dumps(content, indent=1) + "\n").encode())
     write_atomically(outdir / SUMMARY, readable(_csv(_summary_rows(runs))).encode())
-    write_atomically(outdir / PICTURES, readable(_csv(_picture_rows(runs))).encode())
+    write_atomically(outdir / IMAGES, readable(_csv(_image_rows(runs))).encode())
     return outdir / PAGE
 
 
@@ -119,7 +119,7 @@ def metrics_of(runs: Sequence[RunScores]) -> list[str]:
 def summary_table(runs: Sequence[RunScores]) -> list[list[tuple[str, str]]]:
     """Return the table of means: a row of labels, then one for each run; cells are (mean, interval)."""
     names = metrics_of(runs)
-    head = [("", ""), ("pictures", ""), *((LABELS[name], "(lower is better)" if name == KID else "") for name in names)]
+    head = [("", ""), ("images", ""), *((LABELS[name], "(lower is better)" if name == KID else "") for name in names)]
     return [
         head,
         *(
@@ -143,15 +143,15 @@ def difference_table(differences: dict[str, dict[str, Interval]], first: str) ->
 def how_measured(runs: Sequence[RunScores]) -> list[str]:
     """Return in sentences what the numbers are; each once, whatever the number of runs."""
     sentences = [
-        "CLIP-T is the cosine of a picture's embedding and its prompt's, the modifier tokens taken out; CLIP-I and DINO-I "
-        "are the mean cosine to the reference pictures. Values of different encoders cannot be compared.",
+        "CLIP-T is the cosine of an image's embedding and its prompt's, the modifier tokens taken out; CLIP-I and DINO-I "
+        "are the mean cosine to the reference images. Values of different encoders cannot be compared.",
     ]
     if any("clip_t_w2.5" in run.scores.summary for run in runs):
         sentences.append("CLIP-T × 2.5 is Custom Diffusion's text score, 2.5 max(cos, 0): another scale than CLIP-T.")
     if any("place" in run.scores.summary for run in runs):
         sentences.append(
-            "Noun and place right: share of the pictures in which the classifier on board sees the noun or "
-            "place of the prompt, among those whose prompt names exactly one that it knows. Where all pictures "
+            "Noun and place right: share of the images in which the classifier on board sees the noun or "
+            "place of the prompt, among those whose prompt names exactly one that it knows. Where all images "
             "are right, or none, the interval has no width: resampling knows no others."
         )
     for run in runs:
@@ -168,7 +168,7 @@ def how_measured(runs: Sequence[RunScores]) -> list[str]:
             sentences.append(_about_intervals(metadata))
     if len(runs) > 1:
         sentences.append(
-            "Differences are taken between pictures of the same prompt and seed; an interval that leaves out zero is marked."
+            "Differences are taken between images of the same prompt and seed; an interval that leaves out zero is marked."
         )
     return list(dict.fromkeys(sentences))
 
@@ -177,14 +177,14 @@ def _about_kid(metadata: dict) -> str:
     kernel = "(x·y / d + 1)³" if metadata["features"] == INCEPTION else "(cosine + 1)³"
     return (
         f"KID: squared maximum mean discrepancy (kernel {kernel}, unbiased) of the features of {metadata['features']} to "
-        f"{metadata['real']} real pictures, over 100 subsets of {metadata['subset_size']}; the interval is that of all."
+        f"{metadata['real']} real images, over 100 subsets of {metadata['subset_size']}; the interval is that of all."
     )
 
 
 def _about_intervals(metadata: dict) -> str:
     factors = " and ".join(f"{name}s ({levels})" for name, levels in metadata["resampled"].items())
     several = (
-        "each of them drawn with replacement by itself; a picture counts as often as the product of its draws"
+        "each of them drawn with replacement by itself; an image counts as often as the product of its draws"
         if len(metadata["resampled"]) > 1
         else "drawn with replacement"
     )
@@ -211,7 +211,7 @@ def _clear(value: Interval | None) -> bool:
 
 
 def _gallery(runs: Sequence[RunScores], most: int) -> dict:
-    """Pictures of the page: for each prompt a row of every run's first pictures.
+    """Images of the page: for each prompt a row of every run's first images.
 
     Where there are more prompts than the page may show, evenly spaced ones are taken.
     """
@@ -248,11 +248,11 @@ def _scores_of(row: ImageScore) -> str:
 
 
 def data_url(file: str | Path) -> str:
-    """Return a picture, made smaller where it is large, as a data: URL."""
-    picture = read_image(file)
-    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    small, content = max(picture.size) < _SIDE, io.BytesIO()
-    picture.save(content, "PNG", optimize=True) if small else picture.save(content, "JPEG", quality=88)
+    """Return an image, made smaller where it is large, as a data: URL."""
+    image = read_image(file)
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    small, content = max(image.size) < _SIDE, io.BytesIO()
+    image.save(content, "PNG", optimize=True) if small else image.save(content, "JPEG", quality=88)
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
@@ -280,7 +280,7 @@ def _summary_rows(runs: Sequence[RunScores]) -> list[dict]:
     ]
 
 
-def _picture_rows(runs: Sequence[RunScores]) -> list[dict]:
+def _image_rows(runs: Sequence[RunScores]) -> list[dict]:
     names = list(dict.fromkeys(name for run in runs for row in run.scores.rows for name in row.values))
     return [
         {

@@ -1,4 +1,4 @@
-"""Scores of drawn pictures, their means with intervals, and the difference between two runs."""
+"""Scores of drawn images, their means with intervals, and the difference between two runs."""
 
 import dataclasses
 import json
@@ -16,16 +16,19 @@ from dci.evaluation.metrics import KID
 from dci.files import write_atomically
 from ldm.errors import UserError
 
+REPORT = "scores.json"
+"""A report's file of all its runs, beside its page."""
+
 
 @dataclass(frozen=True)
 class ImageScore:
-    """A drawn picture, what it was drawn from, and its scores."""
+    """A drawn image, what it was drawn from, and its scores."""
 
     file: str
     prompt: str  # as it was asked for; one level of the factor "prompt"
-    text: str  # what CLIP-T compares the picture with: the prompt without modifier tokens
+    text: str  # what CLIP-T compares the image with: the prompt without modifier tokens
     noise: str  # what the initial noise depends on, "seed:index"; "" where nobody wrote it down
-    values: dict[str, float]  # metric -> score; a metric that does not apply to the picture is left out
+    values: dict[str, float]  # metric -> score; a metric that does not apply to the image is left out
     concept: str = ""  # where several concepts are pooled
 
 
@@ -35,7 +38,7 @@ class Scores:
 
     rows: tuple[ImageScore, ...]
     summary: dict[str, Interval]  # metric -> mean over the rows, KID over the folder
-    metadata: dict[str, Any] = field(default_factory=dict)  # encoders, references, numbers of pictures, ...
+    metadata: dict[str, Any] = field(default_factory=dict)  # encoders, references, numbers of images, ...
 
     def save(self, file: str | Path) -> None:
         """Write JSON, whole or not at all."""
@@ -49,18 +52,18 @@ class Scores:
             UserError: the file is missing or holds something else.
         """
         try:
-            content = json.loads(Path(file).read_text(encoding="utf-8"))
-            summary = {
-                name: Interval(**{k: math.nan if v is None else v for k, v in i.items()})
-                for name, i in content["summary"].items()
-            }
-            return Scores(
-                tuple(ImageScore(**row) for row in content["rows"]),
-                summary,
-                content["metadata"] if "metadata" in content else content["facts"],
-            )
+            return _scores(json.loads(Path(file).read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} holds no scores of a folder: delete it, and evaluate again") from error
+
+
+def _scores(content: dict) -> Scores:
+    """What `as_json` made of scores."""
+    summary = {
+        name: Interval(**{k: math.nan if v is None else v for k, v in i.items()}) for name, i in content["summary"].items()
+    }
+    metadata = content["metadata"] if "metadata" in content else content["facts"]
+    return Scores(tuple(ImageScore(**row) for row in content["rows"]), summary, metadata)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,23 @@ class RunScores:
     name: str
     scores: Scores
     series: str = ""  # runs that differ in a parameter only, as one method with several T_a; "": each its own
+
+
+def read_report(file: str | Path) -> list[RunScores]:
+    """Read the runs of a report's `scores.json`.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    file = Path(file)
+    file = file / REPORT if file.is_dir() else file
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [RunScores(run["name"], _scores(run), run["series"]) for run in content["runs"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file} holds no scores of a report: give the {REPORT} that a report has beside its page"
+        ) from error
 
 
 def columns(rows: Sequence[ImageScore]) -> dict[str, list[str]]:
@@ -92,26 +112,38 @@ def summarize(rows: Sequence[ImageScore], resamples: int = RESAMPLES, seed: int 
 
 
 def difference(a: Scores, b: Scores, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL) -> dict[str, Interval]:
-    """Return each metric's mean of a - b over the pictures of the same concept, prompt and seed, with its interval.
+    """Return each metric's mean of a - b over the images of the same concept, prompt and seed, with its interval.
 
     An interval above zero says that `a` is better; pairing takes out what prompts and seeds do to both.
-    Where no noise is written down, the pictures of a prompt are paired in their order. KID, which has no
-    value of single pictures, is not compared.
+    Where no noise is written down, the images of a prompt are paired in their order. KID, which has no
+    value of single images, is not compared.
 
     Raises:
-        UserError: the two have no such pictures in common.
+        UserError: the two have no such images in common.
+    """
+    result = {}
+    for name, found in paired_differences(a, b).items():
+        rows, differences = zip(*found, strict=True)
+        result[name] = bootstrap_mean(differences, columns(rows), resamples, seed, level)
+    return result
+
+
+def paired_differences(a: Scores, b: Scores) -> dict[str, list[tuple[ImageScore, float]]]:
+    """Return, for each metric that both have, a's images with a partner in b, and the differences a - b.
+
+    Raises:
+        UserError: the two have no image of the same concept, prompt and seed in common.
     """
     ours, theirs = _keyed(a.rows), _keyed(b.rows)
     keys = [key for key in ours if key in theirs]
     if not keys:
-        raise UserError("the two runs have no picture of the same prompt and seed: draw both with the same ones")
-    result = {}
+        raise UserError("the two runs have no image of the same prompt and seed: draw both with the same ones")
+    found: dict[str, list[tuple[ImageScore, float]]] = {}
     for name in dict.fromkeys(name for row in a.rows for name in row.values):
         both = [key for key in keys if name in ours[key].values and name in theirs[key].values]
         if both:
-            differences = [ours[key].values[name] - theirs[key].values[name] for key in both]
-            result[name] = bootstrap_mean(differences, columns([ours[key] for key in both]), resamples, seed, level)
-    return result
+            found[name] = [(ours[key], ours[key].values[name] - theirs[key].values[name]) for key in both]
+    return found
 
 
 def _keyed(rows: Sequence[ImageScore]) -> dict[tuple, ImageScore]:

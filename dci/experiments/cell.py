@@ -16,6 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dci.experiments.sampling import SamplingConfig, dual_settings, strength_of
+from dci.files import content_hash, file_hash
 from ldm.errors import UserError, reported_in_one_line
 
 _PR_SET_PDEATHSIG = 1
@@ -40,16 +42,17 @@ def train(task: dict[str, Any]) -> None:
     Raises:
         UserError: options or images that training cannot use.
     """
+    from dci.concept.loras import load_with_loras
     from dci.finetuning.config_files import finetune_config
     from dci.finetuning.distributed import own_device, rank
     from dci.finetuning.run_folder import CONCEPT_FILE
     from dci.finetuning.signals import Interrupted
     from dci.finetuning.trainer import finetune
-    from ldm.checkpoint import load_model
     from ldm.runtime.acceleration import pick_device
 
     config = finetune_config(task["config"], [*task["options"], "resume=auto"])
-    model = load_model(config.model, config.checkpoint, vae=config.vae).to(own_device(pick_device(task["device"])))
+    model = load_with_loras(config.model, config.checkpoint, config.loras, config.vae)
+    model = model.to(own_device(pick_device(task["device"])))
     logdir = Path(task["logdir"])
     try:
         run_folder = finetune(model, config, logdir)
@@ -89,42 +92,37 @@ def sample(task: dict[str, Any]) -> None:
     """Sample what is missing of a point's images, as sample_dci.py does."""
     from dci.concept.concept_file import Concept
     from dci.concept.prompts import parse_prompt
-    from dci.dual_branch.sampling import SampleRequest
-    from dci.dual_branch.sampling import sample as sample_images
-    from dci.files import file_hash
+    from dci.pipeline import Pipeline
     from dci.samples.plan import Plan
     from dci.samples.worker import sample_missing
     from dci.samples.writer import SampleFolder
 
-    concept, options = Concept.load(task["concept"]), task["sampling"]
+    concept, options = Concept.load(task["concept"]), SamplingConfig(**task["sampling"])
     texts = read_prompts(task["prompts"])
-    noun = options["auxiliary_noun"]
-    prompts = [parse_prompt(text, concept.names, noun) for text in texts]
-    model, given = _load_model(options, concept, task["device"])
-    sampling, dual = _options(model, options)
-    replaced = concept.replaced(model)
-    concept.apply(model)
+    for text in texts:  # what is wrong with them is said before the model is loaded
+        parse_prompt(text, concept.names, options.auxiliary_noun)
+    model, given, concept = _load_model(options, concept, task["device"])
+    noun = _noun(options, model, concept, texts)
+    prepared = Pipeline.of(model, concept).prepare(_request(options, texts, noun))
+    prepared.warn()
     facts = {
         "concept": task["concept"],
         "concept_hash": file_hash(task["concept"]),
-        "model_hash": concept.base,
-        "model_config_hash": file_hash(given["model"]) if Path(given["model"]).suffix in (".yaml", ".yml") else None,
-        "negative_prompt": options["negative_prompt"],
+        "negative_prompt": options.negative_prompt,
         **given,
-        **sampling.facts(),
-        "dci": dual and dataclasses.asdict(dual),
+        **_init_facts(options, prepared),
+        **prepared.options.facts(),
+        "dci": prepared.dual and dataclasses.asdict(prepared.dual),
     }
     named = [
         {"prompt": text, "concept_prompt": prompt.concept, "auxiliary_prompt": prompt.auxiliary}
-        for text, prompt in zip(texts, prompts, strict=True)
+        for text, prompt in zip(texts, prepared.prompts, strict=True)
     ]
-    plan = Plan(named, facts, [options["seed"]], options["n_samples"], options["batch_size"])
+    plan = Plan(named, facts, [options.seed], options.n_samples, options.batch_size)
 
     def sample_batch(images: list):
-        rows, indices, seeds = zip(*((prompts[i.prompt], i.index, i.seed) for i in images), strict=True)
-        negative = options["negative_prompt"]
-        batch = SampleRequest(list(rows), list(indices), sampling, dual, negative, base=replaced, seeds=list(seeds))
-        return sample_images(model, concept, batch)
+        prompts, indices, seeds = zip(*((i.prompt, i.index, i.seed) for i in images), strict=True)
+        return prepared.sample(prompts, indices, seeds)
 
     with SampleFolder(task["folder"], plan) as folder:
         sample_missing(folder, plan.batches(), sample_batch, lambda numbers, here: None)
@@ -169,55 +167,83 @@ def evaluate(task: dict[str, Any]):
     )
 
 
-def _load_model(options: dict[str, Any], concept, device: str):
-    """Load the base model onto the device; return it, and what the images' metadata say of it."""
+def _load_model(options: SamplingConfig, concept, device: str):
+    """Load the base model onto the device; return it, what the images' metadata say of it, and the concept for it."""
     import functools
 
     from dci.concept.autoencoder import trained_vae
-    from dci.files import content_hash
-    from ldm.checkpoint import load_model
+    from dci.concept.loras import add_loras, on_loras, parse_lora
+    from ldm.checkpoint import fingerprint, load_model
     from ldm.runtime.acceleration import PRECISIONS, accelerate, fastest_precision, pick_device
 
     device = pick_device(device)
-    model = options["model"] or concept.config["model"]
-    checkpoint = options["checkpoint"] or (None if options["model"] else concept.config.get("checkpoint"))
-    vae = None if options["model"] else trained_vae(concept.config)
-    if options["precision"] == "auto":
-        dtype = functools.partial(fastest_precision, device=device)
-    else:
-        dtype = PRECISIONS[options["precision"]]
-    loaded = load_model(model, checkpoint, dtype=dtype, ema=options["ema"], clip_skip=options["clip_skip"], vae=vae)
+    model = options.model or concept.config["model"]
+    checkpoint = options.checkpoint or (None if options.model else concept.config.get("checkpoint"))
+    vae = options.vae or (None if options.model else trained_vae(concept.config))
+    auto = functools.partial(fastest_precision, device=device)
+    dtype = auto if options.precision == "auto" else PRECISIONS[options.precision]
+    loaded = load_model(model, checkpoint, dtype=dtype, ema=options.ema, clip_skip=options.clip_skip, vae=vae)
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == loaded.dtype)
-    accelerate(loaded, device, options["channels_last"], options["compile"])
-    given = {"model": model, "checkpoint": checkpoint, "ema": options["ema"], "clip_skip": options["clip_skip"]}
+    accelerate(loaded, device, options.channels_last, options.compile)
+    add_loras(loaded, concept.config.get("loras") or [])
+    given = {
+        "model": model,
+        "checkpoint": checkpoint,
+        "model_hash": fingerprint(loaded),
+        "model_config_hash": file_hash(model) if Path(model).suffix in (".yaml", ".yml") else None,
+        "ema": options.ema,
+        "clip_skip": options.clip_skip,
+        "precision": precision,
+    }
     given |= {"vae": vae, "vae_hash": content_hash(vae)} if vae else {}
-    return loaded.to(device), given | {"precision": precision}
+    strength, loras = strength_of(options), options.loras or []
+    given |= {"strength_concept": strength} if strength != 1 else {}
+    given |= {"loras": {text: content_hash(parse_lora(text)[0]) for text in loras}} if loras else {}
+    concept = on_loras(concept, loaded, loras, strength)
+    return loaded.to(device), given, concept
+
+
+def _noun(options: SamplingConfig, model, concept, prompts: list[str]) -> str | None:
+    """Return the auxiliary noun; for `auto` print how the candidates did with the base model."""
+    from dci.dual_branch.options import sampling_options
+    from dci.evaluation.auxiliary_noun import AUTO, choose_noun, describe
+
+    if options.auxiliary_noun != AUTO:
+        return options.auxiliary_noun
+    sampling = sampling_options(model, steps=options.steps, scale=options.scale, seed=options.seed)
+    scores = choose_noun(model, concept, prompts, sampling, options.clip, options.auxiliary_candidates)
+    print(describe(scores), flush=True)
+    return scores[0].noun
 
 
 _SAMPLING = ("steps", "scale", "eta", "solver", "spacing", "zero_terminal_snr", "height", "width", "vae_tile", "vae_batch",
              "seed")  # fmt: skip
-_DUAL = ("agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights")
 
 
-def _options(model, options: dict[str, Any]):
-    """Return the sampling options and DCI's, None for plain sampling."""
-    from dci.dual_branch.layer_selection import check_layers
-    from dci.dual_branch.options import dual_branch, sampling_options
+def _request(options: SamplingConfig, prompts: list[str], noun: str | None):
+    """Return what a point is to be sampled with, as the pipeline takes it."""
+    from dci.pipeline import Request
+    from ldm.images import read_image
+    from ldm.masks import read_mask
 
-    sampling = sampling_options(model, **{name: options[name] for name in _SAMPLING})
-    if options["no_dci"]:
-        return sampling, None
-    dual = dual_branch(
-        model,
-        sampling.height,
-        sampling.width,
-        **{name: options[name] for name in _DUAL},
-        layers=options["dci_layers"],
-        shared_guidance=False if options["separate_guidance"] else None,
-        shared_noise=options["shared_noise"] or None,
-    )
-    check_layers(model, sampling, dual.layers)
-    return sampling, dual
+    image = read_image(options.init_image) if options.init_image else None
+    mask = read_mask(options.mask, image, options.init_image) if options.mask else None
+    settings = {name: getattr(options, name) for name in _SAMPLING} | dual_settings(vars(options))
+    settings |= {name: tuple(sides) for name in ("original_size", "crop") if (sides := getattr(options, name))}
+    return Request(prompts, options.n_samples, dci=not options.no_dci, negative=options.negative_prompt, auxiliary_noun=noun,
+                   init_image=image, mask=mask, strength=options.strength, batch_size=options.batch_size,
+                   settings=settings)  # fmt: skip
+
+
+def _init_facts(options: SamplingConfig, prepared) -> dict[str, Any]:
+    """What the images' metadata say of the image that they start from; nothing where there is none."""
+    if prepared.init is None:
+        return {}
+    facts: dict[str, Any] = {"strength": prepared.init.strength}
+    for name in ("init_image", "mask"):
+        if file := getattr(options, name):
+            facts |= {name: file, f"{name}_hash": file_hash(file)}
+    return facts
 
 
 if __name__ == "__main__":

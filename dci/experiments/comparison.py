@@ -1,4 +1,4 @@
-"""What a suite's report says besides the tables: which run is better, and sheets of pictures."""
+"""What a suite's report says besides the tables: which run is better, and sheets of images."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -94,13 +94,13 @@ def varied(settings: Sequence[tuple[dict[str, Any], T]]) -> dict[str, dict[float
 
 
 def sheet(points: Sequence[GridPoint], columns: int = 10, width: int = 128) -> Image.Image:
-    """Draw one concept's pictures: its references above, then a row for each method and setting.
+    """Draw one concept's images: its references above, then a row for each method and setting.
 
-    Each column is a prompt; its picture is the first one of the prompt's, never a chosen one.
+    Each column is a prompt; its image is the first one of the prompt's, never a chosen one.
 
     Args:
         points: of one concept and seed.
-        width: of each picture, pixels.
+        width: of each image, pixels.
     """
     references = [file for folder in points[0].references for file in list_images(folder)][:columns]
     rows = [("references", references, [""] * len(references))]
@@ -110,13 +110,13 @@ def sheet(points: Sequence[GridPoint], columns: int = 10, width: int = 128) -> I
             firsts.setdefault(sample.prompt, sample.file)
         prompts = list(firsts)[:columns]
         rows.append((f"{point.method},\n{point.setting}", [firsts[p] for p in prompts], prompts))
-    pictures, captions = [], []
+    images, captions = [], []
     for label, files, texts in rows:
         missing = columns - len(files)
         blank = [Image.new("RGB", (width, width), "white")] * missing
-        pictures += [_label(label, width), *[square(read_image(file), width) for file in files], *blank]
+        images += [_label(label, width), *[square(read_image(file), width) for file in files], *blank]
         captions += ["", *texts, *[""] * missing]
-    return captioned_grid(pictures, captions, columns + 1)
+    return captioned_grid(images, captions, columns + 1)
 
 
 def _label(text: str, width: int) -> Image.Image:

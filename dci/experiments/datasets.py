@@ -1,4 +1,4 @@
-"""The field's benchmark data sets: which concepts, which pictures, which prompts.
+"""The field's benchmark data sets: which concepts, which images, which prompts.
 
 DreamBench (Ruiz et al., CVPR 2023) and CustomConcept101 (Kumari et al., CVPR 2023), read from the folders
 in which their authors publish them.
@@ -25,7 +25,7 @@ class DatasetConcept:
     images: tuple[Path, ...]  # a folder for each concept
     class_nouns: tuple[str, ...]
     prompts: tuple[str, ...]  # with {} for the concept and its noun, or {0}, {1} for several
-    regularization: tuple[Path | None, ...] = (None,)  # captioned pictures of each class
+    regularization: tuple[Path | None, ...] = (None,)  # captioned images of each class
 
 
 def read_dreambench(folder: str | Path) -> list[DatasetConcept]:

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
+from dci.experiments.sampling import SamplingConfig, anchor, check_auto_noun, check_sampling, contents, varies
 from dci.files import file_hash
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
 from ldm import config as configuration
@@ -57,44 +58,6 @@ class SettingEntry:
 
 
 @dataclass
-class SamplingConfig:
-    """How a point's images are sampled: the options of sample_dci.py; null: the concept's model's."""
-
-    n_samples: int = 4  # images of each prompt
-    seed: int = 0  # of the images' noise
-    batch_size: int = 8
-    negative_prompt: str = ""
-    steps: int | None = None
-    scale: float | None = None
-    eta: float | None = None
-    solver: str | None = None
-    spacing: str | None = None
-    zero_terminal_snr: bool | None = None
-    height: int | None = None
-    width: int | None = None
-    vae_tile: int | None = None
-    vae_batch: int | None = None
-    no_dci: bool = False  # plain sampling of the fine-tuned model
-    agg_time: float | None = None
-    agg_lambda: float | None = None
-    gain: float | None = None
-    token_sharpness: float | None = None
-    pixel_sharpness: float | None = None
-    dci_layers: str | None = None
-    auxiliary_weights: str | None = None
-    separate_guidance: bool = False
-    shared_noise: bool = False
-    auxiliary_noun: str | None = None
-    model: str | None = None  # null: what the concept was trained on
-    checkpoint: str | None = None
-    ema: bool = False
-    clip_skip: int | None = None
-    precision: str = "auto"
-    channels_last: bool = False
-    compile: bool = False
-
-
-@dataclass
 class EvaluationConfig:
     """How a point's images are scored: the options of evaluate.py."""
 
@@ -108,18 +71,6 @@ class EvaluationConfig:
     seed: int = 0
     batch_size: int = 32
     offline: bool = False
-
-
-_OTHER_NAMES = {
-    "H": "height",
-    "W": "width",
-    "ddim_steps": "steps",
-    "ddim_eta": "eta",
-    "config": "model",
-    "ckpt": "checkpoint",
-    "clip_t_w2.5": "scaled_text_score",
-}
-"""Names by which the programs know some of these options, too."""
 
 
 @dataclass
@@ -202,6 +153,9 @@ def prepare(config: GridConfig, root: Path) -> None:
         concept.prompts = str(root / concept.prompts) if concept.prompts else config.prompts
     for method in config.methods:
         method.config = str(root / method.config)
+    config.sampling = anchor(config.sampling, root, "sampling")
+    for entry in config.settings:
+        entry.sampling = anchor(entry.sampling, root, f"sampling of '{entry.name}'")
     config.settings = [each for setting in config.settings for each in _each(setting)]
     _check(config)
 
@@ -219,9 +173,10 @@ def grid_points(config: GridConfig) -> list[GridPoint]:
     """
     evaluation = _filled(EvaluationConfig, config.evaluation, "evaluation")
     points, read = [], functools.cache(_training_config)  # a file and its options are read once, not for each concept
+    settings = [_checked_setting(config, setting) for setting in config.settings]
     for place in itertools.product(config.concepts, config.methods, config.seeds):
         training = _training(config, *place, read)
-        points += [_point(config, *place, training, setting, evaluation) for setting in config.settings]
+        points += [_point(config, *place, training, setting, evaluation) for setting in settings]
     return points
 
 
@@ -269,18 +224,40 @@ def _training(config: GridConfig, concept: GridConcept, method: MethodEntry, see
     return Training(name, folder, _command("train", task), task, recipe)
 
 
+class _Setting(NamedTuple):
+    """A way to sample, checked."""
+
+    name: str
+    given: dict[str, Any]  # the setting's own options
+    options: SamplingConfig
+    seeded: bool  # whether the images' seed is among them, and not the training's
+    files: dict[str, str]  # what the images are made from besides the concept and its model, with digests
+
+    @property
+    def source(self) -> str:
+        return f"sampling of '{self.name}'"
+
+
+def _checked_setting(config: GridConfig, setting: SettingEntry) -> _Setting:
+    given = {"n_samples": config.n_samples, **config.sampling, **setting.sampling}
+    options = _filled(SamplingConfig, given, f"sampling of '{setting.name}'")
+    found = _Setting(setting.name, setting.sampling, options, "seed" in given, {})
+    check_sampling(options, found.source)
+    return found._replace(files=contents(options))
+
+
 def _point(
     config: GridConfig,
     concept: GridConcept,
     method: MethodEntry,
     seed: int,
     training: Training,
-    setting: SettingEntry,
+    setting: "_Setting",
     evaluation: EvaluationConfig,
 ) -> GridPoint:
     folder = grid_folder(config) / "cells" / training.name / setting.name
-    given = {"n_samples": config.n_samples, "seed": seed, **_known_names(config.sampling), **_known_names(setting.sampling)}
-    sampling = dataclasses.asdict(_filled(SamplingConfig, given, f"sampling of '{setting.name}'"))
+    check_auto_noun(setting.options, training.recipe["training"]["model"], len(concept.concepts), setting.source)
+    sampling = dataclasses.asdict(setting.options) | ({} if setting.seeded else {"seed": seed})
     task = {
         "place": {"concept": concept.name, "method": method.name, "seed": seed, "setting": setting.name},
         "concept": str(training.concept_file),
@@ -296,12 +273,14 @@ def _point(
         "prompts": file_hash(concept.prompts),
         "evaluation": task["evaluation"],
     }
+    if setting.files:
+        recipe["files"] = setting.files
     return GridPoint(
         **task["place"],
         training=training,
         folder=folder,
         command=_command("score", task),
-        sampling={name: sampling[name] for name in _known_names(setting.sampling)},
+        sampling={name: sampling[name] for name in setting.given},
         prompts=concept.prompts,
         recipe=recipe,
         references=tuple(concept.folders),
@@ -312,18 +291,15 @@ def _command(stage: str, task: dict[str, Any]) -> tuple[str, ...]:
     return (*CELL, stage, json.dumps(task))
 
 
-def _known_names(options: dict[str, Any]) -> dict[str, Any]:
-    known = {name.replace("-", "_"): value for name, value in options.items()}
-    return {_OTHER_NAMES.get(name, name): value for name, value in known.items()}
-
-
 def _filled(schema: Callable, options: dict[str, Any], source: str) -> Any:
-    return configuration.build(schema, _known_names(options), source=source)
+    known = {name.replace("-", "_"): value for name, value in options.items()}
+    known = {"scaled_text_score" if name == "clip_t_w2.5" else name: value for name, value in known.items()}
+    return configuration.build(schema, known, source=source)
 
 
 def _each(setting: SettingEntry) -> list[SettingEntry]:
     """A setting for each combination of the values that are lists, named after them."""
-    lists = {key: value for key, value in setting.sampling.items() if isinstance(value, list)}
+    lists = {key: value for key, value in setting.sampling.items() if varies(key, value)}
     settings = []
     for values in itertools.product(*lists.values()):
         chosen = dict(zip(lists, values, strict=True))
@@ -343,6 +319,8 @@ def _check(config: GridConfig) -> None:
                 raise UserError(f"{kind}: '{name}' names a folder: use letters, digits and any of . _ + = , -")
             if names.count(name) > 1:
                 raise UserError(f"{kind}: '{name}' is there twice: give each a name of its own")
+    if negative := [seed for seed in config.seeds if seed < 0]:
+        raise UserError(f"seeds: {negative[0]}: expected whole numbers from 0 on; results are told apart by them")
     for least, name in ((1, "n_samples"), (1, "threads")):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected {least} or more")

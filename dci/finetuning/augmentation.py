@@ -6,21 +6,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SMALL_WORDS = ("far away", "very small")  # in front of the caption, for a picture much smaller than the canvas
+SMALL_WORDS = ("far away", "very small")  # in front of the caption, for an image much smaller than the canvas
 LARGE_WORDS = ("zoomed in", "close up")  # for one that is larger
 
-SHRINK_SHARE = 0.66  # how often a picture is made smaller rather than larger
+SHRINK_SHARE = 0.66  # how often an image is made smaller rather than larger
 SMALLEST, LARGEST = 1 / 3, 1.4  # sides, as shares of the canvas
-ENLARGE_FROM = 1.2  # larger pictures are at least so large
+ENLARGE_FROM = 1.2  # larger images are at least so large
 SMALL_BELOW = 0.6  # below this share the caption says that it is small
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A square picture on a square canvas."""
+    """A square image on a square canvas."""
 
-    side: int  # pixels of the resized picture
-    top: int  # of the picture on the canvas, or of the canvas on a larger picture
+    side: int  # pixels of the resized image
+    top: int  # of the image on the canvas, or of the canvas on a larger image
     left: int
     caption_prefix: str  # for the front of the caption; may be empty
 
@@ -39,18 +39,18 @@ class Placement:
             prefix = str(random.choice(LARGE_WORDS))
         return Placement(side, top, left, prefix)
 
-    def place(self, picture: Tensor, size: int) -> Tensor:
-        """Resize a square picture (c, s, s) and put it on a canvas of zeros, or cut it: (c, size, size)."""
+    def place(self, image: Tensor, size: int) -> Tensor:
+        """Resize a square image (c, s, s) and put it on a canvas of zeros, or cut it: (c, size, size)."""
         interpolate = torch.nn.functional.interpolate
-        resized = interpolate(picture[None], (self.side, self.side), mode="bicubic", antialias=True)[0]
+        resized = interpolate(image[None], (self.side, self.side), mode="bicubic", antialias=True)[0]
         if self.side > size:
             return resized[:, self.top : self.top + size, self.left : self.left + size]
-        canvas = picture.new_zeros(len(picture), size, size)
+        canvas = image.new_zeros(len(image), size, size)
         canvas[:, self.top : self.top + self.side, self.left : self.left + self.side] = resized
         return canvas
 
     def valid(self, size: int, downsampling: int) -> Tensor:
-        """Which latent cells hold the picture and nothing of its border: 0 or 1, (1, h, w).
+        """Which latent cells hold the image and nothing of its border: 0 or 1, (1, h, w).
 
         As published, a cell is left out at each edge, for the encoder looks beyond a cell.
         """

@@ -111,8 +111,8 @@ class CheckpointCallback(pl.Callback):
     With several processes the first one writes, and all of them agree after each step whether to stop.
     """
 
-    def __init__(self, config: FinetuneConfig, run: Run, stop: GracefulStop, pictures: str):
-        self.config, self.run, self.stop, self.pictures = config, run, stop, pictures
+    def __init__(self, config: FinetuneConfig, run: Run, stop: GracefulStop, images: str):
+        self.config, self.run, self.stop, self.images = config, run, stop, images
         self.checkpoints = Checkpoints(run.folder / "checkpoints", config.training.keep_last)
         self.stopped_by = 0  # the signal's number
 
@@ -177,7 +177,7 @@ class CheckpointCallback(pl.Callback):
             "base": module.base,
             "model": module.model_digest,
             "config": json.dumps(dataclasses.asdict(self.config)),
-            "pictures": self.pictures,
+            "pictures": self.images,
             "weights": {name: p.detach().cpu() for name, p in module.trained().items()},
             "reached": module.reached,
             "optimizer": trainer.optimizers[0].state_dict(),
@@ -194,7 +194,7 @@ class CheckpointCallback(pl.Callback):
             )
 
 
-class ValidationPictures(pl.Callback):
+class ValidationImages(pl.Callback):
     """Draws the validation prompts every so many steps, with DCI on the left and without on the right."""
 
     def __init__(self, config: FinetuneConfig, run_folder: Path):
@@ -219,13 +219,13 @@ class ValidationPictures(pl.Callback):
         validation, model, concept = self.config.validation, module.model, module.concept()
         options = sampling_options(model, steps=validation.steps, seed=validation.seed)
         indices = list(range(validation.n_samples))
-        pictures, captions = [], []
+        images, captions = [], []
         for prompt in validation.prompts:
             branches = parse_prompt(prompt, concept.names)
             for dual in (dual_branch(model), None):
-                pictures += to_images(sample(model, concept, SampleRequest(branches, indices, options, dual)))
+                images += to_images(sample(model, concept, SampleRequest(branches, indices, options, dual)))
                 captions += [f"{'DCI' if dual else 'plain'}: {prompt}"] * len(indices)
-        return captioned_grid(pictures, captions, 2 * len(indices), max(1, 128 // model.config.image_size))
+        return captioned_grid(images, captions, 2 * len(indices), max(1, 128 // model.config.image_size))
 
 
 def read_metrics(file: Path, until: int) -> list[tuple]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 GENERATE = "generate"
-"""In place of a regularization folder: pictures that the base model makes first."""
+"""In place of a regularization folder: images that the base model makes first."""
 
 
 AUTO = "auto"
@@ -26,38 +26,38 @@ INITIAL_WORDS = ["ktn", "pll"]
 
 @dataclass
 class DataConfig:
-    """The pictures."""
+    """The images."""
 
-    images: str | None = None  # folder of 3-20 pictures of the concept
-    regularization: str | None = None  # folder of captioned pictures of the class, `generate`, or null for none
-    flip: bool = True  # show each picture mirrored half of the time
+    images: str | None = None  # folder of 3-20 images of the concept
+    regularization: str | None = None  # folder of captioned images of the class, `generate`, or null for none
+    flip: bool = True  # show each image mirrored half of the time
     crop: str = "square"  # the middle square, or bucket: the nearest usual aspect ratio, for references and class alike
     augment: str = "none"  # none, or random-resize: Custom Diffusion's, with its mask and caption prefixes
-    cache_latents: bool | None = None  # encode each picture once; null: wherever the augmentation allows it
-    masked_loss: bool = False  # count the object's pixels: its mask is NAME.mask.png beside the picture, or its alpha
+    cache_latents: bool | None = None  # encode each image once; null: wherever the augmentation allows it
+    masked_loss: bool = False  # count the object's pixels: its mask is NAME.mask.png beside the image, or its alpha
     background_weight: float = 0.0  # weight of the pixels outside the mask, 0 to 1
     on_bad_image: str = "error"  # error, or skip: leave a file that cannot be read out, and name it
 
 
 @dataclass
 class GenerateConfig:
-    """Regularization pictures that the base model makes before training (data.regularization=generate)."""
+    """Regularization images that the base model makes before training (data.regularization=generate)."""
 
     number: int = 200
     prompts: list[str] = field(default_factory=lambda: ["photo of a {}"])  # taken in turn; {} is the class noun
     steps: int | None = None  # solver steps; null: the model's
     scale: float | None = None  # guidance; null: the model's
-    batch_size: int = 8  # pictures made at a time; has no influence on them
+    batch_size: int = 8  # images made at a time; has no influence on them
     seed: int = 0
     folder: str | None = None  # where they are kept; null: regularization/ in the log folder
 
 
 @dataclass
 class ContextConfig:
-    """Image-specific contexts: learned embeddings around the concept, a set for each picture."""
+    """Image-specific contexts: learned embeddings around the concept, a set for each image."""
 
     template: str | None = None  # fixed words in place of learned contexts, such as "photo of a {}"
-    shared: bool = False  # one learned context for all pictures of a concept
+    shared: bool = False  # one learned context for all images of a concept
     prefix: str | None = "photo of a"  # what the prefix starts from; null: N(0, 0.02); "": no prefix
     suffix: str | None = "."
     prefix_length: int = 3  # tokens, where there is no text to start from
@@ -71,12 +71,12 @@ class TrainingConfig:
     steps: int = 900
     lora_rank: int | None = None  # train keys and values as changes of this rank; null: as they are
     trainable: str = "crossattn-kv"  # of the UNet: crossattn-kv, crossattn (all of cross-attention), none
-    batch_size: int = 6  # pictures of a step, over all devices; half of it regularization pictures, where there are any
-    micro_batch: int | None = None  # pictures that a device takes at a time, at most; null: its whole share
+    batch_size: int = 6  # images of a step, over all devices; half of it regularization images, where there are any
+    micro_batch: int | None = None  # images that a device takes at a time, at most; null: its whole share
     learning_rate: float = 6e-5  # of the UNet's weights; rates are used as they are
     modifier_learning_rate: float | None = None  # of the modifier tokens; null: learning_rate, as in the paper
     context_learning_rate: float = 6e-4
-    scale_lr: bool = False  # multiply all rates by the number of reference pictures of a step, as the authors' code does
+    scale_lr: bool = False  # multiply all rates by the number of reference images of a step, as the authors' code does
     weight_decay: float = 0.01
     seed: int = 0
     precision: str = "fp32"  # fp32, bf16, fp16: of the arithmetic and the frozen weights; what is trained is fp32
@@ -93,7 +93,7 @@ class TrainingConfig:
 
 @dataclass
 class ValidationConfig:
-    """Pictures drawn while training, from fixed noise: with DCI and without, side by side."""
+    """Images drawn while training, from fixed noise: with DCI and without, side by side."""
 
     every: int = 100  # steps; 0 draws none
     prompts: list[str] = field(default_factory=lambda: ["a photo of a V*"])
@@ -104,7 +104,7 @@ class ValidationConfig:
 
 @dataclass
 class LoggingConfig:
-    """Where the loss and the pictures go besides metrics.csv and samples/."""
+    """Where the loss and the images go besides metrics.csv and samples/."""
 
     every: int = 10  # steps
     tensorboard: bool = True

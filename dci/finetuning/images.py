@@ -1,4 +1,4 @@
-"""Pictures and captions as users keep them: folders, lists, masks, and files that cannot be read."""
+"""Images and captions as users keep them: folders, lists, masks, and files that cannot be read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from ldm.masks import masks_of
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as training takes it, its mask if it counts, and its caption if it has one."""
+class TrainingImage:
+    """An image as training takes it, its mask if it counts, and its caption if it has one."""
 
     file: Path
     pixels: Tensor  # (3, h, w) in [-1, 1]
@@ -33,8 +33,8 @@ class Picture:
 
 def read_references(
     folder: str | Path, config: DataConfig, size: int, say: Callable[[str], None] = print, multiple: int = 8
-) -> list[Picture]:
-    """Read the pictures of a concept.
+) -> list[TrainingImage]:
+    """Read the images of a concept.
 
     Args:
         size: side of the squares in pixels.
@@ -50,11 +50,11 @@ def read_references(
         say(f"Masks in {folder} are not used: data.masked_loss=true counts the object alone")
     say_not_used(folder, [*files, *masks], say)
 
-    def read(file: Path) -> Picture:
-        picture = open_image(file)
-        shape = _shape(picture, config, size, multiple)
-        mask = _mask_tensor(file, cut(object_mask(file, picture), *shape)) if config.masked_loss else None
-        return Picture(file, to_tensor(cut(flatten(picture), *shape)), mask, size=told_size(picture, *shape))
+    def read(file: Path) -> TrainingImage:
+        image = open_image(file)
+        shape = _shape(image, config, size, multiple)
+        mask = _mask_tensor(file, cut(object_mask(file, image), *shape)) if config.masked_loss else None
+        return TrainingImage(file, to_tensor(cut(flatten(image), *shape)), mask, size=told_size(image, *shape))
 
     return _read_all(files, read, folder, config.on_bad_image, say)
 
@@ -66,11 +66,11 @@ def read_regularization(
     say: Callable[[str], None] = print,
     most: int | None = None,
     multiple: int = 8,
-) -> list[Picture]:
-    """Read captioned pictures of the class.
+) -> list[TrainingImage]:
+    """Read captioned images of the class.
 
-    The captions are in lists (`images.txt` names a picture in each line, `caption.txt` has its
-    caption in the same line), in a `.txt` beside each picture, or in the `prompts.json` of sampled ones.
+    The captions are in lists (`images.txt` names an image in each line, `caption.txt` has its
+    caption in the same line), in a `.txt` beside each image, or in the `prompts.json` of sampled ones.
 
     Args:
         most: only so many, the first ones; None: all.
@@ -81,21 +81,21 @@ def read_regularization(
     """
     captions = captions_of(folder)
 
-    def read(file: Path) -> Picture:
-        picture = open_image(file)
-        shape = _shape(picture, config, size, multiple)
-        pixels = to_tensor(cut(flatten(picture), *shape))
-        return Picture(file, pixels, caption=captions[file], size=told_size(picture, *shape))
+    def read(file: Path) -> TrainingImage:
+        image = open_image(file)
+        shape = _shape(image, config, size, multiple)
+        pixels = to_tensor(cut(flatten(image), *shape))
+        return TrainingImage(file, pixels, caption=captions[file], size=told_size(image, *shape))
 
     if not (Path(folder) / RECORD).is_file():
         say_not_used(folder, [*captions, *(file.with_suffix(".txt") for file in captions), *LISTS], say)
     return _read_all(list(captions)[:most], read, folder, config.on_bad_image, say)
 
 
-def _shape(picture: Image.Image, config: DataConfig, size: int, multiple: int) -> tuple[int, int]:
-    """Height and width that a picture is cut to."""
+def _shape(image: Image.Image, config: DataConfig, size: int, multiple: int) -> tuple[int, int]:
+    """Height and width that an image is cut to."""
     square = config.crop == "square"
-    return (size, size) if square else nearest_bucket(picture.height, picture.width, size, multiple)
+    return (size, size) if square else nearest_bucket(image.height, image.width, size, multiple)
 
 
 def captions_of(folder: str | Path) -> dict[Path, str]:
@@ -109,21 +109,21 @@ def captions_of(folder: str | Path) -> dict[Path, str]:
     return captioned_files(folder)
 
 
-def _read_all(files: list[Path], read: Callable, folder: str | Path, on_bad: str, say: Callable) -> list[Picture]:
-    pictures = []
+def _read_all(files: list[Path], read: Callable, folder: str | Path, on_bad: str, say: Callable) -> list[TrainingImage]:
+    images = []
     for file in files:
         try:
-            pictures.append(read(file))
+            images.append(read(file))
         except UserError as error:
             if on_bad != "skip":
                 raise
             say(f"Left out: {error}")
-    if not pictures:
-        raise UserError(f"no usable pictures in {folder}: all {len(files)} were left out")
-    return pictures
+    if not images:
+        raise UserError(f"no usable images in {folder}: all {len(files)} were left out")
+    return images
 
 
 def _mask_tensor(file: Path, mask: Image.Image) -> Tensor:
     if mask.getextrema()[1] == 0:
-        raise UserError(f"the object of {file} lies outside the middle part, which alone is used: cut picture and mask")
+        raise UserError(f"the object of {file} lies outside the middle part, which alone is used: cut image and mask")
     return torch.from_numpy(np.array(mask)).float()[None] / 255

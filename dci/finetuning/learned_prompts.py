@@ -1,4 +1,4 @@
-"""ICO's learned embeddings (Sec. 3.2): modifier tokens, and a context for each reference picture.
+"""ICO's learned embeddings (Sec. 3.2): modifier tokens, and a context for each reference image.
 
 A training prompt is a row of token ids in which ids beyond CLIP's vocabulary stand for learned
 embeddings. They take their places before positions are added, so every embedding gets the position
@@ -18,9 +18,9 @@ from ldm.tokenizer import VOCAB_SIZE
 
 
 class LearnedTokens(nn.Module):
-    """[prefix of picture i] [modifier tokens] [class noun] [suffix of picture i].
+    """[prefix of image i] [modifier tokens] [class noun] [suffix of image i].
 
-    Each picture's context is a parameter of its own, so that a step without the picture leaves it,
+    Each image's context is a parameter of its own, so that a step without the image leaves it,
     its momentum and its decay alone. With a template the words around the concept are fixed.
     """
 
@@ -31,8 +31,8 @@ class LearnedTokens(nn.Module):
         suffixes: Tensor,  # (contexts, s, d)
         class_nouns: str | list[str],  # of each concept
         tokens: list[int] | None = None,  # modifier tokens of each concept; None: all belong to the one
-        concept_of: list[int] | None = None,  # the concept of each picture; None: the only one
-        context_of: list[int] | None = None,  # the context of each picture; None: each its own
+        concept_of: list[int] | None = None,  # the concept of each image; None: the only one
+        context_of: list[int] | None = None,  # the context of each image; None: each its own
         template: str | None = None,  # such as "photo of a {}"
     ):
         super().__init__()
@@ -59,14 +59,14 @@ class LearnedTokens(nn.Module):
             )
 
     def context_parameters(self) -> list[nn.Parameter]:
-        """The learned contexts of all pictures."""
+        """The learned contexts of all images."""
         return [row for row in (*self.prefixes, *self.suffixes) if row.requires_grad]
 
-    def training_prompts(self, pictures: list[int], caption_prefixes: list[str] | None = None) -> tuple[Tensor, Tensor]:
-        """Return the prompts of reference pictures as token ids and the embeddings they refer to.
+    def training_prompts(self, images: list[int], caption_prefixes: list[str] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the prompts of reference images as token ids and the embeddings they refer to.
 
         Args:
-            pictures: the batch's reference pictures; one may come several times.
+            images: the batch's reference images; one may come several times.
             caption_prefixes: for the front of each prompt, such as "far away".
 
         Returns:
@@ -75,8 +75,8 @@ class LearnedTokens(nn.Module):
         extra, around = [self.modifiers], {}
         place = VOCAB_SIZE + len(self.modifiers)
         rows = []
-        for picture, front in zip(pictures, caption_prefixes or [""] * len(pictures), strict=True):
-            context = picture if self.context_of is None else self.context_of[picture]
+        for image, front in zip(images, caption_prefixes or [""] * len(images), strict=True):
+            context = image if self.context_of is None else self.context_of[image]
             if self.template is None and context not in around:
                 prefix, suffix = self.prefixes[context], self.suffixes[context]
                 middle, end = place + len(prefix), place + len(prefix) + len(suffix)
@@ -84,7 +84,7 @@ class LearnedTokens(nn.Module):
                 extra += [prefix, suffix]
                 place = end
             before, behind = self.template or around[context]
-            concept = self.concept_ids[0 if self.concept_of is None else self.concept_of[picture]]
+            concept = self.concept_ids[0 if self.concept_of is None else self.concept_of[image]]
             rows.append(tokenizer.frame([*tokenizer.tokenize(front), *before, *concept, *behind]))
         ids = torch.tensor(rows, dtype=torch.long, device=self.modifiers.device)
         return ids.view(-1, tokenizer.MAX_LENGTH), torch.cat(extra)

@@ -11,11 +11,11 @@ from ldm.errors import UserError
 from ldm.masks import as_mask, mask_of, read_mask
 
 
-def object_mask(file: Path, picture: Image.Image) -> Image.Image:
-    """Return a picture's mask, 8-bit grey and of its size: white is the object.
+def object_mask(file: Path, image: Image.Image) -> Image.Image:
+    """Return an image's mask, 8-bit grey and of its size: white is the object.
 
     Args:
-        picture: the file's picture as `open_image` returns it. Its alpha is taken where no
+        image: the file's image as `open_image` returns it. Its alpha is taken where no
             mask lies beside the file.
 
     Raises:
@@ -23,11 +23,11 @@ def object_mask(file: Path, picture: Image.Image) -> Image.Image:
     """
     beside = mask_of(file)
     if beside is not None:
-        return read_mask(beside, picture, file)
-    if picture.mode == "RGBA" and picture.getextrema()[3][0] < 255:
-        return as_mask(picture.getchannel("A"), f"the alpha channel of {file}")
+        return read_mask(beside, image, file)
+    if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
+        return as_mask(image.getchannel("A"), f"the alpha channel of {file}")
     raise UserError(f"no mask for {file}: put {file.stem}.mask.png beside it (white is the object), "
-                    "use a picture with transparency, or set data.masked_loss=false")  # fmt: skip
+                    "use an image with transparency, or set data.masked_loss=false")  # fmt: skip
 
 
 def latent_weights(mask: Tensor, downsampling: int, background: float) -> Tensor:

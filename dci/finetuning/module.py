@@ -55,19 +55,19 @@ def trainable_weights(model: LatentDiffusion, which: str) -> dict[str, nn.Parame
 
 
 def references_per_step(config: FinetuneConfig) -> int:
-    """Reference pictures of a step: half of the batch where there are regularization pictures."""
+    """Reference images of a step: half of the batch where there are regularization images."""
     size = config.training.batch_size
     return size - size // 2 if any(subject.regularization for subject in concepts_of(config)) else size
 
 
 class ICOTraining(pl.LightningModule):
-    """Diffusion loss on pictures whose prompts are learned contexts, or a template, around `V* noun`."""
+    """Diffusion loss on images whose prompts are learned contexts, or a template, around `V* noun`."""
 
-    def __init__(self, model: LatentDiffusion, config: FinetuneConfig, pictures: int | list[int]):
+    def __init__(self, model: LatentDiffusion, config: FinetuneConfig, images: int | list[int]):
         """Prepare the base model for fine-tuning.
 
         Args:
-            pictures: number of reference pictures, of each concept where there are several.
+            images: number of reference images, of each concept where there are several.
 
         Raises:
             UserError: not 1 to 3 modifier tokens, or a word to start from that is not one token.
@@ -80,7 +80,7 @@ class ICOTraining(pl.LightningModule):
         self.first_step = 0  # steps made before this process took the run up
         self.step_loss = 0.0  # of the last step, over all processes
         self.automatic_optimization = False
-        self.learned = _learned_tokens(model, config, [pictures] if isinstance(pictures, int) else pictures)
+        self.learned = _learned_tokens(model, config, [images] if isinstance(images, int) else images)
         self.reached = torch.zeros(len(self.learned.modifiers), dtype=torch.bool)  # modifier tokens that had a gradient
         names = modifier_names([len(subject.initial_words) for subject in concepts_of(config)])
         self.names = tuple(ConceptName(n, s.class_noun) for n, s in zip(names, concepts_of(config), strict=True))
@@ -94,7 +94,7 @@ class ICOTraining(pl.LightningModule):
         self.predict = model.predict
 
     def prepare(self) -> None:
-        """Arrange the networks for speed and memory; the pictures are encoded before."""
+        """Arrange the networks for speed and memory; the images are encoded before."""
         training, model = self.config.training, self.model
         shrink_frozen(model, training.precision)
         model.unet.checkpointing = training.gradient_checkpointing
@@ -117,7 +117,7 @@ class ICOTraining(pl.LightningModule):
         optimizer, total = self.optimizers(), 0.0
         for part in parts:
             loss = part.share * self.loss(part)
-            if loss.requires_grad:  # regularization pictures alone reach nothing in a frozen UNet
+            if loss.requires_grad:  # regularization images alone reach nothing in a frozen UNet
                 self.manual_backward(loss)
             gradients.take()
             total += loss.item()
@@ -161,16 +161,16 @@ class ICOTraining(pl.LightningModule):
         A caption is encoded once in a run.
         """
         text = self.model.text_encoder
-        references = [i for i, picture in enumerate(batch.pictures) if picture != REGULARIZATION]
-        others = [i for i, picture in enumerate(batch.pictures) if picture == REGULARIZATION]
+        references = [i for i, image in enumerate(batch.images) if image != REGULARIZATION]
+        others = [i for i, image in enumerate(batch.images) if image == REGULARIZATION]
 
         def sizes(rows: list[int]) -> Tensor | None:
             return None if batch.sizes is None else batch.sizes[rows]
 
         parts = []
         if references:
-            pictures, words = ([values[i] for i in references] for values in (batch.pictures, batch.caption_prefix))
-            parts.append(text.condition(*self.learned.training_prompts(pictures, words), sizes(references)))
+            images, words = ([values[i] for i in references] for values in (batch.images, batch.caption_prefix))
+            parts.append(text.condition(*self.learned.training_prompts(images, words), sizes(references)))
         if others:
             parts.append(text.conditions(batch.caption_ids[others].tolist(), None, sizes(others)))
         order = torch.tensor([*references, *others], device=parts[0].tensor.device).argsort()
@@ -244,17 +244,17 @@ def _low_rank(weights: dict[str, nn.Parameter], config: FinetuneConfig) -> LowRa
     return LowRankChanges({name: tuple(weight.shape) for name, weight in weights.items()}, rank, config.training.seed)
 
 
-def _learned_tokens(model: LatentDiffusion, config: FinetuneConfig, pictures: list[int]) -> LearnedTokens:
+def _learned_tokens(model: LatentDiffusion, config: FinetuneConfig, images: list[int]) -> LearnedTokens:
     """The modifier tokens and contexts that a run starts from.
 
     Args:
-        pictures: number of reference pictures of each concept.
+        images: number of reference images of each concept.
     """
     entries, context = concepts_of(config), config.context
-    concept_of = [concept for concept, number in enumerate(pictures) for _ in range(number)]
+    concept_of = [concept for concept, number in enumerate(images) for _ in range(number)]
     tables = model.text_encoder.token_tables
     modifiers = [torch.cat([initial_embeddings(s.initial_words, table) for table in tables], dim=1) for s in entries]
-    number = len(pictures) if context.shared else sum(pictures)
+    number = len(images) if context.shared else sum(images)
     generator = torch.Generator().manual_seed(fitting_seed(config.training.seed, 64))
     return LearnedTokens(
         torch.cat(modifiers),

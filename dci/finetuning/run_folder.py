@@ -65,11 +65,11 @@ class Run:
             raise UserError(f"{self.folder} is being trained by another process: wait, or give another --name") from error
         self._lock = lock
 
-    def check_origin(self, base: str, model: str, pictures: str) -> None:
+    def check_origin(self, base: str, model: str, images: str) -> None:
         """Compare what a run is made from with what it was begun with, wherever that lies now.
 
         Args:
-            base, model, pictures: digests.
+            base, model, images: digests.
 
         Raises:
             UserError: it is going on from a checkpoint with other digests.
@@ -78,9 +78,9 @@ class Run:
             return
         if self.state["base"] != base or self.state.get("model", model) != model:
             raise UserError(f"{self.folder} was trained on another base model: give its own with model= and checkpoint=")
-        if self.state["pictures"] != pictures:
+        if self.state["pictures"] != images:
             raise UserError(
-                f"the pictures or captions have changed since {self.folder} was begun: "
+                f"the images or captions have changed since {self.folder} was begun: "
                 "put the old ones back, or start a new run"
             )
 

@@ -1,4 +1,4 @@
-"""A fine-tuning run: pictures in, run folder out."""
+"""A fine-tuning run: images in, run folder out."""
 
 import dataclasses
 import hashlib
@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 from dci.files import write_atomically
 from dci.finetuning import distributed
 from dci.finetuning.augmentation import LARGEST
-from dci.finetuning.callbacks import CheckpointCallback, MetricsLogger, ValidationPictures, errors_told_once, loggers
+from dci.finetuning.callbacks import CheckpointCallback, MetricsLogger, ValidationImages, errors_told_once, loggers
 from dci.finetuning.config import AUTO, GENERATE, FinetuneConfig, concepts_of
 from dci.finetuning.config_files import check
 from dci.finetuning.dataset import BatchOrder, ConceptDataset
 from dci.finetuning.gradients import ProcessesInStep
-from dci.finetuning.images import Picture, captions_of, read_references, read_regularization
+from dci.finetuning.images import TrainingImage, captions_of, read_references, read_regularization
 from dci.finetuning.module import ICOTraining
 from dci.finetuning.precision import check_device, lightning_name
 from dci.finetuning.regularization import generate
@@ -31,7 +31,7 @@ from ldm.noise import fitting_seed
 
 
 def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Path:
-    """Fine-tune a model on the pictures of a concept.
+    """Fine-tune a model on the images of a concept.
 
     Args:
         model: the base model, on the device to train on; it is changed.
@@ -43,7 +43,7 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
         TensorBoard logs.
 
     Raises:
-        UserError: pictures or options that training cannot use, a loss that is not a number, a full disk.
+        UserError: images or options that training cannot use, a loss that is not a number, a full disk.
         Interrupted: a signal asked to stop; a checkpoint is written.
     """
     check(config)
@@ -58,14 +58,14 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
             module, dataset, order = _prepare(model, config, logdir)
             run = run or new_run(config, logdir)
             order.steps = range(run.step, config.training.steps)
-            pictures = _digest(dataset)
-            run.check_origin(module.base, module.model_digest, pictures)
+            digest = _digest(dataset)
+            run.check_origin(module.base, module.model_digest, digest)
             if distributed.rank() == 0:
                 content = configuration.to_yaml(dataclasses.replace(config, resume=None))
                 write_atomically(run.folder / CONFIG_FILE, content.encode())
             distributed.print_rank_zero(dataset.describe())
             loader = DataLoader(dataset, batch_sampler=order, collate_fn=_as_it_is)
-            _fit(module, loader, run, stop, pictures)
+            _fit(module, loader, run, stop, digest)
         return run.folder
     finally:
         if run is not None:
@@ -73,23 +73,23 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
 
 
 def _prepare(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> tuple[ICOTraining, ConceptDataset, BatchOrder]:
-    """Read, make and encode the pictures; nothing is written but generated ones."""
+    """Read, make and encode the images; nothing is written but generated ones."""
     pl.seed_everything(fitting_seed(config.training.seed, 32), verbose=False)
     references = [_references(model, config, subject.images) for subject in concepts_of(config)]
-    module = ICOTraining(model, config, [len(pictures) for pictures in references])
+    module = ICOTraining(model, config, [len(images) for images in references])
     _order(config, 1, int(any(s.regularization for s in concepts_of(config))))  # before anything that takes long
-    others = [picture for source in _sources(config) for picture in _regularization(model, config, *source, logdir)]
-    pictures = [picture for part in references for picture in part]
-    dataset = ConceptDataset(model, pictures, others, config.data, config.training.seed)
-    return module, dataset, _order(config, len(pictures), len(others))
+    others = [image for source in _sources(config) for image in _regularization(model, config, *source, logdir)]
+    images = [image for part in references for image in part]
+    dataset = ConceptDataset(model, images, others, config.data, config.training.seed)
+    return module, dataset, _order(config, len(images), len(others))
 
 
-def _references(model: LatentDiffusion, config: FinetuneConfig, folder: str) -> list[Picture]:
+def _references(model: LatentDiffusion, config: FinetuneConfig, folder: str) -> list[TrainingImage]:
     if config.resume not in (None, AUTO) and not Path(folder).is_dir():
         raise UserError(
-            f"no folder {folder}: if its pictures have moved, give data.images=FOLDER (or concepts=) beside --resume"
+            f"no folder {folder}: if its images have moved, give data.images=FOLDER (or concepts=) beside --resume"
         )
-    # A picture that will be enlarged is read larger.
+    # An image that will be enlarged is read larger.
     size = model.config.image_size if config.data.augment == "none" else round(LARGEST * model.config.image_size)
     multiple = model.config.size_multiple
     return read_references(folder, config.data, size, distributed.print_rank_zero, multiple)
@@ -103,7 +103,7 @@ def _sources(config: FinetuneConfig) -> list[tuple[str, str]]:
 
 def _regularization(
     model: LatentDiffusion, config: FinetuneConfig, folder: str | Path, class_noun: str, logdir: Path
-) -> list[Picture]:
+) -> list[TrainingImage]:
     size, most = model.config.image_size, None
     if folder == GENERATE:
         most = config.generate.number
@@ -124,17 +124,17 @@ def _order(config: FinetuneConfig, references: int, others: int) -> BatchOrder:
     return BatchOrder(references, others, training.batch_size, range(0), training.seed, process, micro_batches)
 
 
-def _fit(module: ICOTraining, loader: DataLoader, run: Run, stop: GracefulStop, pictures: str) -> None:
+def _fit(module: ICOTraining, loader: DataLoader, run: Run, stop: GracefulStop, digest: str) -> None:
     """Make the steps that are left, then write the concept file."""
     config = module.config
-    saving = CheckpointCallback(config, run, stop, pictures)
+    saving = CheckpointCallback(config, run, stop, digest)
     module.first_step = run.step
     module.prepare()
     if run.state is not None:
         saving.restore_weights(module)
         distributed.print_rank_zero(f"Going on with {run.folder} at step {run.step}")
     if loader.batch_sampler.steps:
-        callbacks = [MetricsLogger(config, run.folder), ValidationPictures(config, run.folder), saving]
+        callbacks = [MetricsLogger(config, run.folder), ValidationImages(config, run.folder), saving]
         trainer = _trainer(config, run.folder, module.model.device, callbacks)
         try:
             with errors_told_once():
@@ -177,12 +177,12 @@ def _trainer(config: FinetuneConfig, folder: Path, device: torch.device, callbac
 
 
 def _digest(dataset: ConceptDataset) -> str:
-    """Sixteen hex digits that change with the pictures, their order and their captions."""
+    """Sixteen hex digits that change with the images, their order and their captions."""
     digest = hashlib.sha256(dataset.caption_ids.numpy().tobytes())
-    for picture in dataset.pictures:
-        digest.update(picture.pixels.numpy().tobytes())
-        if picture.mask is not None:
-            digest.update(picture.mask.numpy().tobytes())
+    for image in dataset.images:
+        digest.update(image.pixels.numpy().tobytes())
+        if image.mask is not None:
+            digest.update(image.mask.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

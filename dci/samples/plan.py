@@ -31,7 +31,7 @@ class Plan:
 
     @property
     def per_prompt(self) -> int:
-        """Pictures of a prompt."""
+        """Images of a prompt."""
         return len(self.seeds) * self.n_samples
 
     def image(self, number: int) -> PlannedImage:
@@ -48,7 +48,7 @@ class Plan:
     def batches(self, shard: int = 1, of: int = 1) -> list[range]:
         """Return the numbers of the images that are made together.
 
-        Pictures of another batch would round differently, so a shard has whole batches.
+        Images of another batch would round differently, so a shard has whole batches.
 
         Args:
             shard: which share of the batches, from 1 to `of`.

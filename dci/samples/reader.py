@@ -1,9 +1,9 @@
-"""Folders of drawn pictures: `samples/NNNNN.png` and `prompts.json`, as this package and Custom Diffusion write them.
+"""Folders of drawn images: `samples/NNNNN.png` and `prompts.json`, as this package and Custom Diffusion write them.
 
 `prompts.json` is one of
     {"00000": "photo of a <new1> cat", ...}       Custom Diffusion's: stem or file name -> prompt
-    {"00000": {"prompt": "...", "seed": 0, ...}}  this package's: every fact of the picture
-    ["photo of a <new1> cat", ...]                a prompt, or its facts, for each picture in the order of their numbers
+    {"00000": {"prompt": "...", "seed": 0, ...}}  this package's: every fact of the image
+    ["photo of a <new1> cat", ...]                a prompt, or its facts, for each image in the order of their numbers
 """
 
 import json
@@ -24,7 +24,7 @@ _MARKS = r"(?<!\w)V(?P<star>\d*)\*|\{(?P<brace>\d*)\}"
 
 @dataclass(frozen=True)
 class SampledImage:
-    """A drawn picture and what is known of it."""
+    """A drawn image and what is known of it."""
 
     file: Path
     prompt: str  # as it was asked for
@@ -33,21 +33,21 @@ class SampledImage:
 
 
 def read_samples(folder: str | Path, class_nouns: Sequence[str] = ()) -> list[SampledImage]:
-    """Return a folder's pictures in the order of their names.
+    """Return a folder's images in the order of their names.
 
     Args:
-        folder: holds `samples/` (or the pictures themselves) and `prompts.json`.
+        folder: holds `samples/` (or the images themselves) and `prompts.json`.
         class_nouns: the ordinary words for the concepts, put where a prompt says V* or {} alone.
 
     Raises:
-        UserError: the folder, its pictures or `prompts.json` are missing or broken, or a picture has no prompt.
+        UserError: the folder, its images or `prompts.json` are missing or broken, or an image has no prompt.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give one that holds samples/ and {RECORD}")
-    pictures = folder / "samples" if (folder / "samples").is_dir() else folder
+    images = folder / "samples" if (folder / "samples").is_dir() else folder
     record = read_record(folder)
-    files = [file for file in list_images(pictures) if pictures != folder or not file.stem.startswith("grid")]
+    files = [file for file in list_images(images) if images != folder or not file.stem.startswith("grid")]
     if isinstance(record, list):
         record = _named(record, files, folder / RECORD)
     entries = _by_stem(record, folder / RECORD)
@@ -55,8 +55,8 @@ def read_samples(folder: str | Path, class_nouns: Sequence[str] = ()) -> list[Sa
     if missing:
         raise UserError(
             f"{folder / RECORD} has no prompt for {missing[0].name}"
-            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: add them, or take the pictures out "
-            f"of {pictures}"
+            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: add them, or take the images out "
+            f"of {images}"
         )
     found = [(file, entries[file.stem]) for file in files]
     return [SampledImage(file, _prompt(facts), _text(facts, class_nouns), _noise(facts)) for file, facts in found]
@@ -70,7 +70,7 @@ def read_record(folder: str | Path) -> dict | list:
     """
     file = Path(folder) / RECORD
     if not file.is_file():
-        raise UserError(f'no {file}: expected the pictures\' prompts, {{"00000": "photo of a <new1> cat", ...}}')
+        raise UserError(f'no {file}: expected the images\' prompts, {{"00000": "photo of a <new1> cat", ...}}')
     content = file.read_bytes()
     try:
         record = json.loads(content)  # UTF-8, -16 or -32, told from its first bytes
@@ -84,7 +84,7 @@ def read_record(folder: str | Path) -> dict | list:
 
 
 def concept_files(folder: str | Path) -> list[str]:
-    """Return the concept files that the pictures of a folder were drawn with, as recorded."""
+    """Return the concept files that the images of a folder were drawn with, as recorded."""
     record = read_record(folder)
     entries = record.values() if isinstance(record, dict) else record
     return list(dict.fromkeys(e["concept"] for e in entries if isinstance(e, dict) and isinstance(e.get("concept"), str)))
@@ -108,7 +108,7 @@ def without_modifiers(prompt: str, class_nouns: Sequence[str] = ()) -> str:
 
 
 def _by_stem(record: dict, source: Path) -> dict[str, dict]:
-    """Facts by the stem of their picture; a stem with two prompts raises UserError."""
+    """Facts by the stem of their image; a stem with two prompts raises UserError."""
     entries: dict[str, dict] = {}
     for key, value in record.items():
         facts, stem = _entry(value, source), _stem(key)
@@ -118,7 +118,7 @@ def _by_stem(record: dict, source: Path) -> dict[str, dict]:
 
 
 def _stem(key: str) -> str:
-    """The stem of a picture's name, whatever folders and extension stand around it."""
+    """The stem of an image's name, whatever folders and extension stand around it."""
     name = PureWindowsPath(PurePosixPath(key).name).name
     return name.rsplit(".", 1)[0] if re.search(r"\.(png|jpe?g|webp|bmp|gif|tiff?)$", name, re.IGNORECASE) else name
 
@@ -132,7 +132,7 @@ def _named(record: list, files: list[Path], source: Path) -> dict:
     if all(keys):
         return dict(zip(keys, record, strict=True))
     if len(record) != len(files):
-        raise UserError(f"{source} lists {len(record)} prompts for {len(files)} pictures: expected one for each")
+        raise UserError(f"{source} lists {len(record)} prompts for {len(files)} images: expected one for each")
     return {file.stem: entry for file, entry in zip(_in_order(files, source), record, strict=True)}
 
 

@@ -1,4 +1,4 @@
-"""A picture's facts as text, in the words of WebUI, which reads them out of a PNG."""
+"""An image's facts as text, in the words of WebUI, which reads them out of a PNG."""
 
 import json
 import re
@@ -17,7 +17,7 @@ _NAMES = {"scale": "CFG scale", "model": "Model", "strength": "Denoising strengt
 
 
 def parameters_text(facts: dict) -> str:
-    """Return a picture's facts as WebUI words them: the prompt, the negative prompt, a line of `Name: value`."""
+    """Return an image's facts as WebUI words them: the prompt, the negative prompt, a line of `Name: value`."""
     entries = {"Steps": facts["steps"], "Sampler": _SAMPLERS[facts["solver"]], "CFG scale": facts["scale"]}
     entries |= {"Seed": facts["seed"], "Size": f"{facts['width']}x{facts['height']}"}
     said = {"prompt", "negative_prompt", "steps", "solver", "scale", "seed", "width", "height"}

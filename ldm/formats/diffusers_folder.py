@@ -195,7 +195,7 @@ def _unet(file: Path) -> tuple[UNetConfig, int]:
     _require(file, content, _UNET)
     channels = _get(file, content, "in_channels")
     if channels != 4:
-        raise UserError(f"{file}: in_channels={channels}: expected 4; models with picture or depth inputs are not supported")
+        raise UserError(f"{file}: in_channels={channels}: expected 4; models with image or depth inputs are not supported")
     widths, down = _get(file, content, "block_out_channels"), _get(file, content, "down_block_types")
     attention = [kind == "CrossAttnDownBlock2D" for kind in down]
     up = ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(attention)]

@@ -1,4 +1,4 @@
-"""What the judges get right on pictures that nobody was trained on."""
+"""What the judges get right on images that nobody was trained on."""
 
 import numpy as np
 import torch
@@ -12,20 +12,20 @@ from ldm.pretraining.world import with_article
 BATCH = 250
 
 
-def to_inputs(pictures: np.ndarray) -> Tensor:
-    """Pictures (n, h, w, 3) uint8 -> (n, 3, h, w) float in [-1, 1]."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_inputs(images: np.ndarray) -> Tensor:
+    """Images (n, h, w, 3) uint8 -> (n, 3, h, w) float in [-1, 1]."""
+    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _in_batches(function, pictures: np.ndarray) -> Tensor:
-    chunks = [function(to_inputs(pictures[start : start + BATCH])) for start in range(0, len(pictures), BATCH)]
+def _in_batches(function, images: np.ndarray) -> Tensor:
+    chunks = [function(to_inputs(images[start : start + BATCH])) for start in range(0, len(images), BATCH)]
     return torch.cat(chunks)
 
 
 @torch.inference_mode()
 def classifier_accuracy(judge: Classifier, world: RenderedWorld) -> dict[str, float | int]:
-    """Share of pictures whose noun and whose place have the highest logit; pictures with two nouns count for places."""
-    logits = _in_batches(lambda x: torch.cat(judge.logits(x), dim=-1), world.pictures)
+    """Share of images whose noun and whose place have the highest logit; images with two nouns count for places."""
+    logits = _in_batches(lambda x: torch.cat(judge.logits(x), dim=-1), world.images)
     nouns, places = logits.split([len(judge.nouns), len(judge.places)], dim=-1)
     right = [judge.nouns[i] == noun for i, noun in zip(nouns.argmax(-1), world.nouns, strict=True) if noun]
     placed = [judge.places[i] == (place or "plain") for i, place in zip(places.argmax(-1), world.places, strict=True)]
@@ -34,12 +34,12 @@ def classifier_accuracy(judge: Classifier, world: RenderedWorld) -> dict[str, fl
 
 @torch.inference_mode()
 def clip_accuracy(judge: WorldCLIP, world: RenderedWorld, nouns: list[str], seed: int = 0) -> dict[str, float | int]:
-    """Zero-shot accuracy of nouns and places, and how often a picture finds its caption among 100 different ones.
+    """Zero-shot accuracy of nouns and places, and how often an image finds its caption among 100 different ones.
 
     As in Radford et al. 2021, a class is the mean of several prompts' features: a noun in all places (and
     none), a place with all nouns. `noun_in_place` asks for the noun with the right place in every prompt.
     """
-    image = _in_batches(judge.image_features, world.pictures)
+    image = _in_batches(judge.image_features, world.images)
     phrases = {place: phrases[0] for place, (_, phrases) in PLACES.items()}
     prompts = [f"a photo of {with_article(noun)} {phrase}".strip() for noun in nouns for phrase in (*phrases.values(), "")]
     text = judge.text_features(prompts).unflatten(0, (len(nouns), -1))

@@ -80,7 +80,7 @@ NOUNS = {
     "rose": "1f339",
     "sunflower": "1f33b",
 }
-"""Noun -> file name of its picture in both packages (the emoji's code points)."""
+"""Noun -> file name of its image in both packages (the emoji's code points)."""
 
 HELD_OUT = {
     "poodle": ("dog", "1f429"),
@@ -123,7 +123,7 @@ SPRITE_SIZE = 128  # pixels, the longer side of a sprite as it is kept in memory
 
 @dataclass(frozen=True)
 class Artwork:
-    """All sprites: noun -> its depictions, each an RGBA picture cropped to its content."""
+    """All sprites: noun -> its depictions, each an RGBA image cropped to its content."""
 
     sprites: dict[str, list[Image.Image]]
     others: dict[str, list[Image.Image]] = field(default_factory=dict)  # of the wide world: name -> drawings
@@ -188,7 +188,7 @@ def load_depictions(folder: str | Path, code: str) -> list[Image.Image]:
 
 
 def load_sprite(file: str | Path) -> Image.Image:
-    """Return an RGBA picture cropped to its content, its longer side SPRITE_SIZE pixels."""
+    """Return an RGBA image cropped to its content, its longer side SPRITE_SIZE pixels."""
     sprite = Image.open(file).convert("RGBA")
     sprite = sprite.crop(sprite.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
     scale = SPRITE_SIZE / max(sprite.size)

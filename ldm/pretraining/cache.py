@@ -1,4 +1,4 @@
-"""Rendered pictures and their captions on disk, made once by all cores."""
+"""Rendered images and their captions on disk, made once by all cores."""
 
 import dataclasses
 import functools
@@ -17,38 +17,38 @@ from ldm.pretraining.config import PretrainConfig, WorldConfig
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import render
 
-HELD_OUT_SEED, HELD_OUT_PICTURES = 1, 4000  # the world that everything is measured on
-CHUNK = 500  # pictures rendered per task
+HELD_OUT_SEED, HELD_OUT_IMAGES = 1, 4000  # the world that everything is measured on
+CHUNK = 500  # images rendered per task
 
 
 @dataclass(frozen=True)
 class RenderedWorld:
-    """Pictures (n, 64, 64, 3) uint8, memory-mapped, their captions, and what each shows."""
+    """Images (n, 64, 64, 3) uint8, memory-mapped, their captions, and what each shows."""
 
-    pictures: np.ndarray
+    images: np.ndarray
     captions: list[str]
     nouns: list[str | None]  # None: no subject, or two
     places: list[str | None]  # None: a plain background
 
 
 def rendered_world(config: WorldConfig, cache: Path, artwork: Path) -> RenderedWorld:
-    """Return the world's pictures; they are rendered at the first call and read from `cache` afterwards."""
+    """Return the world's images; they are rendered at the first call and read from `cache` afterwards."""
     stem = f"world-{config.seed}-{config.pictures}-{world_digest(config, artwork)}"
-    pictures, captions = cache / f"{stem}.npy", cache / f"{stem}.json"
+    images, captions = cache / f"{stem}.npy", cache / f"{stem}.json"
     if not captions.is_file():
         cache.mkdir(parents=True, exist_ok=True)
-        _render_all(config, artwork, pictures, captions)
-    return RenderedWorld(np.load(pictures, mmap_mode="r"), **json.loads(captions.read_text()))
+        _render_all(config, artwork, images, captions)
+    return RenderedWorld(np.load(images, mmap_mode="r"), **json.loads(captions.read_text()))
 
 
 def held_out_world(config: PretrainConfig, root: Path) -> RenderedWorld:
-    """Return pictures of another world seed, which nothing is trained on."""
-    world = dataclasses.replace(config.world, seed=HELD_OUT_SEED, pictures=HELD_OUT_PICTURES)
+    """Return images of another world seed, which nothing is trained on."""
+    world = dataclasses.replace(config.world, seed=HELD_OUT_SEED, pictures=HELD_OUT_IMAGES)
     return rendered_world(world, root / config.cache, root / world.artwork)
 
 
 def world_digest(config: WorldConfig, artwork: Path) -> str:
-    """Return 6 hex digits of what the world shows, so that pictures of another one are never taken."""
+    """Return 6 hex digits of what the world shows, so that images of another one are never taken."""
     content: list = [NOUNS, [phrases for _, phrases in PLACES.values()]]
     if config.wide:
         content += [
@@ -57,10 +57,10 @@ def world_digest(config: WorldConfig, artwork: Path) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:6]
 
 
-def _render_all(config: WorldConfig, artwork: Path, pictures: Path, captions: Path) -> None:
+def _render_all(config: WorldConfig, artwork: Path, images: Path, captions: Path) -> None:
     starts = range(0, config.pictures, CHUNK)
     tasks = [(artwork, config.wide, config.seed, start, min(start + CHUNK, config.pictures)) for start in starts]
-    out = np.lib.format.open_memmap(pictures, "w+", np.uint8, (config.pictures, 64, 64, 3))
+    out = np.lib.format.open_memmap(images, "w+", np.uint8, (config.pictures, 64, 64, 3))
     facts = {"captions": [], "nouns": [], "places": []}
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         results = pool.imap(_render_chunk, tasks)
@@ -69,7 +69,7 @@ def _render_all(config: WorldConfig, artwork: Path, pictures: Path, captions: Pa
             for name, values in labels.items():
                 facts[name] += values
     out.flush()
-    captions.write_text(json.dumps(facts))  # written last: its presence says that the pictures are whole
+    captions.write_text(json.dumps(facts))  # written last: its presence says that the images are whole
 
 
 @functools.lru_cache(maxsize=1)
@@ -86,4 +86,4 @@ def _render_chunk(task: tuple) -> tuple[np.ndarray, dict[str, list]]:
         "nouns": [None if item.second or item.noun not in NOUNS else item.noun for item in items],
         "places": [item.place for item in items],
     }
-    return np.stack([np.asarray(item.picture) for item in items]), labels
+    return np.stack([np.asarray(item.image) for item in items]), labels

@@ -85,17 +85,17 @@ def paint(folder: str | Path, concept: DemoConcept) -> Image.Image:
     return colourise(sprite, concept.colours(x / width, y / height), strength=0.95)
 
 
-def render_concept(folder: str | Path, concept: DemoConcept, seed: int, pictures: int = 5) -> list[Image.Image]:
-    """Return reference pictures (128 x 128) of a concept, each a little different.
+def render_concept(folder: str | Path, concept: DemoConcept, seed: int, images: int = 5) -> list[Image.Image]:
+    """Return reference images (128 x 128) of a concept, each a little different.
 
     Args:
         folder: where `scripts/fetch_artwork.sh` put the artwork.
     """
     sprite = paint(folder, concept)
     rendered = []
-    for index in range(pictures):
+    for index in range(images):
         rng = np.random.default_rng((seed, index))
-        picture = PLACES[concept.place][0](rng)
-        paste(picture, sprite, rng)
-        rendered.append(picture)
+        image = PLACES[concept.place][0](rng)
+        paste(image, sprite, rng)
+        rendered.append(image)
     return rendered

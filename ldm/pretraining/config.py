@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class WorldConfig:
-    """The pictures that the parts are trained on."""
+    """The images that the parts are trained on."""
 
     artwork: str = ".artwork"  # where scripts/fetch_artwork.sh put the sprites
     seed: int = 0
@@ -20,7 +20,7 @@ class PretrainConfig:
     name: str = "vae"  # folder of its checkpoints within the cache
     part: str = "vae"  # vae, diffusion (UNet and text transformer together), clip, instance, classifier
     model: str = "configs/model/tiny.yaml"  # shapes, and where the weights go (its checkpoint folder)
-    cache: str = ".pretraining"  # rendered pictures, latents, and checkpoints to resume from
+    cache: str = ".pretraining"  # rendered images, latents, and checkpoints to resume from
     judges: str = "data/tiny/judges"  # where the weights of clip, instance and classifier go
     warm_start: bool = False  # begin with the present weights
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -36,7 +36,7 @@ class PretrainConfig:
     devices: int = 1  # processes that share each step; on a CPU give each one thread (OMP_NUM_THREADS=1)
     compile: bool = False  # torch.compile the network; pays from about ten minutes of training on
     checkpoint_every: int = 250  # steps
-    caption_dropout: float = 0.1  # diffusion: share of pictures trained with the empty caption
+    caption_dropout: float = 0.1  # diffusion: share of images trained with the empty caption
     kl_weight: float = 1e-4  # vae: weight of the posterior's KL per latent value
     decoder_only: bool = False  # vae: leave the encoder as it is, so that cached latents stay valid
     full_context_from: float = 0.85  # diffusion: share of the steps after which all 77 positions are trained

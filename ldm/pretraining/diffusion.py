@@ -24,7 +24,7 @@ class CaptionTable:
         self.token_ids, compact = np.unique(ids, return_inverse=True)  # the tokens in use
         self.rows = torch.from_numpy(compact.reshape(ids.shape))  # (unique captions, 77)
         number = {text: i for i, text in enumerate(unique)}
-        self.of_picture = torch.tensor([number[text] for text in captions])
+        self.of_image = torch.tensor([number[text] for text in captions])
         self.empty = number[""]
         self.longest = max(len(tokenizer.tokenize(text)) for text in unique) + 2  # with start and end
 
@@ -109,7 +109,7 @@ class LatentDataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> LatentBatch:
         index = torch.tensor(indices)
-        return LatentBatch(self.moments[index], self.captions.rows[self.captions.of_picture[index]])
+        return LatentBatch(self.moments[index], self.captions.rows[self.captions.of_image[index]])
 
     @staticmethod
     def collate(batch: LatentBatch) -> LatentBatch:

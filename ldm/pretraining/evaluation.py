@@ -25,7 +25,7 @@ HELD_OUT_SHEET = ROOT / "data/tiny/held-out.webp"
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and what its pictures ought to show."""
+    """A prompt and what its images ought to show."""
 
     prompt: str
     noun: str
@@ -43,30 +43,30 @@ def draw_questions(number: int, seed: int) -> list[Question]:
     return [Question(f"{with_article(noun)} {PLACES[place][1][0]}", noun, place) for noun, place in sorted(pairs)]
 
 
-def draw_pictures(
+def draw_images(
     model: LatentDiffusion,
     prompts: list[str],
-    pictures: int,
+    images: int,
     options: SamplingOptions,
     batch_size: int,
     progress: Callable[[int], None],
     folder: Path | None = None,
 ) -> Tensor:
-    """Return `pictures` pictures of every prompt: (prompts * pictures, 3, h, w) uint8, on the CPU.
+    """Return so many images of every prompt: (prompts * images, 3, h, w) uint8, on the CPU.
 
-    Picture j of prompt i starts from noise number i * pictures + j of the seed, whatever the batch size.
+    Image j of prompt i starts from noise number i * images + j of the seed, whatever the batch size.
 
     Args:
         folder: where each batch is kept, to go on from after an interruption; None keeps nothing.
     """
-    drawn, total = [], len(prompts) * pictures
+    drawn, total = [], len(prompts) * images
     for start in range(0, total, batch_size):
         rows = list(range(start, min(start + batch_size, total)))
         file = folder and folder / f"{start:06}-{len(rows)}.safetensors"
         if file and file.is_file():
             drawn.append(load_file(file)["pictures"])
         else:
-            pixels = text_to_image(model, [prompts[row // pictures] for row in rows], rows, options)
+            pixels = text_to_image(model, [prompts[row // images] for row in rows], rows, options)
             drawn.append(((pixels + 1) * 127.5).round().byte().cpu())
             if file:
                 save_weights({"pictures": drawn[-1]}, file)
@@ -74,8 +74,8 @@ def draw_pictures(
     return torch.cat(drawn)
 
 
-def held_out_pictures() -> np.ndarray:
-    """Return the first 256 pictures of the held-out world, which nothing is trained on: (256, 64, 64, 3) uint8.
+def held_out_images() -> np.ndarray:
+    """Return the first 256 images of the held-out world, which nothing is trained on: (256, 64, 64, 3) uint8.
 
     They are shipped, so that measuring needs no artwork; `render(artwork, HELD_OUT_SEED, i)` draws them again.
     """
@@ -85,10 +85,10 @@ def held_out_pictures() -> np.ndarray:
 
 @torch.inference_mode()
 def judge(classifier: Classifier, questions: list[Question], drawn: Tensor) -> dict:
-    """Return the shares of pictures with the right place, noun and both, in all and by noun and place.
+    """Return the shares of images with the right place, noun and both, in all and by noun and place.
 
     Args:
-        drawn: (prompts * pictures, 3, h, w) uint8, the pictures of a prompt side by side.
+        drawn: (prompts * images, 3, h, w) uint8, the images of a prompt side by side.
     """
     logits = [classifier.logits(part.float() / 127.5 - 1) for part in drawn.split(200)]
     nouns, places = (torch.cat(part).argmax(-1).unflatten(0, (len(questions), -1)) for part in zip(*logits, strict=True))
@@ -109,5 +109,5 @@ def judge(classifier: Classifier, questions: list[Question], drawn: Tensor) -> d
             {"prompt": q.prompt, "noun": n.float().mean().item(), "place": p.float().mean().item()}
             for q, n, p in zip(questions, noun, place, strict=True)
         ],
-        "named": [classifier.nouns[i] for i in nouns[:, 0]],  # what the first picture of each prompt was taken for
+        "named": [classifier.nouns[i] for i in nouns[:, 0]],  # what the first image of each prompt was taken for
     }

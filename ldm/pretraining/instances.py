@@ -17,7 +17,7 @@ from ldm.pretraining.concepts import CONCEPTS
 from ldm.pretraining.scenes import PLACES, plain
 from ldm.pretraining.world import paste
 
-VIEWS = 6  # pictures of each held-out figure
+VIEWS = 6  # images of each held-out figure
 FIGURES = 2  # of each artwork: in its own colours, and repainted
 HOLD_OUT_EVERY = 12  # every twelfth artwork is kept for measuring
 

@@ -13,7 +13,7 @@ from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.loop import PretrainingModule
 from ldm.pretraining.scenes import PLACES
 
-IGNORED = -100  # label of a picture that has none; cross_entropy leaves it out
+IGNORED = -100  # label of an image that has none; cross_entropy leaves it out
 
 
 def new_clip(captions: list[str]) -> WorldCLIP:
@@ -47,7 +47,7 @@ def new_classifier() -> Classifier:
 
 
 def augmented(x: Tensor) -> Tensor:
-    """Change pictures (b, 3, h, w) in [-1, 1] as a generator's faults may: shift, contrast, colour, blur, noise."""
+    """Change images (b, 3, h, w) in [-1, 1] as a generator's faults may: shift, contrast, colour, blur, noise."""
     b = len(x)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -78,22 +78,22 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor, same: Tensor | None = 
 
 
 class JudgeTraining(PretrainingModule):
-    """What the judges' trainings share: pictures (b, 3, 64, 64) uint8 become augmented inputs."""
+    """What the judges' trainings share: images (b, 3, 64, 64) uint8 become augmented inputs."""
 
     def __init__(self, network: nn.Module, config: PretrainConfig):
         # With channels last, convolutions are a fifth faster on a CPU.
         super().__init__(network.to(memory_format=torch.channels_last), config)
 
-    def inputs(self, pictures: Tensor) -> Tensor:
-        return augmented(pictures.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+    def inputs(self, images: Tensor) -> Tensor:
+        return augmented(images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 class CLIPTraining(JudgeTraining):
-    """Batch: pictures, compact caption ids (b, 32)."""
+    """Batch: images, compact caption ids (b, 32)."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        pictures, ids = batch
-        image = self.network.clip.encode_image(self.inputs(pictures), normalize=True).float()
+        images, ids = batch
+        image = self.network.clip.encode_image(self.inputs(images), normalize=True).float()
         text = self.network.clip.encode_text(ids, normalize=True).float()
         same = (ids[:, None] == ids[None]).all(-1)
         loss = contrastive_loss(image, text, self.network.clip.logit_scale.exp().clamp(max=100), same)
@@ -115,11 +115,11 @@ class InstanceTraining(JudgeTraining):
 
 
 class ClassifierTraining(JudgeTraining):
-    """Batch: pictures, noun labels (b,), place labels (b,)."""
+    """Batch: images, noun labels (b,), place labels (b,)."""
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
-        pictures, noun, place = batch
-        nouns, places = self.network.logits(self.inputs(pictures))
+        images, noun, place = batch
+        nouns, places = self.network.logits(self.inputs(images))
         loss = F.cross_entropy(nouns.float(), noun, ignore_index=IGNORED) + F.cross_entropy(places.float(), place)
         self.log("loss", loss, prog_bar=True)
         return loss

@@ -12,8 +12,8 @@ from ldm.autoencoder import AutoencoderKL
 
 
 @torch.inference_mode()
-def encoded_world(autoencoder: AutoencoderKL, pictures: np.ndarray, file: Path, device: torch.device) -> Tensor:
-    """Return the posterior moments (n, 2 c, h, w) fp16 of pictures (n, H, W, 3) uint8, cached in `file`.
+def encoded_world(autoencoder: AutoencoderKL, images: np.ndarray, file: Path, device: torch.device) -> Tensor:
+    """Return the posterior moments (n, 2 c, h, w) fp16 of images (n, H, W, 3) uint8, cached in `file`.
 
     Means and log-variances are concatenated along the channels.
     """
@@ -21,8 +21,8 @@ def encoded_world(autoencoder: AutoencoderKL, pictures: np.ndarray, file: Path, 
         return torch.load(file, weights_only=True)
     autoencoder = autoencoder.to(device).eval()
     chunks = []
-    for start in tqdm(range(0, len(pictures), 100), "encoding"):
-        x = torch.from_numpy(pictures[start : start + 100].copy()).to(device)
+    for start in tqdm(range(0, len(images), 100), "encoding"):
+        x = torch.from_numpy(images[start : start + 100].copy()).to(device)
         posterior = autoencoder.encode(x.permute(0, 3, 1, 2).float() / 127.5 - 1)
         chunks.append(torch.cat([posterior.mean, posterior.logvar], dim=1).half().cpu())
     moments = torch.cat(chunks)

@@ -24,17 +24,17 @@ from ldm.pretraining.vae import VAEPretraining, psnr
 VAE_FILE, UNET_FILE, TEXT_FILE = "vae.safetensors", "unet.safetensors", "text.safetensors"
 
 
-class PictureDataset(Dataset):
-    """Rendered pictures as tensors (3, 64, 64) uint8."""
+class ImageDataset(Dataset):
+    """Rendered images as tensors (3, 64, 64) uint8."""
 
-    def __init__(self, pictures: np.ndarray):
-        self.pictures = pictures
+    def __init__(self, images: np.ndarray):
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        return torch.from_numpy(self.pictures[index].copy()).permute(2, 0, 1)
+        return torch.from_numpy(self.images[index].copy()).permute(2, 0, 1)
 
 
 def pretrain(config: PretrainConfig, root: Path, export: bool = False) -> None:
@@ -69,11 +69,11 @@ def _pretrain_vae(config: PretrainConfig, model: LatentDiffusion, world: Rendere
     if config.decoder_only or config.warm_start:
         _load_part(model.autoencoder, weights, "first_stage_model.")
     module = VAEPretraining(model.autoencoder, config)
-    finish(module, PictureDataset(world.pictures), root / config.cache / config.name)
+    finish(module, ImageDataset(world.images), root / config.cache / config.name)
     trained = module.average.module
     checkpoint.save_weights(_prefixed(trained.state_dict(), "first_stage_model."), weights)
-    moments = encoded_world(trained, world.pictures[:2000], _latent_file(config, root, trained, 2000), module.device)
-    print(f"PSNR on held-out pictures: {psnr(trained, held_out_world(config, root).pictures[:1000]):.2f} dB")
+    moments = encoded_world(trained, world.images[:2000], _latent_file(config, root, trained, 2000), module.device)
+    print(f"PSNR on held-out images: {psnr(trained, held_out_world(config, root).images[:1000]):.2f} dB")
     print(f"saved {weights}; put into {config.model}: latent_scale: {latent_scale(moments):.4f}")
 
 
@@ -88,8 +88,8 @@ def _pretrain_diffusion(
     if config.warm_start:
         checkpoint.load_weights(model, checkpoint.read_state_dict(folder), source=str(folder))
     table = CaptionTable(world.captions)
-    file = _latent_file(config, root, model.autoencoder, len(world.pictures))
-    moments = encoded_world(model.autoencoder, world.pictures, file, torch.device("cpu"))
+    file = _latent_file(config, root, model.autoencoder, len(world.images))
+    moments = encoded_world(model.autoencoder, world.images, file, torch.device("cpu"))
     network = TextToImage(model, table.token_ids)
     module = DiffusionPretraining(network, table, model, config)
     finish(module, LatentDataset(moments, table), root / config.cache / config.name)

@@ -1,4 +1,4 @@
-"""Train one judge, measure it on held-out pictures, and put both beside the embedded model."""
+"""Train one judge, measure it on held-out images, and put both beside the embedded model."""
 
 import json
 from pathlib import Path
@@ -20,21 +20,21 @@ from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.instances import FigureDataset, artworks, held_out_views
 from ldm.pretraining.loop import Finish
 
-ROUND_TRIPS = 8_000  # pictures that the judges also see as the autoencoder gives them back
+ROUND_TRIPS = 8_000  # images that the judges also see as the autoencoder gives them back
 
 
 class LabelledDataset(Dataset):
-    """Pictures (3, 64, 64) uint8 with labels, and then the first of them as the autoencoder gives them back."""
+    """Images (3, 64, 64) uint8 with labels, and then the first of them as the autoencoder gives them back."""
 
-    def __init__(self, pictures: np.ndarray, decoded: np.ndarray, *labels: Tensor):
-        self.pictures, self.decoded, self.labels = pictures, decoded, labels
+    def __init__(self, images: np.ndarray, decoded: np.ndarray, *labels: Tensor):
+        self.images, self.decoded, self.labels = images, decoded, labels
 
     def __len__(self) -> int:
-        return len(self.pictures) + len(self.decoded)
+        return len(self.images) + len(self.decoded)
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
-        number = len(self.pictures)
-        rows = [self.pictures[i] if i < number else self.decoded[i - number] for i in indices]
+        number = len(self.images)
+        rows = [self.images[i] if i < number else self.decoded[i - number] for i in indices]
         which = torch.tensor([i % number for i in indices])
         return torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2), *(label[which] for label in self.labels)
 
@@ -45,12 +45,12 @@ class LabelledDataset(Dataset):
 
 
 @torch.inference_mode()
-def round_trips(autoencoder: AutoencoderKL, pictures: np.ndarray, file: Path) -> np.ndarray:
-    """Return pictures (n, 64, 64, 3) uint8 as the autoencoder gives them back, cached in `file`."""
+def round_trips(autoencoder: AutoencoderKL, images: np.ndarray, file: Path) -> np.ndarray:
+    """Return images (n, 64, 64, 3) uint8 as the autoencoder gives them back, cached in `file`."""
     if not file.is_file():
         chunks = []
-        for start in range(0, len(pictures), 100):
-            decoded = autoencoder.decode(autoencoder.encode(to_inputs(pictures[start : start + 100])).mean)
+        for start in range(0, len(images), 100):
+            decoded = autoencoder.decode(autoencoder.encode(to_inputs(images[start : start + 100])).mean)
             chunks.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
         np.save(file, np.concatenate(chunks))
     return np.load(file, mmap_mode="r")
@@ -71,7 +71,7 @@ def pretrain_judge(config: PretrainConfig, model: LatentDiffusion, world: Render
     file = root / config.judges / "accuracy.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     file.write_text(json.dumps(record | {config.part: accuracy}, indent=2) + "\n")
-    print(f"{config.part} on held-out pictures: {accuracy}\nsaved {file.parent}")
+    print(f"{config.part} on held-out images: {accuracy}\nsaved {file.parent}")
 
 
 def warm_start(judge: nn.Module, folder: Path, name: str) -> None:
@@ -100,8 +100,8 @@ def save_judge(judge: nn.Module, configs: dict[str, object], folder: Path, name:
 
 def _decoded(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> np.ndarray:
     digest = world_digest(config.world, root / config.world.artwork)
-    file = root / config.cache / f"round-trips-{config.world.seed}-{len(world.pictures)}-{digest}.npy"
-    return round_trips(model.autoencoder, world.pictures[:ROUND_TRIPS], file)
+    file = root / config.cache / f"round-trips-{config.world.seed}-{len(world.images)}-{digest}.npy"
+    return round_trips(model.autoencoder, world.images[:ROUND_TRIPS], file)
 
 
 def _clip(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
@@ -109,7 +109,7 @@ def _clip(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, 
     unique = {text: i for i, text in enumerate(dict.fromkeys(world.captions))}
     rows = judge.tokenize(list(unique))
     ids = rows[torch.tensor([unique[text] for text in world.captions])]
-    dataset = LabelledDataset(world.pictures, _decoded(config, model, world, root), ids)
+    dataset = LabelledDataset(world.images, _decoded(config, model, world, root), ids)
     measure = lambda trained: clip_accuracy(trained, held_out_world(config, root), list(NOUNS))  # noqa: E731
     return judges.CLIPTraining(judge, config), dataset, measure
 
@@ -118,7 +118,7 @@ def _classifier(config: PretrainConfig, model: LatentDiffusion, world: RenderedW
     judge = judges.new_classifier()
     noun = torch.tensor([judge.nouns.index(n) if n else judges.IGNORED for n in world.nouns])
     place = torch.tensor([judge.places.index(p or "plain") for p in world.places])
-    dataset = LabelledDataset(world.pictures, _decoded(config, model, world, root), noun, place)
+    dataset = LabelledDataset(world.images, _decoded(config, model, world, root), noun, place)
     measure = lambda trained: classifier_accuracy(trained, held_out_world(config, root))  # noqa: E731
     return judges.ClassifierTraining(judge, config), dataset, measure
 

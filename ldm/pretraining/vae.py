@@ -24,7 +24,7 @@ class VAEPretraining(PretrainingModule):
         self._encode, self._decode = compiled(autoencoder.encode), compiled(autoencoder.decode)
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
-        """Batch: pictures (b, 3, h, w) uint8."""
+        """Batch: images (b, 3, h, w) uint8."""
         x = batch.float() / 127.5 - 1
         posterior = self._encode(x)
         decoded = self._decode(posterior.sample())
@@ -45,11 +45,11 @@ def reconstruction_loss(decoded: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def psnr(autoencoder: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean over pictures (n, h, w, 3) uint8 of the peak signal-to-noise ratio of their reconstructions, in dB."""
+def psnr(autoencoder: AutoencoderKL, images: np.ndarray) -> float:
+    """Mean over images (n, h, w, 3) uint8 of the peak signal-to-noise ratio of their reconstructions, in dB."""
     values = []
-    for start in range(0, len(pictures), 100):
-        x = torch.from_numpy(pictures[start : start + 100].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for start in range(0, len(images), 100):
+        x = torch.from_numpy(images[start : start + 100].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
         decoded = autoencoder.decode(autoencoder.encode(x).mean).clamp(-1, 1)
         values.append(10 * torch.log10(4 / (decoded - x).square().mean(dim=(1, 2, 3))))
     return torch.cat(values).mean().item()

@@ -1,6 +1,6 @@
-"""The small world: one labelled picture from one seed.
+"""The small world: one labelled image from one seed.
 
-Picture number i of a world with seed s is drawn by a generator seeded with (s, i), so it does not
+Image number i of a world with seed s is drawn by a generator seeded with (s, i), so it does not
 depend on the order or the process in which it is rendered.
 """
 
@@ -16,17 +16,17 @@ from ldm.pretraining.scenes import CANVAS, PLACES, plain
 
 OPENINGS = ("a {}", "a photo of a {}", "photo of a {}", "a picture of a {}", "the {}")
 SIZES = {"small": (0.3, 0.42), "big": (0.8, 0.95)}
-"""Size word -> the longer side of the sprite, as a share of the picture's."""
+"""Size word -> the longer side of the sprite, as a share of the image's."""
 USUAL_SIZE = (0.5, 0.8)
 CLOSE_VIEW, CLOSE_SIZE = "a close view of a {}", (1.0, 1.3)
-"""Wide world: a subject that the picture's edge crops."""
+"""Wide world: a subject that the image's edge crops."""
 
 
 @dataclass(frozen=True)
-class LabelledPicture:
-    """A rendered picture (64 x 64 RGB), its caption, and what it shows."""
+class LabelledImage:
+    """A rendered image (64 x 64 RGB), its caption, and what it shows."""
 
-    picture: Image.Image
+    image: Image.Image
     caption: str
     noun: str | None  # None: a scene alone; in the wide world also a name that is none of the 64 nouns
     place: str | None  # None: a plain background
@@ -42,30 +42,30 @@ class Subject:
     described: str  # "red car"
 
 
-def render(artwork: Artwork, seed: int, index: int) -> LabelledPicture:
-    """Draw picture number `index` of the world `seed`.
+def render(artwork: Artwork, seed: int, index: int) -> LabelledImage:
+    """Draw image number `index` of the world `seed`.
 
-    Of 100 pictures about 8 have a plain background, 4 no subject, 10 two; of single subjects 30 % have a
+    Of 100 images about 8 have a plain background, 4 no subject, 10 two; of single subjects 30 % have a
     colour of their own and 12 % a size that the caption names.
     """
     rng = np.random.default_rng((seed, index))
     place = None if rng.random() < 0.08 else list(PLACES)[rng.integers(len(PLACES))]
     scene, phrases = (plain, ("",)) if place is None else PLACES[place]
-    picture = scene(rng)
+    image = scene(rng)
     phrase = phrases[0 if rng.random() < 0.7 else rng.integers(len(phrases))]
     kind = rng.random()
     if place is not None and kind < 0.04:
-        return LabelledPicture(picture.reduce(2), f"a photo {phrase}", None, place)
+        return LabelledImage(image.reduce(2), f"a photo {phrase}", None, place)
 
     first = _subject(artwork, rng)
     if kind > 0.9:
         second = _subject(artwork, rng)
         # One on the left, one on the right; the caption names them in this order.
         for subject, x in ((first, rng.uniform(0.0, 0.12)), (second, rng.uniform(0.88, 1.0))):
-            paste(picture, subject.sprite, rng, size=(0.36, 0.5), x_range=(x, x))
+            paste(image, subject.sprite, rng, size=(0.36, 0.5), x_range=(x, x))
         joint = "and" if rng.random() < 0.6 else "next to"
         described = f"{first.described} {joint} {with_article(second.described)}"
-        return LabelledPicture(picture.reduce(2), caption(described, phrase, rng), first.noun, place, second.noun)
+        return LabelledImage(image.reduce(2), caption(described, phrase, rng), first.noun, place, second.noun)
 
     described, size = first.described, USUAL_SIZE
     if rng.random() < 0.12:
@@ -74,8 +74,8 @@ def render(artwork: Artwork, seed: int, index: int) -> LabelledPicture:
     openings = OPENINGS
     if artwork.others and described == first.described and rng.random() < 0.06:
         openings, size = (CLOSE_VIEW,), CLOSE_SIZE
-    paste(picture, first.sprite, rng, size)
-    return LabelledPicture(picture.reduce(2), caption(described, phrase, rng, openings), first.noun, place)
+    paste(image, first.sprite, rng, size)
+    return LabelledImage(image.reduce(2), caption(described, phrase, rng, openings), first.noun, place)
 
 
 def _subject(artwork: Artwork, rng: Generator) -> Subject:
@@ -98,7 +98,7 @@ def _subject(artwork: Artwork, rng: Generator) -> Subject:
 
 
 def paste(
-    picture: Image.Image,
+    image: Image.Image,
     sprite: Image.Image,
     rng: Generator,
     size: tuple[float, float] = USUAL_SIZE,
@@ -107,10 +107,10 @@ def paste(
     """Put a sprite into a scene: random size, angle, mirror image, brightness, and a soft shadow.
 
     Args:
-        size: range of the sprite's longer side, as a share of the picture's.
+        size: range of the sprite's longer side, as a share of the image's.
         x_range: where it stands, from 0 (left edge) to 1 (right edge).
     """
-    canvas = picture.width
+    canvas = image.width
     factor = rng.uniform(*size) * canvas / max(sprite.size)
     sprite = sprite.resize([max(1, round(side * factor)) for side in sprite.size], Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
@@ -124,10 +124,10 @@ def paste(
     width, height = sprite.size
     x = int((canvas - width) * rng.uniform(*x_range))
     y = int((canvas - height) * rng.uniform(0.45, 0.9))
-    shadow = Image.new("L", picture.size)
+    shadow = Image.new("L", image.size)
     shadow.paste(alpha.resize((width, max(1, height // 6))).point(lambda a: a // 3), (x, y + height - height // 8))
-    picture.paste((0, 0, 0), mask=shadow.filter(ImageFilter.BoxBlur(3 * canvas / CANVAS)))
-    picture.paste(sprite, (x, y), alpha)
+    image.paste((0, 0, 0), mask=shadow.filter(ImageFilter.BoxBlur(3 * canvas / CANVAS)))
+    image.paste(sprite, (x, y), alpha)
 
 
 def caption(described: str, phrase: str, rng: Generator, openings: tuple[str, ...] = OPENINGS) -> str:
@@ -155,6 +155,6 @@ def all_prompts(number: int) -> list[str]:
 
 
 def preview(artwork: Artwork, seed: int, number: int = 64) -> Image.Image:
-    """Return a sheet of the first pictures of the world `seed` with their captions."""
+    """Return a sheet of the first images of the world `seed` with their captions."""
     items = [render(artwork, seed, index) for index in range(number)]
-    return captioned_grid([item.picture for item in items], [item.caption for item in items], columns=8, scale=3)
+    return captioned_grid([item.image for item in items], [item.caption for item in items], columns=8, scale=3)

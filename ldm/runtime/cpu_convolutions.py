@@ -18,7 +18,7 @@ class MkldnnConv2d(nn.Module):
     """A frozen convolution on a CPU, whose weight is rearranged at the first call and then kept so.
 
     The gradient reaches its input. For that a second copy of the weight is made at the first backward.
-    The best layout depends on the size of the features: pictures of another size than the first are
+    The best layout depends on the size of the features: images of another size than the first are
     convolved as correctly, only less fast.
     """
 

@@ -1,8 +1,8 @@
-"""Decoding large pictures and large batches in bounded memory: slices of the batch, tiles of the picture.
+"""Decoding large images and large batches in bounded memory: slices of the batch, tiles of the image.
 
-How many pictures are decoded together follows from the memory that is left. Tiles decoded by themselves
+How many images are decoded together follows from the memory that is left. Tiles decoded by themselves
 would show: each would be normalised by its own statistics. So the tiles pass through one layer at a time,
-with the statistics of the whole picture, and nothing is blended. Whole feature maps wait in main memory;
+with the statistics of the whole image, and nothing is blended. Whole feature maps wait in main memory;
 the device holds a tile of one layer.
 """
 
@@ -26,11 +26,11 @@ SMALLEST = 4  # latent cells of a tile's side
 
 
 def decode(model: LatentDiffusion, latents: Tensor, tile: int | None = None, batch: int | None = None) -> Tensor:
-    """Scaled latents (b, c, h, w) -> pictures (b, 3, H, W) in [-1, 1].
+    """Scaled latents (b, c, h, w) -> images (b, 3, H, W) in [-1, 1].
 
     Args:
-        tile: work on tile x tile pixels at a time; None, or a tile no smaller than the picture: whole.
-        batch: pictures at a time.
+        tile: work on tile x tile pixels at a time; None, or a tile no smaller than the image: whole.
+        batch: images at a time.
 
     Where neither is given, both follow from the memory that is left, with a warning if that is short.
     """
@@ -45,9 +45,9 @@ def decode(model: LatentDiffusion, latents: Tensor, tile: int | None = None, bat
 
 
 def within_memory(
-    model: LatentDiffusion, pictures: int, height: int, width: int, free: int | None = None
+    model: LatentDiffusion, images: int, height: int, width: int, free: int | None = None
 ) -> tuple[int, int | None]:
-    """Return how many pictures to decode at a time, and the side of their tiles in pixels, None for whole ones.
+    """Return how many images to decode at a time, and the side of their tiles in pixels, None for whole ones.
 
     Args:
         free: bytes that the device has left; None: as it is now.
@@ -55,27 +55,27 @@ def within_memory(
     config, size = model.config.autoencoder, model.vae_dtype.itemsize
     budget = SHARE * (free_memory(model.device) if free is None else free)
     each = decoding_bytes(config, height, width, size)
-    if pictures * each <= budget:
-        return max(pictures, 1), None
+    if images * each <= budget:
+        return max(images, 1), None
     # Powers of two: the slices are of one size, and the same as long as about as much is left.
     batch, tile = 2 ** int(math.log2(max(budget / each, 1))), None
     # On a CPU tiles would save little: whole maps wait in the same memory.
     if each > budget and model.device.type != "cpu":
         widest = config.ch * max(config.ch_mult)
         tile = max(math.isqrt(int(budget / (MAPS * widest * size))), SMALLEST * config.downsampling)
-    if tile or batch < pictures:
-        how = f"tiles of {tile} px" if tile else f"{batch} of {pictures} pictures at a time"
+    if tile or batch < images:
+        how = f"tiles of {tile} px" if tile else f"{batch} of {images} images at a time"
         warnings.warn(
-            f"decoding in {how}: all {pictures} of {width}x{height} px together would take about "
-            f"{pictures * each / 2**30:.1f} GiB, too much for what is free on {model.device}; --vae-batch and "
+            f"decoding in {how}: all {images} of {width}x{height} px together would take about "
+            f"{images * each / 2**30:.1f} GiB, too much for what is free on {model.device}; --vae-batch and "
             "--vae-tile (vae_batch, vae_tile) decide otherwise",
             stacklevel=3,
         )
-    return min(batch, pictures), tile
+    return min(batch, images), tile
 
 
 def decoding_bytes(config: AutoencoderConfig, height: int, width: int, size: int) -> int:
-    """Estimate the memory that decoding one picture takes above weights and result, from above.
+    """Estimate the memory that decoding one image takes above weights and result, from above.
 
     Args:
         size: bytes of a number.
@@ -87,7 +87,7 @@ def decoding_bytes(config: AutoencoderConfig, height: int, width: int, size: int
 
 
 def _tiled(model: LatentDiffusion, latents: Tensor, area: int) -> Tensor:
-    """Decode one picture, `area` pixels of a layer's map at a time."""
+    """Decode one image, `area` pixels of a layer's map at a time."""
     hidden = model.autoencoder.to_hidden(latents.to(model.vae_dtype) / model.config.latent_scale)
     return _to_pixels(model.autoencoder.decoder, hidden.cpu().contiguous(), area).to(latents).clamp(-1, 1)
 
@@ -127,7 +127,7 @@ def _norm_silu(norm: nn.GroupNorm, whole: Tensor) -> Callable[[Tensor], Tensor]:
 def _convolve(conv: nn.Conv2d, x: Tensor, area: int, before: Callable[[Tensor], Tensor], scale: int = 1) -> Tensor:
     """Apply `before`, nearest upsampling and a 3x3 convolution to a map (1, c, h, w) in bands of rows.
 
-    Each band is read with the rows next to it; zeros stand only beyond the picture.
+    Each band is read with the rows next to it; zeros stand only beyond the image.
     """
     height, width = x.shape[-2:]
     out = x.new_empty(1, conv.out_channels, scale * height, scale * width)

@@ -57,7 +57,7 @@ def test_dci_costs_what_its_steps_say(tmp_path):
     (file,) = tmp_path.glob("*.json")
     (result,) = json.loads(file.read_text())["measurements"]
     assert 1.3 < result["ways"]["DCI"]["flops"] / result["ways"]["plain"]["flops"] < 1.55
-    rate = result["notes"]["pictures_per_second,_DCI"]
+    rate = result["notes"]["images_per_second,_DCI"]
     assert rate == pytest.approx(1 / result["ways"]["DCI"]["median"])
     assert 0.5 < result["notes"]["share_of_time_inside_the_networks"] <= 1
 

@@ -15,8 +15,8 @@ CONFIG = ROOT / "configs/train/ico-tiny.yaml"
 
 
 @pytest.fixture(scope="session")
-def mixed_pictures(tmp_path_factory):
-    """Pictures of all sizes and kinds: a rotated JPEG, a transparent PNG, a WebP, a tiny palette picture."""
+def mixed_images(tmp_path_factory):
+    """Images of all sizes and kinds: a rotated JPEG, a transparent PNG, a WebP, a tiny palette image."""
     folder = tmp_path_factory.mktemp("pictures")
     noise = Image.effect_noise((300, 200), 80).convert("RGB")
     exif = Image.Exif()
@@ -27,14 +27,14 @@ def mixed_pictures(tmp_path_factory):
     transparent.save(folder / "transparent.png")
     noise.resize((1000, 40)).save(folder / "Wide.WEBP")
     noise.convert("P").resize((20, 20)).save(folder / "palette.png")
-    (folder / "Thumbs.db").write_bytes(b"not a picture")
-    (folder / "notes.txt").write_text("not a picture either")
+    (folder / "Thumbs.db").write_bytes(b"not an image")
+    (folder / "notes.txt").write_text("not an image either")
     return folder
 
 
 @pytest.fixture(scope="session")
-def trained(mixed_pictures, tmp_path_factory):
-    """A short run on those pictures; returns (what it printed, its run folder)."""
+def trained(mixed_images, tmp_path_factory):
+    """A short run on those images; returns (what it printed, its run folder)."""
     logs = tmp_path_factory.mktemp("logs")
     out = ok(
         run(
@@ -45,7 +45,7 @@ def trained(mixed_pictures, tmp_path_factory):
             "short",
             "--logdir",
             logs,
-            f"data.images={mixed_pictures}",
+            f"data.images={mixed_images}",
             "concept.class_noun=dog",
             "training.steps=4",
             "training.save_every=3",
@@ -63,14 +63,14 @@ def concept(trained):
     return trained[1] / "concept.safetensors"
 
 
-def test_a_run_folder_holds_everything(trained, mixed_pictures):
+def test_a_run_folder_holds_everything(trained, mixed_images):
     out, run_folder = trained
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_short", run_folder.name)
     assert str(run_folder) in out
     config = yaml.safe_load((run_folder / "configs/config.yaml").read_text())
     assert config["concept"]["class_noun"] == "dog"
     assert config["training"]["steps"] == 4
-    assert config["data"]["images"] == str(mixed_pictures)
+    assert config["data"]["images"] == str(mixed_images)
     assert sorted(f.name for f in (run_folder / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
     assert (run_folder / "checkpoints/concept-000003.safetensors").is_file()
     assert list(run_folder.glob("events.out.tfevents.*"))
@@ -91,7 +91,7 @@ def sample(concept, outdir, *args):
     return run("sample_dci.py", *common, *args)
 
 
-def test_sampling_writes_pictures_grid_and_record(concept, tmp_path):
+def test_sampling_writes_images_grid_and_record(concept, tmp_path):
     out = ok(sample(concept, tmp_path, "--n-samples", 3, "--agg_lambda", 0.5, "--verbose", "--batch-size", 2))
     assert "'a <new1> <new2> dog on the beach', concept at [1, 2, 3], length 8" in out
     assert "'a dog on the beach', noun at [1], length 6" in out
@@ -103,7 +103,7 @@ def test_sampling_writes_pictures_grid_and_record(concept, tmp_path):
     assert entry["prompt"] == "a V* dog on the beach"
     assert (entry["index"], entry["seed"], entry["steps"], entry["dci"]["agg_lambda"]) == (2, 0, 6, 0.5)
 
-    # The record makes the picture again; one at a time instead of two; earlier pictures are kept.
+    # The record makes the image again; one at a time instead of two; earlier images are kept.
     ok(sample(concept, tmp_path, "--n-samples", 3, "--agg-lambda", entry["dci"]["agg_lambda"], "--batch-size", 1))
     assert len(list((tmp_path / "samples").iterdir())) == 6
     for i in range(3):
@@ -121,12 +121,12 @@ def test_the_options_of_dci_have_an_effect(concept, tmp_path):
         "separate": ["--separate-guidance", "--agg-lambda", 2],
     }.items():
         ok(sample(concept, tmp_path / name, "--n-samples", 1, "--steps", 12, *args))
-    pictures = {f.parent.parent.name: pixels(f) for f in tmp_path.glob("*/samples/00000.png")}
-    assert len(pictures) == 6
+    images = {f.parent.parent.name: pixels(f) for f in tmp_path.glob("*/samples/00000.png")}
+    assert len(images) == 6
     for name in ("one", "zero"):
-        assert np.abs(pictures[name] - pictures["plain"]).max() <= 1
+        assert np.abs(images[name] - images["plain"]).max() <= 1
     for name in ("default", "cat", "separate"):
-        assert np.abs(pictures[name] - pictures["plain"]).max() > 8
+        assert np.abs(images[name] - images["plain"]).max() > 8
 
 
 def test_txt2img(tmp_path):
@@ -155,10 +155,10 @@ def test_training_refuses_impossible_input(tmp_path, capfd):
         return run_here(capfd, "train_ico.py", "--config", config, "--logdir", tmp_path / "logs", *args)
 
     (tmp_path / "empty").mkdir()
-    refused(train(f"data.images={tmp_path}/empty"), "no pictures in", "empty", ".jpg")
+    refused(train(f"data.images={tmp_path}/empty"), "no images in", "empty", ".jpg")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/text.jpg").write_text("this is text")
-    refused(train(f"data.images={tmp_path}/broken"), "text.jpg is not a readable picture")
+    refused(train(f"data.images={tmp_path}/broken"), "text.jpg is not a readable image")
     refused(train("data.imags=x"), "unknown key 'data.imags'", "did you mean 'data.images'")
     refused(train("trainig.steps=5"), "unknown key 'trainig'", "did you mean 'training'")
     refused(train("training.steps=soon"), "the command line: training.steps=soon: expected a value of type int")
@@ -239,7 +239,7 @@ def test_training_refuses_options_of_fine_tuning_that_do_not_fit(tmp_path, capfd
 
 
 @pytest.mark.slow
-def test_regularization_pictures_are_generated_and_counted(tmp_path):
+def test_regularization_images_are_generated_and_counted(tmp_path):
     out = ok(
         run(
             "train_ico.py",
@@ -260,7 +260,7 @@ def test_regularization_pictures_are_generated_and_counted(tmp_path):
         )
     )
     assert "Regularization: 3 images of 'cat' made by the base model" in out
-    assert "Latents: cached, 8 pictures" in out
+    assert "Latents: cached, 8 images" in out
     assert "rank 2" in out
     assert "reconstruction error" in out
     (run_folder,) = tmp_path.glob("*_ico-tiny")

@@ -1,4 +1,4 @@
-"""txt2img.py: prompt files, pictures to start from, masks, precision, and what is written into each PNG."""
+"""txt2img.py: prompt files, images to start from, masks, precision, and what is written into each PNG."""
 
 import json
 
@@ -17,11 +17,11 @@ def draw(folder, *args):
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A picture to start from, and a mask of the same size: the left half is to be painted."""
+    """An image to start from, and a mask of the same size: the left half is to be painted."""
     folder = tmp_path_factory.mktemp("start")
-    picture = Image.new("RGB", (96, 64), (40, 120, 200))
-    ImageDraw.Draw(picture).ellipse((30, 20, 60, 50), fill=(230, 200, 40))
-    picture.save(folder / "picture.png")
+    image = Image.new("RGB", (96, 64), (40, 120, 200))
+    ImageDraw.Draw(image).ellipse((30, 20, 60, 50), fill=(230, 200, 40))
+    image.save(folder / "image.png")
     mask = Image.new("L", (96, 64))
     mask.paste(255, (0, 0, 48, 64))
     mask.save(folder / "mask.png")
@@ -44,7 +44,7 @@ def test_every_line_of_a_file_is_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("solver", ["plms", "dpmpp_2m", "dpm++2m-karras", "euler", "Euler_a"])
-def test_solvers_draw_different_pictures(tmp_path, solver):
+def test_solvers_draw_different_images(tmp_path, solver):
     plain = draw(tmp_path / "ddim", "--prompt", "a dog")
     other = draw(tmp_path / "other", "--prompt", "a dog", "--solver", solver, "--spacing", "trailing")
     assert np.abs(pixels(plain[0]) - pixels(other[0])).mean() > 1
@@ -58,18 +58,18 @@ def test_parameters_are_written_as_webui_writes_them(tmp_path):
     assert third.startswith("Steps: 4, Sampler: Euler a, CFG scale: 6.0, Seed: 5, Size: 64x64, ")
 
 
-def test_a_negative_prompt_changes_the_picture(tmp_path):
+def test_a_negative_prompt_changes_the_image(tmp_path):
     plain = draw(tmp_path / "a", "--prompt", "a dog")
     negative = draw(tmp_path / "b", "--prompt", "a dog", "--negative-prompt", "a dog on the beach")
     assert np.abs(pixels(plain[0]) - pixels(negative[0])).mean() > 1
 
 
-def test_strength_leads_away_from_the_picture(tmp_path, start):
-    original = pixels(start / "picture.png")
+def test_strength_leads_away_from_the_image(tmp_path, start):
+    original = pixels(start / "image.png")
     distances = []
     for strength in (0, 0.5, 1):
         file = draw(
-            tmp_path / str(strength), "--prompt", "a dog", "--init-image", start / "picture.png", "--strength", strength
+            tmp_path / str(strength), "--prompt", "a dog", "--init-image", start / "image.png", "--strength", strength
         )[0]
         assert Image.open(file).size == (96, 64)
         distances.append(np.abs(pixels(file) - original).mean())
@@ -78,8 +78,8 @@ def test_strength_leads_away_from_the_picture(tmp_path, start):
 
 
 def test_what_the_mask_keeps_is_kept(tmp_path, start):
-    file = draw(tmp_path, "--prompt", "a dog", "--init-image", start / "picture.png", "--mask", start / "mask.png")[0]
-    change = np.abs(pixels(file) - pixels(start / "picture.png")).max(-1)
+    file = draw(tmp_path, "--prompt", "a dog", "--init-image", start / "image.png", "--mask", start / "mask.png")[0]
+    change = np.abs(pixels(file) - pixels(start / "image.png")).max(-1)
     assert change[:, 48:].max() == 0
     assert change[:, :48].mean() > 10
 
@@ -95,7 +95,7 @@ def test_mistakes_are_one_line_each(capfd, tmp_path, start):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
     Image.new("L", (5, 5)).save(tmp_path / "small.png")
-    picture = start / "picture.png"
+    image = start / "image.png"
     for args, words in (
         ([], ["--prompt", "--from-file"]),
         (["--prompt", "x", "--from-file", tmp_path / "empty.txt"], ["not both"]),
@@ -104,11 +104,11 @@ def test_mistakes_are_one_line_each(capfd, tmp_path, start):
         (["--from-file", tmp_path / "none.txt"], ["none.txt"]),
         (["--prompt", "x", "--solver", "heun"], ["unknown solver 'heun'", "euler"]),
         (["--prompt", "x", "--solver", "euler", "--eta", 0.5], ["--eta 0.5", "ddim"]),
-        (["--prompt", "x", "--mask", picture], ["--mask", "--init-image"]),
+        (["--prompt", "x", "--mask", image], ["--mask", "--init-image"]),
         (["--prompt", "x", "--strength", 0.5], ["--strength", "--init-image"]),
-        (["--prompt", "x", "--init-image", picture, "--strength", 1.5], ["strength 1.5", "0"]),
-        (["--prompt", "x", "--init-image", picture, "--mask", tmp_path / "small.png"], ["5 x 5", "96 x 64"]),
-        (["--prompt", "x", "--init-image", tmp_path / "empty.txt"], ["empty.txt", "picture"]),
+        (["--prompt", "x", "--init-image", image, "--strength", 1.5], ["strength 1.5", "0"]),
+        (["--prompt", "x", "--init-image", image, "--mask", tmp_path / "small.png"], ["5 x 5", "96 x 64"]),
+        (["--prompt", "x", "--init-image", tmp_path / "empty.txt"], ["empty.txt", "image"]),
         (["--prompt", "x", "--vae-tile", 3], ["--vae-tile 3"]),
         (["--prompt", "x", "--precision", "fp8"], ["fp8", "fp32"]),
     ):

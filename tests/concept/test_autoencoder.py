@@ -3,17 +3,20 @@
 import argparse
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import ROOT, refused, run_here, run_main
 from safetensors.torch import load_file, save_file
 
 from dci.cli.loading import base_vae
 from dci.experiments import cell
-from dci.experiments.grid import SamplingConfig
+from dci.experiments.sampling import SamplingConfig
 from dci.files import content_hash
 from dci.pipeline import Pipeline
+from ldm.checkpoint import load_model, surroundings_digest
 from ldm.errors import UserError
 from ldm.formats.separate_vae import PREFIX
 
@@ -37,7 +40,7 @@ def trained(finetuned, tiny_base, tmp_path):
 def cells_model(file, options):
     from dci.concept.concept_file import Concept
 
-    return cell._load_model(vars(SamplingConfig()) | options, Concept.load(file), "cpu")[0]
+    return cell._load_model(SamplingConfig(**options), Concept.load(file), "cpu")[0]
 
 
 def bias(model):
@@ -62,7 +65,7 @@ def test_another_autoencoder_goes_before_it(trained):
     assert base_vae(argparse.Namespace(vae=None, model=None, checkpoint=None), {"model": "/gone", "vae": own}) is None
 
 
-def test_pictures_record_its_content(trained, tmp_path):
+def test_images_record_its_content(trained, tmp_path):
     file, own, _ = trained
     small = ("--steps", 1, "--n-samples", 1, "--no-dci", "--device", "cpu")
     run_main("sample_dci.py", "--concept", file, "--prompt", "a V* cat", "--outdir", tmp_path / "out", *small)
@@ -77,6 +80,28 @@ def test_a_missing_one_is_said_and_not_replaced(trained, tmp_path, capfd):
         Pipeline.load(file, device="cpu")
     result = run_here(capfd, "sample_dci.py", "--concept", file, "--prompt", "a V* cat", "--outdir", tmp_path / "out")
     refused(result, own, "--vae FILE")
+
+
+@pytest.mark.parametrize("place", ["relative", "absolute", "folder"])
+def test_a_models_own_configuration_names_one(trained, tmp_path, place):
+    """Relative to the configuration's project, as its checkpoint is; what is asked for goes before it."""
+    _, own, other = trained
+    (tmp_path / "configs").mkdir()
+    config, lone = tmp_path / "configs/m.yaml", tmp_path / "lone"
+    content = yaml.safe_load(Path(TINY).read_text()) | {"checkpoint": str(ROOT / "data/tiny")}
+    lone.mkdir()
+    (lone / "diffusion_pytorch_model.safetensors").write_bytes(Path(own).read_bytes())
+    given = {"relative": "trained.safetensors", "absolute": own, "folder": str(lone)}[place]
+    config.write_text(yaml.safe_dump(content | {"vae": given}))
+    plain, model = load_model(TINY), load_model(config)
+    torch.testing.assert_close(bias(model), load_file(own)[BIAS])
+    torch.testing.assert_close(bias(load_model(config, ROOT / "data/tiny")), load_file(own)[BIAS])
+    torch.testing.assert_close(bias(load_model(config, vae=other)), load_file(other)[BIAS])
+    # Training tells it from the model's own by what it holds, and by nothing else.
+    assert surroundings_digest(model) == surroundings_digest(load_model(TINY, vae=own)) != surroundings_digest(plain)
+    config.write_text(yaml.safe_dump(content | {"vae": "gone.safetensors"}))
+    with pytest.raises(UserError, match="gone.safetensors"):
+        load_model(config)
 
 
 def test_only_a_whole_model_is_exported_with_an_autoencoder(trained, tmp_path, capfd):

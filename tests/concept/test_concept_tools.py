@@ -29,7 +29,7 @@ def learned(base, noun, words, seed, **training):
     """A concept whose weights and tokens are moved at random."""
     torch.manual_seed(seed)
     options = FinetuneConfig(concept=ConceptConfig(noun, words), training=TrainingConfig(**training))
-    module = ICOTraining(copy.deepcopy(base), options, pictures=2)
+    module = ICOTraining(copy.deepcopy(base), options, images=2)
     for parameter in module.trained().values():
         parameter.data += 0.02 * torch.randn_like(parameter)
     return module.concept()

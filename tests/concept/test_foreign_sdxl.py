@@ -33,7 +33,7 @@ def model(theirs):
 def concept(model):
     """A low-rank concept that changes everything it may."""
     config = FinetuneConfig(concept=ConceptConfig(class_noun="dog"), training=TrainingConfig(lora_rank=4))
-    module = ICOTraining(model, config, pictures=1)
+    module = ICOTraining(model, config, images=1)
     for factor in (*module.low_rank.u, *module.low_rank.v):
         factor.data = 0.5 * torch.randn(factor.shape)
     return module.concept()

@@ -54,7 +54,7 @@ def test_other_spellings_of_two_words(noun, written):
 @pytest.mark.parametrize(
     ("noun", "alone"),
     [("a dog", "dog"), ("the red car", "red car"), ("An owl", "owl"), ("V* dog", "dog"), ("{} dog", "dog"),
-     ("photo of a dog", "dog"), ("picture of dog", "dog"), ("<new1> dog", "dog"), ("my dog", "dog")],
+     ("photo of a dog", "dog"), ("image of dog", "dog"), ("<new1> dog", "dog"), ("my dog", "dog")],
 )  # fmt: skip
 def test_a_phrase_is_no_noun(noun, alone):
     with pytest.raises(UserError, match=f"is a phrase: give the ordinary word alone, such as {alone}$"):

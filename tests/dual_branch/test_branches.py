@@ -41,7 +41,7 @@ def draw(finetuned, dual, prompt=PROMPT, indices=(0,), options=None, **more):
     return sample_images(model, concept, prompt, list(indices), options, dual, **more)
 
 
-def half_a_picture(model):
+def half_an_image(model):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 32, 64))
     return InitImage.of(model, Image.effect_noise((64, 64), 90).convert("RGB"), 64, 64, 0.9, mask)
@@ -76,7 +76,7 @@ def test_a_weight_of_one_is_plain_sampling_in_every_mode(finetuned, base, settin
     model = finetuned[0]
     settings = dict(settings)
     options = sampling_options(model, steps=6, scale=settings.pop("scale", 4.0))
-    more = {"options": options, "negative": "a car", "init": half_a_picture(model), "base": base}
+    more = {"options": options, "negative": "a car", "init": half_an_image(model), "base": base}
     plain = draw(finetuned, None, **more)
     dual = dual_branch(model, agg_time=0.6, **settings)
     assert (draw(finetuned, dataclasses.replace(dual, agg_lambda=ONE), **more) - plain).abs().max() < ROUNDING
@@ -96,7 +96,7 @@ def test_rows_of_different_prompts_are_drawn_as_alone(finetuned):
     together = draw(finetuned, dual, [PROMPT, OTHER], (3, 5))
     for row, (prompt, index) in enumerate([(PROMPT, 3), (OTHER, 5)]):
         assert (draw(finetuned, dual, prompt, [index]) - together[row]).abs().max() < 1e-4
-    with pytest.raises(UserError, match="2 prompts for 1 pictures"):
+    with pytest.raises(UserError, match="2 prompts for 1 images"):
         draw(finetuned, dual, [PROMPT, OTHER], [0])
 
 
@@ -250,15 +250,15 @@ def test_unknown_layers_are_told(finetuned, name):
 
 def test_integration_happens_in_the_chosen_layers(finetuned):
     model, _ = finetuned
-    pictures = {}
+    images = {}
     for layers in (None, "16,8,4", "8", "middle,16"):
         seen = []
         dual = dual_branch(model, agg_time=0.6, agg_lambda=1.0, layers=layers)
-        pictures[layers] = draw(finetuned, dual, maps=seen.append)
+        images[layers] = draw(finetuned, dual, maps=seen.append)
         sides = {"8": {8}, "middle,16": {4, 16}}.get(layers, {4, 8, 16})
         assert {m.weight.shape[-1] for m in seen} == sides
-    assert torch.equal(pictures[None], pictures["16,8,4"])
-    assert (pictures[None] - pictures["8"]).abs().max() > 0.01
+    assert torch.equal(images[None], images["16,8,4"])
+    assert (images[None] - images["8"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(

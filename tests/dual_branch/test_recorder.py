@@ -1,4 +1,4 @@
-"""Maps, steps, the auxiliary noun's choice, and pictures from Python."""
+"""Maps, steps, the auxiliary noun's choice, and images from Python."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def test_looking_on_changes_nothing(finetuned):
             assert (values >= 0).all() and (values <= 1).all()  # noqa: PT018
         # With lambda 0 the concept branch never has less than half.
         assert (arrays[f"layer{i}/weight"] >= 0.5).all()
-    # The last prediction is the picture; the auxiliary branch has none at the end.
+    # The last prediction is the image; the auxiliary branch has none at the end.
     last = steps.images(model, 1, [0, 7])
     assert np.abs(np.asarray(last.concept[1]).astype(int) - np.asarray(to_images(plain)[1]).astype(int)).mean() < 3
     assert last.auxiliary[0] is not None
@@ -148,10 +148,10 @@ def test_the_noun_that_the_base_model_obeys_is_chosen(finetuned, tiny_base):
     concept, clip = finetuned[1], load_encoder("tiny")
     options = sampling_options(tiny_base, steps=8, scale=5.0)
     prompts = ["a V* in the snow", "a V* cat on the beach"]
-    scores = score_nouns(tiny_base, concept, prompts, ["car", "cat"], clip, options, pictures=2)
+    scores = score_nouns(tiny_base, concept, prompts, ["car", "cat"], clip, options, images=2)
     assert [score.noun for score in scores] == ["cat", "car"]
     assert scores[0].clip_t > scores[1].clip_t + 0.02
-    assert scores[:1] == score_nouns(tiny_base, concept, prompts, ["cat"], clip, options, pictures=2)
+    assert scores[:1] == score_nouns(tiny_base, concept, prompts, ["cat"], clip, options, images=2)
     with pytest.raises(UserError, match="no candidates"):
         score_nouns(tiny_base, concept, prompts, [], clip, options)
 
@@ -207,7 +207,7 @@ def test_the_first_lines_of_python(page, saved, concept_file, tmp_path, monkeypa
     names: dict = {}
     exec(code, names)
     assert len(names["images"]) == 4
-    assert all(isinstance(picture, Image.Image) and picture.size == (64, 64) for picture in names["images"])
+    assert all(isinstance(image, Image.Image) and image.size == (64, 64) for image in names["images"])
     assert len(list(Path(tmp_path).glob("*.png"))) == saved
 
 

@@ -24,7 +24,7 @@ from ldm.text_to_image import text_to_image
 ALPHAS = alphas_cumprod(ScheduleConfig())
 
 
-def test_ddim_with_the_true_noise_returns_to_the_picture():
+def test_ddim_with_the_true_noise_returns_to_the_image():
     x_0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     solver = DDIM(ALPHAS, 20)
     first = q_sample(x_0, noise, ALPHAS[solver.timesteps[:1]])
@@ -56,7 +56,7 @@ def test_impossible_numbers_of_steps(steps):
         leading_timesteps(steps)
 
 
-def test_noise_belongs_to_the_picture():
+def test_noise_belongs_to_the_image():
     together = ImageNoise(7, [0, 1, 2], (4, 8, 8))
     alone = ImageNoise(7, [2], (4, 8, 8))
     for _ in range(3):
@@ -125,7 +125,7 @@ def test_gain_and_lambda_at_their_ends_choose_a_branch():
         assert torch.equal(out[1], plain[chosen])
 
 
-# Whole pictures, with the embedded model.
+# Whole images, with the embedded model.
 
 
 PROMPT = parse_prompt("a V* cat on the beach", ConceptName(("<new1>", "<new2>"), "cat"))
@@ -144,13 +144,13 @@ def test_a_weight_of_one_is_plain_sampling(finetuned, eta, shared):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("from_picture", [False, True])
-def test_a_weight_of_one_is_plain_sampling_with_every_solver(finetuned, solver, from_picture):
-    """Also from a picture, half of it kept."""
+@pytest.mark.parametrize("from_image", [False, True])
+def test_a_weight_of_one_is_plain_sampling_with_every_solver(finetuned, solver, from_image):
+    """Also from an image, half of it kept."""
     model, concept = finetuned
     options = sampling_options(model, steps=8, solver=solver)
     init = None
-    if from_picture:
+    if from_image:
         mask = Image.new("L", (64, 64))
         mask.paste(255, (0, 0, 32, 64))
         init = InitImage.of(model, Image.effect_noise((64, 64), 90).convert("RGB"), 64, 64, 0.9, mask)
@@ -170,7 +170,7 @@ def test_no_aggregation_time_is_plain_sampling(finetuned):
     assert torch.equal(sample_images(model, concept, PROMPT, [3], options, dual_branch(model, agg_time=0.0)), plain)
 
 
-def test_a_picture_does_not_depend_on_its_batch(finetuned):
+def test_an_image_does_not_depend_on_its_batch(finetuned):
     model, concept = finetuned
     options = sampling_options(model, steps=10, eta=0.5)
     together = sample_images(model, concept, PROMPT, [0, 1, 2], options, dual_branch(model))
@@ -185,14 +185,14 @@ def test_a_batch_may_hold_different_prompts_and_seeds(finetuned, dci):
     model, concept = finetuned
     options = sampling_options(model, steps=8, eta=0.5, seed=3)
     dual = dual_branch(model, agg_lambda=0.7, agg_time=0.6) if dci else None
-    texts = ("V*", "a V* cat on the beach", "a small picture of a V* in a red city street at night, with two dogs and a car")
+    texts = ("V*", "a V* cat on the beach", "a small image of a V* in a red city street at night, with two dogs and a car")
     prompts = [parse_prompt(text, ConceptName(("<new1>", "<new2>"), "cat"), "dog") for text in texts]
     indices, seeds = [4, 0, 2], [3, 9, 3]
     together = sample_images(model, concept, prompts, indices, options, dual, seeds=seeds)
     for row, prompt, index, seed in zip(together, prompts, indices, seeds, strict=True):
         alone = sample_images(model, concept, prompt, [index], dataclasses.replace(options, seed=seed), dual)
         assert (row - alone[0]).abs().max() < 1e-4
-    with pytest.raises(UserError, match="3 prompts for 2 pictures"):
+    with pytest.raises(UserError, match="3 prompts for 2 images"):
         sample_images(model, concept, prompts, [0, 1], options, dual)
 
 

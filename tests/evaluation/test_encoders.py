@@ -30,7 +30,7 @@ CLIP = {
 }
 
 
-def picture(width=64, height=64, seed=0):
+def image(width=64, height=64, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -120,7 +120,7 @@ def test_open_clip_and_transformers_give_the_same_features(open_clip_folder, tra
     theirs = load_encoder(f"transformers:{transformers_folder}")
     # Both resize in their own arithmetic; where nothing is resized they must agree to rounding.
     tolerance = 1e-5 if size == (64, 64) else 2e-2
-    a, b = (encoder.image_features([picture(*size), picture(*size, seed=1)]) for encoder in (ours, theirs))
+    a, b = (encoder.image_features([image(*size), image(*size, seed=1)]) for encoder in (ours, theirs))
     assert (a - b).norm() < tolerance * b.norm()
     a, b = (encoder.text_features(TEXTS) for encoder in (ours, theirs))
     assert (a - b).norm() < 1e-5 * b.norm()
@@ -130,12 +130,12 @@ def test_transformers_features_are_those_of_the_model_itself(transformers_folder
     encoder = load_encoder(f"transformers:{transformers_folder}")
     model = CLIPModel.from_pretrained(transformers_folder).eval()
     mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    pixels = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])(picture())
+    pixels = transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, std)])(image())
     tokens = open_clip.tokenizer.SimpleTokenizer()(TEXTS[:2], 77)
     with torch.inference_mode():
         vision = model.visual_projection(model.vision_model(pixels[None]).pooler_output)
         text = model.text_projection(model.text_model(tokens).pooler_output)
-    torch.testing.assert_close(encoder.image_features([picture()]), vision, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder.image_features([image()]), vision, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(encoder.text_features(TEXTS[:2]), text, rtol=1e-5, atol=1e-5)
 
 
@@ -143,10 +143,10 @@ def test_open_clip_takes_a_files_weights(tmp_path):
     model = open_clip.create_model("ViT-S-32-alt").eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     encoder = load_encoder(f"open_clip:ViT-S-32-alt/{tmp_path / 'weights.pt'}")
-    pixels = encoder.prepare(picture(224, 224))
+    pixels = encoder.prepare(image(224, 224))
     assert pixels.shape == (3, 224, 224)
     with torch.inference_mode():
-        torch.testing.assert_close(encoder.image_features([picture(224, 224)]), model.encode_image(pixels[None]))
+        torch.testing.assert_close(encoder.image_features([image(224, 224)]), model.encode_image(pixels[None]))
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_dino_through_timm_is_prepared_as_published(tmp_path):
             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    wide = picture(320, 200)
+    wide = image(320, 200)
     with torch.inference_mode():
         torch.testing.assert_close(encoder.image_features([wide]), model(published(wide)[None]), rtol=1e-5, atol=1e-5)
 
@@ -283,12 +283,12 @@ def test_a_vit_of_transformers_gives_its_class_token(tmp_path):
     model = ViTModel(config, add_pooling_layer=False).eval()
     model.save_pretrained(tmp_path)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    pixels = transforms.Normalize((0.5,) * 3, (0.5,) * 3)(transforms.ToTensor()(picture(32, 32)))
+    pixels = transforms.Normalize((0.5,) * 3, (0.5,) * 3)(transforms.ToTensor()(image(32, 32)))
     encoder = load_encoder(f"transformers:{tmp_path}", "instance")
     assert encoder.fingerprint() == load_encoder(f"transformers:{tmp_path}", "instance").fingerprint()
     with torch.inference_mode():
         expected = model(pixels[None]).last_hidden_state[:, 0]
-    torch.testing.assert_close(encoder.image_features([picture(32, 32)]), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoder.image_features([image(32, 32)]), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="reads no texts"):
         encoder.text_features(["a"])
     with pytest.raises(UserError, match="reads no texts"):
@@ -296,9 +296,9 @@ def test_a_vit_of_transformers_gives_its_class_token(tmp_path):
 
 
 def test_the_judges_are_encoders_up_to_length():
-    pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None].float() / 127.5 - 1
+    pixels = torch.from_numpy(np.array(image())).permute(2, 0, 1)[None].float() / 127.5 - 1
     for role, judge in (("clip", load_clip()), ("instance", load_instance_encoder())):
-        found = load_encoder("tiny", role).image_features([picture()])
+        found = load_encoder("tiny", role).image_features([image()])
         with torch.inference_mode():
             expected = judge.image_features(pixels)
         torch.testing.assert_close(torch.nn.functional.normalize(found), expected, rtol=1e-5, atol=1e-5)
@@ -330,9 +330,9 @@ def test_an_encoder_out_of_reach_is_one_line(name, words, tmp_path, monkeypatch)
 
 
 def test_features_are_kept_by_content_and_weights(tmp_path):
-    picture().save(tmp_path / "a.png")
-    picture().save(tmp_path / "copy.png")
-    picture(seed=1).save(tmp_path / "b.png")
+    image().save(tmp_path / "a.png")
+    image().save(tmp_path / "copy.png")
+    image(seed=1).save(tmp_path / "b.png")
     files, seen = [tmp_path / name for name in ("a.png", "copy.png", "b.png")], []
     encoder = load_encoder("tiny", "instance")
     first = FeatureStore(tmp_path / "cache.sqlite").features(encoder, files, batch_size=1)
@@ -365,5 +365,5 @@ def test_inception_is_that_of_torchmetrics(tmp_path):
     torch.save(Random("inception", ["2048"], str(tmp_path / "none.pth")).state_dict(), tmp_path / "weights.pth")
     encoder = load_encoder(f"inception:{tmp_path / 'weights.pth'}")
     theirs = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(tmp_path / "weights.pth"))
-    expected = theirs(torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None])
-    torch.testing.assert_close(encoder.image_features([picture()]), expected, rtol=1e-5, atol=1e-5)
+    expected = theirs(torch.from_numpy(np.array(image())).permute(2, 0, 1)[None])
+    torch.testing.assert_close(encoder.image_features([image()]), expected, rtol=1e-5, atol=1e-5)

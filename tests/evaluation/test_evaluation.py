@@ -1,4 +1,4 @@
-"""Folders of pictures -> scores -> a report: both layouts, bad input, and a page that needs nothing else."""
+"""Folders of images -> scores -> a report: both layouts, bad input, and a page that needs nothing else."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def encoders():
 
 
 def folder_of(path, record, number=None, name="prompts.json"):
-    """A folder with so many pictures and a prompts.json."""
+    """A folder with so many images and a prompts.json."""
     (path / "samples").mkdir(parents=True)
     for i in range(len(record) if number is None else number):
         noise = np.random.default_rng(i).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -61,7 +61,7 @@ def test_every_layout_gives_the_same_prompts(record, tmp_path):
 
 
 def listed(folder, names, facts=str):
-    """What a list of prompts, the numbers in the names' order as they are given, says of each picture."""
+    """What a list of prompts, the numbers in the names' order as they are given, says of each image."""
     for name in names:
         Image.new("RGB", (8, 8)).save(folder / name)
     (folder / "prompts.json").write_text(json.dumps([facts(f"prompt {i}") for i in range(len(names))]))
@@ -73,7 +73,7 @@ def listed(folder, names, facts=str):
 )
 @pytest.mark.parametrize("number", [1, 2, 10, 12, 101])
 @pytest.mark.parametrize("facts", [str, lambda text: {"prompt": text, "seed": 3}], ids=["texts", "facts"])
-def test_a_list_of_prompts_follows_the_numbers_of_the_pictures(name, number, facts, tmp_path):
+def test_a_list_of_prompts_follows_the_numbers_of_the_images(name, number, facts, tmp_path):
     names = [name.format(i) for i in range(number)]
     assert listed(tmp_path, names, facts) == {one: f"prompt {i}" for i, one in enumerate(names)}
 
@@ -101,7 +101,7 @@ def test_a_list_whose_order_is_not_certain_is_refused(names, tmp_path):
         listed(tmp_path, names)
 
 
-def test_two_prompts_for_one_picture_are_refused(tmp_path):
+def test_two_prompts_for_one_image_are_refused(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "prompts.json").write_text(json.dumps({"a/0.png": "a cat", "b/0.png": "a dog"}))
     with pytest.raises(UserError, match="two prompts for 0, the second under b/0.png"):
@@ -167,7 +167,7 @@ def spoil(folder, how):
         record.write_text('{"00000": {"seed": 3}, "00001": "a cat"}')
     elif how == "short list":
         record.write_text('["a cat"]')
-    elif how == "no pictures":
+    elif how == "no images":
         for file in (folder / "samples").iterdir():
             file.unlink()
     elif how == "broken":
@@ -184,9 +184,9 @@ def spoil(folder, how):
         ("empty", ["holds no prompts"]),
         ("no prompt", ["no prompt for 00001.png"]),
         ("no text", ["where a prompt was expected"]),
-        ("short list", ["lists 1 prompts for 2 pictures"]),
-        ("no pictures", ["no pictures in"]),
-        ("broken", ["00001.png is not a readable picture"]),
+        ("short list", ["lists 1 prompts for 2 images"]),
+        ("no images", ["no images in"]),
+        ("broken", ["00001.png is not a readable image"]),
     ],
 )
 def test_a_folder_that_cannot_be_used_is_one_line(how, words, tmp_path, capfd):
@@ -213,13 +213,13 @@ def test_scores_are_what_the_judges_say(encoders, tmp_path):
     folder = folder_of(tmp_path / "run", record)
     scores = evaluate_folder(folder, REFERENCES, encoders, regularization=REFERENCES, scaled_text_score=True, resamples=99)
     files = sorted((folder / "samples").iterdir())
-    pictures = torch.stack([to_tensor(read_image(file)) for file in files])
+    images = torch.stack([to_tensor(read_image(file)) for file in files])
     references = torch.stack([to_tensor(read_image(file)) for file in sorted(REFERENCES.glob("*.png"))])
     clip, instance = load_clip(), load_instance_encoder()
     with torch.inference_mode():
-        text = (clip.image_features(pictures) * clip.text_features(["photo of a cat", "a cat in the snow"] * 2)).sum(-1)
-        image = (clip.image_features(pictures) @ clip.image_features(references).T).mean(-1)
-        dino = (instance.image_features(pictures) @ instance.image_features(references).T).mean(-1)
+        text = (clip.image_features(images) * clip.text_features(["photo of a cat", "a cat in the snow"] * 2)).sum(-1)
+        image = (clip.image_features(images) @ clip.image_features(references).T).mean(-1)
+        dino = (instance.image_features(images) @ instance.image_features(references).T).mean(-1)
     for name, expected in (("clip_t", text), ("clip_i", image), ("dino_i", dino), ("clip_t_w2.5", 2.5 * text.clamp(min=0))):
         assert [row.values[name] for row in scores.rows] == pytest.approx(expected.tolist(), abs=1e-5)
         assert scores.summary[name].mean == pytest.approx(expected.mean().item(), abs=1e-5)
@@ -293,11 +293,11 @@ def test_the_program_writes_a_report_that_needs_no_network(tmp_path, capfd):
     assert "Cats &amp; &lt;others&gt;" in html
     assert "first &lt;run&gt;" in html
     with open(out / "pictures.csv", newline="") as file:
-        pictures = list(csv.DictReader(file))
-    assert len(pictures) == 8
+        images = list(csv.DictReader(file))
+    assert len(images) == 8
     with open(out / "summary.csv", newline="") as file:
         summary = {(row["run"], row["metric"]): float(row["mean"]) for row in csv.DictReader(file)}
-    mean = np.mean([float(row["clip_t"]) for row in pictures if row["run"] == "b"])
+    mean = np.mean([float(row["clip_t"]) for row in images if row["run"] == "b"])
     assert summary["b", "clip_t"] == pytest.approx(mean)
     content = json.loads((out / "scores.json").read_text())
     assert [one["name"] for one in content["runs"]] == ["first <run>", "b"]
@@ -317,8 +317,8 @@ def many(number, prompts, file):
 
 
 @pytest.mark.parametrize(("runs", "prompts", "most"), [(1, 1, 160), (3, 30, 40), (5, 2, 4)])
-def test_a_page_shows_a_bounded_number_of_pictures(runs, prompts, most, tmp_path):
-    page = write_report(tmp_path, many(runs, prompts, REFERENCES / "00.png"), "Many", ["A note."], max_pictures=most)
+def test_a_page_shows_a_bounded_number_of_images(runs, prompts, most, tmp_path):
+    page = write_report(tmp_path, many(runs, prompts, REFERENCES / "00.png"), "Many", ["A note."], max_images=most)
     shown = page.read_text().count("<img")
     assert 0 < shown <= max(most, runs)
     assert "A note." in page.read_text()

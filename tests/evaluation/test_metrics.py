@@ -26,7 +26,7 @@ def test_text_and_image_scores_are_cosines():
 
 
 class Features(nn.Module):
-    """Takes features for pictures."""
+    """Takes features for images."""
 
     num_features = 24
 
@@ -47,14 +47,14 @@ def test_kid_is_that_of_torchmetrics(real, fake, subset_size):
     assert ours.std == pytest.approx(std.item(), rel=1e-4, abs=1e-9)
 
 
-def test_kid_takes_no_larger_subsets_than_there_are_pictures():
+def test_kid_takes_no_larger_subsets_than_there_are_images():
     real = torch.randn(6, 24)
     assert metrics.kid(real, torch.randn(9, 24)).subset_size == 6
     with pytest.raises(UserError, match="2 or more"):
         metrics.kid(real, real[:1])
 
 
-def test_the_interval_of_kid_holds_no_pairs_of_a_picture_with_itself():
+def test_the_interval_of_kid_holds_no_pairs_of_an_image_with_itself():
     """Under resampling whole prompts, the resample that holds each prompt once is KID itself; and for samples
     of one distribution the interval is around zero, where pairing copies would push it up."""
     real, fake = torch.randn(60, 16), torch.randn(60, 16)
@@ -103,13 +103,13 @@ def test_two_factors_with_an_effect_of_one_are_scipys_bootstrap_of_its_means():
     assert (by_seed.low, by_seed.high) == pytest.approx(scipy_interval(b, np.random.default_rng(0).spawn(1)[0]), rel=1e-9)
 
 
-def test_intervals_over_prompts_and_seeds_hold_the_truth_where_those_over_pictures_do_not():
+def test_intervals_over_prompts_and_seeds_hold_the_truth_where_those_over_images_do_not():
     """Random effects of 20 prompts and 8 seeds around a true mean of 0: 95 % of the intervals should hold it."""
     rng, held, naive, rounds = np.random.default_rng(0), 0, 0, 150
     for _ in range(rounds):
         values = (rng.normal(size=(20, 1)) + rng.normal(size=(1, 8)) + rng.normal(size=(20, 8))).ravel()
         two = bootstrap_mean(values, crossed(20, 8), 400)
-        one = bootstrap_mean(values, {"picture": [str(i) for i in range(160)]}, 400)
+        one = bootstrap_mean(values, {"image": [str(i) for i in range(160)]}, 400)
         held += two.low <= 0 <= two.high
         naive += one.low <= 0 <= one.high
     assert held / rounds > 0.87
@@ -121,10 +121,10 @@ def test_factors_of_one_level_and_nested_ones_are_left_out():
     assert list(factors({"concept": [""] * 4, "prompt": prompts, "seed": ["0", "1", "0", "1"]})) == ["prompt", "seed"]
     assert list(factors({"prompt": prompts, "seed": ["0", "1", "2", "3"]})) == ["prompt"]
     assert list(factors({"prompt": ["a"] * 4, "seed": ["0", "1", "2", "3"]})) == ["seed"]
-    assert list(factors({"prompt": ["a"] * 4, "seed": ["0"] * 4})) == ["picture"]
+    assert list(factors({"prompt": ["a"] * 4, "seed": ["0"] * 4})) == ["image"]
 
 
-def test_a_single_picture_has_no_interval():
+def test_a_single_image_has_no_interval():
     one = bootstrap_mean([0.4], {"prompt": ["a"]})
     assert one.mean == 0.4
     assert math.isnan(one.low)
@@ -150,12 +150,12 @@ def test_pairing_takes_out_what_prompts_and_seeds_do_to_both():
     assert unpaired.high - unpaired.low > 1
 
 
-def test_a_difference_is_taken_of_the_pictures_that_both_have():
+def test_a_difference_is_taken_of_the_images_that_both_have():
     base = np.arange(12.0).reshape(3, 4)
     fewer = Scores(scores(base).rows[:7], {})
     assert difference(fewer, scores(base + 1))["clip_t"].n == 7
     stranger = Scores(tuple(ImageScore("x", "other", "other", "0:0", {"clip_t": 1.0}) for _ in range(2)), {})
-    with pytest.raises(UserError, match="no picture of the same prompt and seed"):
+    with pytest.raises(UserError, match="no image of the same prompt and seed"):
         difference(stranger, scores(base))
 
 

@@ -186,10 +186,10 @@ def test_unknown_keys_in_a_list_of_sections_are_named_too():
 def test_paths_are_relative_to_the_files_project(tmp_path, monkeypatch):
     (tmp_path / "project/configs/train").mkdir(parents=True)
     file = tmp_path / "project/configs/train/a.yaml"
-    file.write_text("data: {images: pictures}\nconcept: {class_noun: dog}\nmodel: m.yaml\n")
+    file.write_text("data: {images: images}\nconcept: {class_noun: dog}\nmodel: m.yaml\n")
     monkeypatch.chdir(tmp_path)
     read = finetune_config(file)
-    assert read.data.images == str(tmp_path / "project/pictures")
+    assert read.data.images == str(tmp_path / "project/images")
     assert read.model == str(tmp_path / "project/m.yaml")
     assert finetune_config(file, ["data.images=mine"]).data.images == str(tmp_path / "mine")
     assert config.project_root(tmp_path / "alone.yaml") == tmp_path

@@ -1,4 +1,4 @@
-"""Pictures, masks, captions and augmentation as fine-tuning reads them."""
+"""Images, masks, captions and augmentation as fine-tuning reads them."""
 
 import json
 import multiprocessing
@@ -32,32 +32,32 @@ def half(size, mode="L"):
     return mask
 
 
-def test_a_mask_lies_beside_its_picture(tmp_path):
+def test_a_mask_lies_beside_its_image(tmp_path):
     for name, mask in (("a.jpg", "a.mask.png"), ("b.png", "b_mask.png")):
         Image.new("RGB", (80, 80)).save(tmp_path / name)
         half((80, 80)).save(tmp_path / mask)
     assert [f.name for f in list_images(tmp_path)] == ["a.jpg", "b.png"]
-    pictures, said = references(tmp_path, masked_loss=True)
+    images, said = references(tmp_path, masked_loss=True)
     assert not said
-    for picture in pictures:
-        assert picture.mask.shape == (1, 64, 64)
-        assert picture.mask[..., :30].min() == 1
-        assert picture.mask[..., 34:].max() == 0
-    pictures, said = references(tmp_path)
-    assert pictures[0].mask is None
+    for image in images:
+        assert image.mask.shape == (1, 64, 64)
+        assert image.mask[..., :30].min() == 1
+        assert image.mask[..., 34:].max() == 0
+    images, said = references(tmp_path)
+    assert images[0].mask is None
     assert "data.masked_loss=true" in said[0]
 
 
 def test_alpha_is_a_mask(tmp_path):
-    picture = Image.new("RGBA", (64, 64), (10, 20, 30, 0))
-    picture.putalpha(half((64, 64)))
-    picture.save(tmp_path / "a.png")
+    image = Image.new("RGBA", (64, 64), (10, 20, 30, 0))
+    image.putalpha(half((64, 64)))
+    image.save(tmp_path / "a.png")
     ((read,), _) = references(tmp_path, masked_loss=True)
     assert read.mask.mean() == pytest.approx(0.5)
     assert read.pixels[:, :, 40:].min() == 1  # what is not there is white
 
 
-def test_a_mask_drawn_before_the_rotation_is_turned_with_its_picture(tmp_path):
+def test_a_mask_drawn_before_the_rotation_is_turned_with_its_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 60)).save(tmp_path / "a.jpg", exif=exif)
@@ -81,7 +81,7 @@ def test_an_object_in_what_is_cut_off_is_named(tmp_path):
     ("mask", "reason"),
     [
         (None, "no mask for"),
-        (Image.new("L", (30, 30), 255), "30 x 30 px, its picture a.png 40 x 40"),
+        (Image.new("L", (30, 30), 255), "30 x 30 px, its image a.png 40 x 40"),
         (Image.new("L", (40, 40), 0), "is empty"),
     ],
 )
@@ -113,13 +113,13 @@ def test_the_masked_loss_sees_what_the_mask_shows_and_counts_rows_alike():
     assert torch.equal(masked_mse(changed, target, weights), masked_mse(output, target, weights))
 
 
-def test_masks_are_mirrored_with_their_pictures(tiny, tmp_path):
-    picture = Image.new("RGB", (64, 64), "black")
-    picture.paste("white", (0, 0, 32, 64))
-    picture.save(tmp_path / "a.png")
+def test_masks_are_mirrored_with_their_images(tiny, tmp_path):
+    image = Image.new("RGB", (64, 64), "black")
+    image.paste("white", (0, 0, 32, 64))
+    image.save(tmp_path / "a.png")
     half((64, 64)).save(tmp_path / "a.mask.png")
-    (pictures, _) = references(tmp_path, masked_loss=True)
-    dataset = ConceptDataset(tiny, pictures, [], DataConfig("x", masked_loss=True, cache_latents=False))
+    (images, _) = references(tmp_path, masked_loss=True)
+    dataset = ConceptDataset(tiny, images, [], DataConfig("x", masked_loss=True, cache_latents=False))
     (batch,) = dataset.__getitems__([[BatchSlot(0, 0, i) for i in range(20)]])
     rows = zip(batch.pixels, batch.weights, strict=True)
     lefts = {(pixels[0, 0, 0].item(), weights[0, 0, 0].item(), weights[0, 0, -1].item()) for pixels, weights in rows}
@@ -143,19 +143,19 @@ def test_the_first_frame_of_an_animation_is_taken(tmp_path, name):
     assert np.asarray(open_image(tmp_path / name))[3, 3].tolist()[:3] == [255, 0, 0]
 
 
-def test_bad_pictures_are_named_and_left_out_on_request(tmp_path):
+def test_bad_images_are_named_and_left_out_on_request(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "good.png")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff half")
     (tmp_path / "phone.HEIC").write_bytes(b"ftypheic")
-    with pytest.raises(UserError, match="broken.jpg is not a readable picture"):
+    with pytest.raises(UserError, match="broken.jpg is not a readable image"):
         references(tmp_path)
-    pictures, said = references(tmp_path, on_bad_image="skip")
-    assert [p.file.name for p in pictures] == ["good.png"]
+    images, said = references(tmp_path, on_bad_image="skip")
+    assert [p.file.name for p in images] == ["good.png"]
     assert len(said) == 2
     assert "broken.jpg" in said[0]
-    assert "phone.HEIC is not a readable picture" in said[1]
+    assert "phone.HEIC is not a readable image" in said[1]
     (tmp_path / "good.png").unlink()
-    with pytest.raises(UserError, match="no usable pictures"):
+    with pytest.raises(UserError, match="no usable images"):
         references(tmp_path, on_bad_image="skip")
 
 
@@ -195,7 +195,7 @@ def test_random_resize_follows_the_published_odds():
     assert {p.caption_prefix for p in placements} == {"", *SMALL_WORDS, *LARGE_WORDS}
 
 
-def test_a_placed_picture_lies_where_its_mask_says():
+def test_a_placed_image_lies_where_its_mask_says():
     white = torch.ones(3, 90, 90)
     placement = Placement(side=30, top=10, left=21, caption_prefix="")
     placed = placement.place(white, 64)
@@ -216,8 +216,8 @@ def test_a_placed_picture_lies_where_its_mask_says():
 def test_random_resize_in_a_batch(tiny, tmp_path):
     Image.effect_noise((200, 200), 60).convert("RGB").save(tmp_path / "a.png")
     half((200, 200)).save(tmp_path / "a.mask.png")
-    (pictures, _) = references(tmp_path, size=90, masked_loss=True)
-    dataset = ConceptDataset(tiny, pictures, [], DataConfig("x", augment="random-resize", masked_loss=True))
+    (images, _) = references(tmp_path, size=90, masked_loss=True)
+    dataset = ConceptDataset(tiny, images, [], DataConfig("x", augment="random-resize", masked_loss=True))
     assert "data.augment=random-resize changes them" in dataset.describe()
     (batch,) = dataset.__getitems__([[BatchSlot(0, s, 0) for s in range(60)]])
     assert batch.pixels.shape == (60, 3, 64, 64)
@@ -231,7 +231,7 @@ def test_random_resize_in_a_batch(tiny, tmp_path):
         assert 0 < batch.weights[i].sum() < 0.5 * 16 * 16 * 0.36
 
 
-def test_regularization_pictures_are_made_once_and_the_missing_ones_again(tiny_base, tmp_path, capfd):
+def test_regularization_images_are_made_once_and_the_missing_ones_again(tiny_base, tmp_path, capfd):
     config = GenerateConfig(number=5, prompts=["photo of a {}", "a {} in the snow"], steps=2, batch_size=2)
     folder = generate(tiny_base, config, "dog", tmp_path)
     assert "regularization images" in capfd.readouterr().err

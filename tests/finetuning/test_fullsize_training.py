@@ -14,7 +14,7 @@ from helpers import ROOT
 from dci.concept.concept_file import Concept, LowRank
 from dci.concept.modifier_tokens import ConceptName
 
-FLOOR = 1699e9  # FLOPs of a step for a 512 px picture: UNet forward, backward for K/V and context 1672, text 27
+FLOOR = 1699e9  # FLOPs of a step for a 512 px image: UNet forward, backward for K/V and context 1672, text 27
 
 KEYS = (line.split(maxsplit=1) for line in (ROOT / "tests/data/sd-v1-keys.txt").read_text().splitlines())
 KEYS_VALUES = {
@@ -60,5 +60,5 @@ def test_a_step_at_256_px_in_bf16_fits_in_16_gib():
 @pytest.mark.fullsize
 def test_a_step_takes_hardly_more_flops_than_it_must():
     result = measure("--size", "512", "--steps", "0", "--flops", "--only", "training.precision=bf16")
-    assert 0.9 * FLOOR < result["flops_per_picture"] <= 1.05 * FLOOR
+    assert 0.9 * FLOOR < result["flops_per_image"] <= 1.05 * FLOOR
     assert result["flops_autoencoder"] == 0

@@ -43,7 +43,7 @@ def test_the_loss_is_the_square_of_the_error(parameterization, off_by, loss, tin
     """v is sqrt(alpha) noise - sqrt(1 - alpha) x_0 (Salimans & Ho 2022, Sec. 4)."""
     schedule = dataclasses.replace(tiny.config.schedule, parameterization=parameterization)
     tiny.config = dataclasses.replace(tiny.config, schedule=schedule)
-    module, parts = ICOTraining(tiny, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), pictures=2), batch()
+    module, parts = ICOTraining(tiny, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), images=2), batch()
     alpha = tiny.alphas_cumprod[parts.t][:, None, None, None]
     x_0 = module.latents(parts)
     answer = parts.noise if parameterization == "eps" else alpha.sqrt() * parts.noise - (1 - alpha).sqrt() * x_0
@@ -54,7 +54,7 @@ def test_the_loss_is_the_square_of_the_error(parameterization, off_by, loss, tin
 def test_the_loss_counts_where_the_weights_are(tiny):
     weights = torch.zeros(2, 1, 16, 16)
     weights[..., :8] = 1
-    module, parts = ICOTraining(tiny, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), pictures=2), batch(weights)
+    module, parts = ICOTraining(tiny, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), images=2), batch(weights)
     for half, loss in ((slice(0, 8), 1.0), (slice(8, 16), 0.0)):
         wrong = parts.noise.clone()
         wrong[..., half] += 1

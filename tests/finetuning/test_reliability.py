@@ -120,7 +120,7 @@ def test_repeating_the_command_goes_on(whole, tmp_path, capfd, monkeypatch):
     assert len(list(tmp_path.glob("*_ico-tiny*"))) == 2
 
 
-def test_a_resumed_run_keeps_its_options_and_its_pictures(whole, tmp_path, capfd):
+def test_a_resumed_run_keeps_its_options_and_its_images(whole, tmp_path, capfd):
     def resume(*args, folder=whole):
         return run_here(capfd, "train_ico.py", "--resume", folder, "--device", "cpu", *args)
 
@@ -136,13 +136,13 @@ def test_a_resumed_run_keeps_its_options_and_its_pictures(whole, tmp_path, capfd
         torch.save({**state, "pictures": "others"}, checkpoint)
         result = resume("training.steps=7")
         assert result.returncode == 2
-        assert "error: the pictures or captions have changed" in result.stderr
+        assert "error: the images or captions have changed" in result.stderr
     finally:
         checkpoint.write_bytes(content)
 
 
 @pytest.mark.parametrize("odd", ["moved", "it's #2: a=b, ${HOME} ~"])
-def test_a_run_goes_on_where_its_pictures_and_its_model_have_moved(whole, tmp_path, capfd, odd):
+def test_a_run_goes_on_where_its_images_and_its_model_have_moved(whole, tmp_path, capfd, odd):
     run_folder, images, model = tmp_path / odd / "run", tmp_path / odd / "images", tmp_path / odd / "model.yaml"
     shutil.copytree(whole, run_folder)
     old = config.load(FinetuneConfig, whole / "configs/config.yaml")
@@ -157,13 +157,13 @@ def test_a_run_goes_on_where_its_pictures_and_its_model_have_moved(whole, tmp_pa
     gone = config.build(FinetuneConfig, dataclasses.asdict(old), ["data.images=/no/such/folder"])
     config.save(gone, run_folder / "configs/config.yaml")
     refused(resume("training.steps=7"), "no folder /no/such/folder", "data.images=FOLDER")
-    # Other pictures, another autoencoder, no path at all: nothing of the run is changed.
+    # Other images, another autoencoder, no path at all: nothing of the run is changed.
     before = (run_folder / "configs/config.yaml").read_bytes()
     others = tmp_path / "others"
     shutil.copytree(images, others)
     Image.new("RGB", (64, 64), "red").save(next(others.iterdir()))
     result = resume(f"data.images={others}", "training.steps=7")
-    assert "the pictures or captions have changed" in result.stderr
+    assert "the images or captions have changed" in result.stderr
     content.latent_scale *= 2
     config.save(content, tmp_path / "scaled.yaml")
     result = resume(f"data.images={images}", f"model={tmp_path / 'scaled.yaml'}", "training.steps=7")
@@ -289,7 +289,7 @@ def test_weights_beyond_fp16_are_not_saved(tmp_path, capfd, monkeypatch):
     ],
 )
 def test_micro_batches_that_do_not_divide_a_batch_or_reach_nothing(tmp_path, options):
-    """Five pictures go one at a time; captions alone, which train nothing in a frozen UNet, are no error."""
+    """Five images go one at a time; captions alone, which train nothing in a frozen UNet, are no error."""
     others = tmp_path / "cats"
     others.mkdir()
     for i in range(2):
@@ -325,7 +325,7 @@ def test_two_processes_train_into_one_folder_only_in_turn(whole, capfd):
 
 
 def test_one_and_two_processes_have_the_same_loss_curve(tmp_path):
-    """Contexts of pictures that a process does not see included; the first process alone writes."""
+    """Contexts of images that a process does not see included; the first process alone writes."""
     # The same micro-batches for both: matrix products of other shapes round differently.
     options = ("training.steps=20", "training.save_every=20", "training.micro_batch=2")
     # Both as programs: what other tests did to this process has no part in it.

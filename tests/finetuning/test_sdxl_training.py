@@ -51,14 +51,14 @@ def xl(weights):
     return load_model(YAML, weights)
 
 
-def xl_batch(pictures):
-    rows = batch(pictures)
-    return dataclasses.replace(rows, sizes=SIZES.expand(len(pictures), -1))
+def xl_batch(images):
+    rows = batch(images)
+    return dataclasses.replace(rows, sizes=SIZES.expand(len(images), -1))
 
 
 @pytest.mark.parametrize("rank", [None, 2])
 def test_gradients_reach_keys_values_both_modifier_halves_and_contexts_alone(xl, rank):
-    module = ICOTraining(xl, config(training=TrainingConfig(lora_rank=rank)), pictures=5)
+    module = ICOTraining(xl, config(training=TrainingConfig(lora_rank=rank)), images=5)
     if rank:
         module.low_rank.u[0].data += 0.1  # v is reached through u, which starts at zero
     module.loss(xl_batch([1, 3, 3, REGULARIZATION])).backward()
@@ -72,7 +72,7 @@ def test_gradients_reach_keys_values_both_modifier_halves_and_contexts_alone(xl,
 
 
 def test_gradients_reach_the_modifiers_through_the_pooled_text_too(xl):
-    module = ICOTraining(xl, config(), pictures=1)
+    module = ICOTraining(xl, config(), images=1)
     module.conditioning(xl_batch([0])).vector[:, :48].square().sum().backward()
     first, second = module.learned.modifiers.grad.split([32, 64], dim=1)
     assert first.abs().max() == 0 and (second.abs().amax(dim=1) > 0).all()
@@ -88,7 +88,7 @@ def test_one_step_at_full_width_and_reduced_depth():
         autoencoder=AutoencoderConfig(ch=32, ch_mult=[1, 1, 1, 1], num_res_blocks=1, force_upcast=True),
         **encoders,
     )
-    module = ICOTraining(LatentDiffusion(reduced).eval(), config(), pictures=1)
+    module = ICOTraining(LatentDiffusion(reduced).eval(), config(), images=1)
     one = xl_batch([0])
     module.loss(one).backward()
     found = gradients(module)
@@ -100,7 +100,7 @@ def test_one_step_at_full_width_and_reduced_depth():
 
 def test_low_rank_changes_are_the_product_of_their_factors(xl):
     """Against the model with u v added to its weights."""
-    module = ICOTraining(xl, config(training=TrainingConfig(lora_rank=3)), pictures=1)
+    module = ICOTraining(xl, config(training=TrainingConfig(lora_rank=3)), images=1)
     for factor in module.low_rank.u:
         factor.data.normal_(std=0.05)
     before = {n: p.clone() for n, p in xl.named_parameters() if n.endswith(KEYS_VALUES)}
@@ -133,7 +133,7 @@ def train(logdir, weights, images, *args):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Captioned pictures of three shapes."""
+    """Captioned images of three shapes."""
     folder = tmp_path_factory.mktemp("images")
     for number, size in enumerate([(60, 60), (40, 80), (90, 44)]):
         Image.effect_noise(size, 50 + 10 * number).convert("RGB").save(folder / f"{number}.png")
@@ -173,7 +173,7 @@ def test_a_concept_is_low_rank_and_samples_with_the_programs(run_folder, weights
 
 def test_sizes_on_the_command_line_that_are_none(capfd):
     refused(run_here(capfd, "txt2img.py", "--prompt", "a cat", "--crop", "wide"), "--crop wide", "such as --crop 1024 768")
-    refused(run_here(capfd, "txt2img.py", "--prompt", "a cat", "--crop", 0, 0), "is not told a picture's size")
+    refused(run_here(capfd, "txt2img.py", "--prompt", "a cat", "--crop", 0, 0), "is not told an image's size")
 
 
 def test_concepts_are_inspected_compressed_and_merged(run_folder, xl):
@@ -190,7 +190,7 @@ def test_concepts_are_inspected_compressed_and_merged(run_folder, xl):
 
 @pytest.mark.slow
 def test_two_processes_learn_the_same(weights, images, tmp_path):
-    """Pictures of several shapes, low rank, and regularization; fp64 sums, so that the order means nothing."""
+    """Images of several shapes, low rank, and regularization; fp64 sums, so that the order means nothing."""
     options = ("training.steps=3", "training.micro_batch=2", "training.gradient_sum=fp64")
     command = ("--config", ROOT / "configs/train/ico-sdxl.yaml", "--model", YAML, "--checkpoint", weights,
                f"data.images={images}", f"data.regularization={images}", *SHORT, *options)  # fmt: skip
@@ -249,12 +249,12 @@ def test_the_usual_buckets():
     assert nearest_bucket(50, 50, 64, 16) == (64, 64)
 
 
-def test_pictures_of_several_shapes_share_a_step(xl, images):
-    """Each picture counts the same, and its size is told."""
+def test_images_of_several_shapes_share_a_step(xl, images):
+    """Each image counts the same, and its size is told."""
     options = DataConfig(crop="bucket", flip=False)
-    pictures = read_references(images, options, 32, multiple=xl.config.size_multiple)
-    assert [tuple(p.pixels.shape[-2:]) for p in pictures] == [(32, 32), (40, 24), (24, 40)]
-    dataset = ConceptDataset(xl, pictures, [], options)
+    images = read_references(images, options, 32, multiple=xl.config.size_multiple)
+    assert [tuple(p.pixels.shape[-2:]) for p in images] == [(32, 32), (40, 24), (24, 40)]
+    dataset = ConceptDataset(xl, images, [], options)
     (parts,) = [dataset.__getitems__([[BatchSlot(i, 0, i) for i in (0, 1, 2, 1)]])]
     assert sorted(part.share for part in parts) == [0.25, 0.25, 0.5]
     assert [part.sizes[0, :2].tolist() for part in parts] == [[60, 60], [80, 40], [44, 90]]
@@ -277,7 +277,7 @@ def test_sums_in_single_precision():
 
 
 def test_a_concept_of_rank_16_takes_at_most_15_mb(run_folder, tmp_path):
-    """With three modifier tokens and twenty pictures' contexts of four tokens each."""
+    """With three modifier tokens and twenty images' contexts of four tokens each."""
     with torch.device("meta"):
         model = LatentDiffusion(presets.sdxl())
     shapes = {n: p.shape for n, p in model.named_parameters() if n.endswith(KEYS_VALUES)}

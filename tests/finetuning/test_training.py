@@ -24,12 +24,12 @@ def config(**options):
     return FinetuneConfig(concept=ConceptConfig(class_noun="dog", initial_words=["ktn", "pll"]), **options)
 
 
-def batch(pictures, caption="a photo of a dog"):
-    b = len(pictures)
+def batch(images, caption="a photo of a dog"):
+    b = len(images)
     ids = torch.tensor([tokenizer.frame(tokenizer.tokenize(caption))] * b)
     noise, posterior_noise = torch.randn(2, b, 4, 16, 16)
     return ConceptBatch(
-        pictures,
+        images,
         [""] * b,
         ids,
         torch.empty(0, 3, 64, 64),
@@ -46,7 +46,7 @@ def gradients(module):
 
 
 def test_gradients_reach_keys_values_modifiers_and_the_batchs_contexts_alone(tiny):
-    module = ICOTraining(tiny, config(), pictures=5)
+    module = ICOTraining(tiny, config(), images=5)
     module.loss(batch([1, 3, 3, REGULARIZATION])).backward()
     expected = {n for n, _ in module.named_parameters() if n.endswith(KEYS_VALUES)}
     assert len(expected) == 2 * sum(name.endswith("attn2.to_q.weight") for name, _ in tiny.named_parameters())
@@ -57,7 +57,7 @@ def test_gradients_reach_keys_values_modifiers_and_the_batchs_contexts_alone(tin
 
 
 def test_a_step_changes_what_the_batch_reaches_and_nothing_else(tiny):
-    module = ICOTraining(tiny, config(), pictures=3)
+    module = ICOTraining(tiny, config(), images=3)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     optimizer = module.configure_optimizers()
     module.loss(batch([0, REGULARIZATION])).backward()
@@ -68,14 +68,14 @@ def test_a_step_changes_what_the_batch_reaches_and_nothing_else(tiny):
 
 
 def test_regularization_alone_reaches_keys_and_values_alone(tiny):
-    module = ICOTraining(tiny, config(), pictures=2)
+    module = ICOTraining(tiny, config(), images=2)
     module.loss(batch([REGULARIZATION, REGULARIZATION])).backward()
     assert all(name.endswith(KEYS_VALUES) for name in gradients(module))
 
 
 def test_rates_are_absolute_and_contexts_have_their_own(tiny):
     training = TrainingConfig(learning_rate=2e-4, context_learning_rate=3e-3, batch_size=8, weight_decay=0.02)
-    module = ICOTraining(tiny, config(training=training), pictures=4)
+    module = ICOTraining(tiny, config(training=training), images=4)
     main, modifiers, contexts = module.configure_optimizers().param_groups
     assert (main["lr"], modifiers["lr"], contexts["lr"], main["weight_decay"]) == (2e-4, 2e-4, 3e-3, 0.02)
     training.modifier_learning_rate = 1e-3
@@ -99,7 +99,7 @@ def test_first_token_is_detached():
 
 def test_learned_embeddings_stand_at_their_true_positions(tiny):
     """The learned prompt, started from "photo of a ... .", equals the same prompt written as text."""
-    module = ICOTraining(tiny, config(), pictures=2)
+    module = ICOTraining(tiny, config(), images=2)
     learned = module.contexts(batch([0, 1]))
     text = tiny.text_encoder
     with torch.no_grad():
@@ -108,13 +108,13 @@ def test_learned_embeddings_stand_at_their_true_positions(tiny):
     torch.testing.assert_close(learned, written.expand(2, -1, -1))
 
 
-def test_captions_of_regularization_pictures_are_read_as_text(tiny):
-    module = ICOTraining(tiny, config(), pictures=1)
+def test_captions_of_regularization_images_are_read_as_text(tiny):
+    module = ICOTraining(tiny, config(), images=1)
     contexts = module.contexts(batch([0, REGULARIZATION], "a dog in the snow"))
     torch.testing.assert_close(contexts[1:], tiny.text_encoder(["a dog in the snow"]))
 
 
-def test_contexts_without_text_are_random_and_differ_between_pictures(tiny_base):
+def test_contexts_without_text_are_random_and_differ_between_images(tiny_base):
     options = ContextConfig(prefix=None, suffix=None, prefix_length=4, suffix_length=2)
     prefixes, suffixes = initial_contexts(options, 50, tiny_base.text_encoder, torch.Generator().manual_seed(0))
     assert prefixes.shape == (50, 4, 128)
@@ -125,10 +125,10 @@ def test_contexts_without_text_are_random_and_differ_between_pictures(tiny_base)
 
 def test_too_long_contexts(tiny):
     with pytest.raises(UserError, match="shorten the contexts"):
-        ICOTraining(tiny, config(context=ContextConfig(prefix="very " * 80)), pictures=1)
+        ICOTraining(tiny, config(context=ContextConfig(prefix="very " * 80)), images=1)
 
 
-def pictures_folder(folder, number, captions=False):
+def images_folder(folder, number, captions=False):
     folder.mkdir()
     for i in range(number):
         Image.new("RGB", (80, 70), (40 * i, 90, 10)).save(folder / f"{i}.png")
@@ -144,9 +144,9 @@ def dataset_of(model, references, others=None, **options):
     return ConceptDataset(model, read_references(references, data, size), regularization, data)
 
 
-def test_batches_are_half_and_half_and_go_through_all_pictures(tiny, tmp_path):
-    references = pictures_folder(tmp_path / "references", 3)
-    others = pictures_folder(tmp_path / "class", 5, captions=True)
+def test_batches_are_half_and_half_and_go_through_all_images(tiny, tmp_path):
+    references = images_folder(tmp_path / "references", 3)
+    others = images_folder(tmp_path / "class", 5, captions=True)
     dataset = dataset_of(tiny, references, others)
     assert dataset.moments.shape == (8, 2, 8, 16, 16)
     steps = [[draw.item for draw in part] for (part,) in BatchOrder(3, 5, 6, range(10))]
@@ -154,18 +154,18 @@ def test_batches_are_half_and_half_and_go_through_all_pictures(tiny, tmp_path):
     for items in steps:
         assert sorted(items[:3]) == [0, 1, 2]
         assert all(3 <= item < 8 for item in items[3:])
-    # Five regularization pictures, three in a step: all of them before any comes again.
+    # Five regularization images, three in a step: all of them before any comes again.
     seen = [item for items in steps for item in items[3:]]
     assert all(sorted(seen[i : i + 5]) == [3, 4, 5, 6, 7] for i in range(0, 30, 5))
     (fetched,) = dataset.__getitems__([BatchOrder(3, 5, 6, range(1)).step(0)])
-    assert fetched.pictures == [*steps[0][:3], REGULARIZATION, REGULARIZATION, REGULARIZATION]
+    assert fetched.images == [*steps[0][:3], REGULARIZATION, REGULARIZATION, REGULARIZATION]
     (others / "2.txt").unlink()
     with pytest.raises(UserError, match="2.txt"):
         dataset_of(tiny, references, others)
 
 
 def test_a_step_is_the_same_however_it_is_shared_out():
-    """Micro-batches of a size are the same pictures in the same slots on 1, 2 and 4 processes."""
+    """Micro-batches of a size are the same images in the same slots on 1, 2 and 4 processes."""
     whole = list(BatchOrder(5, 7, 16, range(3, 6), seed=1, micro_batches=8))
     assert {draw for part in whole[0] for draw in part} == set(BatchOrder(5, 7, 16, range(9), seed=1).step(3))
     for world in (2, 4):
@@ -179,7 +179,7 @@ def test_a_step_is_the_same_however_it_is_shared_out():
 
 
 def test_a_rows_randomness_depends_on_its_step_and_slot_alone(tiny, tmp_path):
-    folder = pictures_folder(tmp_path / "a", 3)
+    folder = images_folder(tmp_path / "a", 3)
     Image.effect_noise((64, 64), 90).convert("RGB").save(folder / "0.png")
     dataset = dataset_of(tiny, folder)
     (whole,) = dataset.__getitems__([[BatchSlot(i % 3, 4, i) for i in range(6)]])
@@ -188,7 +188,7 @@ def test_a_rows_randomness_depends_on_its_step_and_slot_alone(tiny, tmp_path):
     for name in ("noise", "posterior_noise", "moments", "t"):
         assert torch.equal(getattr(whole, name)[4:5], getattr(alone, name))
     assert not torch.equal(alone.noise, later.noise)
-    # Slots draw their own numbers; timesteps cover their range, and half of the pictures are mirrored.
+    # Slots draw their own numbers; timesteps cover their range, and half of the images are mirrored.
     assert len({row.sum().item() for row in whole.noise}) == 6
     (many,) = dataset.__getitems__([[BatchSlot(0, s, 0) for s in range(400)]])
     assert many.t.float().mean() == pytest.approx(500, abs=50)
@@ -199,23 +199,23 @@ def test_a_rows_randomness_depends_on_its_step_and_slot_alone(tiny, tmp_path):
     assert 150 < mirrored.sum() < 250
 
 
-def test_mirrored_latents_are_those_of_the_mirrored_picture(tiny, tmp_path):
-    folder = pictures_folder(tmp_path / "a", 1)
-    picture = Image.effect_noise((64, 64), 90).convert("RGB")
-    picture.save(folder / "0.png")
+def test_mirrored_latents_are_those_of_the_mirrored_image(tiny, tmp_path):
+    folder = images_folder(tmp_path / "a", 1)
+    image = Image.effect_noise((64, 64), 90).convert("RGB")
+    image.save(folder / "0.png")
     dataset = dataset_of(tiny, folder)
-    picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "0.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "0.png")
     mirrored = dataset_of(tiny, folder)
     torch.testing.assert_close(dataset.moments[0, 0], mirrored.moments[0, 1])
 
 
 def test_cached_latents_are_those_that_are_encoded_anew(tiny, tmp_path):
-    folder = pictures_folder(tmp_path / "a", 4)
-    module = ICOTraining(tiny, config(), pictures=4)
+    folder = images_folder(tmp_path / "a", 4)
+    module = ICOTraining(tiny, config(), images=4)
     draws = [BatchSlot(i % 4, 2, i) for i in range(8)]
     cached, anew = (dataset_of(tiny, folder, cache_latents=c) for c in (None, False))
-    assert "cached, 4 pictures" in cached.describe()
-    assert "4 pictures are encoded anew" in anew.describe()
+    assert "cached, 4 images" in cached.describe()
+    assert "4 images are encoded anew" in anew.describe()
     batches = [d.__getitems__([draws])[0] for d in (cached, anew)]
     assert (len(batches[0].pixels), len(batches[1].moments)) == (0, 0)
     latents = [module.latents(batch) for batch in batches]
@@ -225,7 +225,7 @@ def test_cached_latents_are_those_that_are_encoded_anew(tiny, tmp_path):
 
 
 def test_concept_file_round_trip(tiny, tmp_path):
-    module = ICOTraining(tiny, config(), pictures=3)
+    module = ICOTraining(tiny, config(), images=3)
     base = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -253,7 +253,7 @@ def test_concept_file_round_trip(tiny, tmp_path):
 
 
 def test_a_concept_of_another_base_is_refused(tiny, tmp_path):
-    concept = ICOTraining(tiny, config(), pictures=1).concept()
+    concept = ICOTraining(tiny, config(), images=1).concept()
     known = fingerprint(tiny)
     with torch.no_grad():
         next(p for n, p in tiny.named_parameters() if n.endswith(KEYS_VALUES)).add_(0.5)
@@ -283,7 +283,7 @@ def test_trainable_sets(tiny, tmp_path, which):
         ),
         "none": ("no such name",),
     }[which]
-    module = ICOTraining(tiny, config(training=TrainingConfig(trainable=which)), pictures=1)
+    module = ICOTraining(tiny, config(training=TrainingConfig(trainable=which)), images=1)
     before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     optimizer = module.configure_optimizers()
     module.loss(batch([0, REGULARIZATION])).backward()
@@ -295,7 +295,7 @@ def test_trainable_sets(tiny, tmp_path, which):
 
 
 def test_every_modifier_token_must_have_been_trained(tiny):
-    module = ICOTraining(tiny, config(), pictures=1)
+    module = ICOTraining(tiny, config(), images=1)
     with pytest.raises(UserError, match="has not reached <new1>, <new2>"):
         module.check_trained()
     module.reached[0] = True
@@ -303,19 +303,19 @@ def test_every_modifier_token_must_have_been_trained(tiny):
         module.check_trained()
 
 
-def test_rates_scale_with_reference_pictures_only_when_asked_to(tiny):
+def test_rates_scale_with_reference_images_only_when_asked_to(tiny):
     training = TrainingConfig(learning_rate=1e-5, context_learning_rate=1e-4, batch_size=12)
     options = config(training=training, data=DataConfig("x", regularization="y"))
     rates = [g["lr"] for g in ICOTraining(tiny, options, 2).configure_optimizers().param_groups]
     assert rates == [1e-5, 1e-5, 1e-4]
-    training.scale_lr = True  # the paper's run: 6 reference pictures, 6e-5 and 6e-4 in effect
+    training.scale_lr = True  # the paper's run: 6 reference images, 6e-5 and 6e-4 in effect
     rates = [g["lr"] for g in ICOTraining(tiny, options, 2).configure_optimizers().param_groups]
     assert rates == pytest.approx([6e-5, 6e-5, 6e-4])
 
 
 def test_a_template_equals_the_same_prompt_written_as_text(tiny):
     options = config(context=ContextConfig(template="photo of a {} here"))
-    module = ICOTraining(tiny, options, pictures=3)
+    module = ICOTraining(tiny, options, images=3)
     assert module.learned.context_parameters() == []
     learned = module.contexts(dataclasses.replace(batch([0, 2]), caption_prefix=["", "very small"]))
     text = tiny.text_encoder
@@ -326,8 +326,8 @@ def test_a_template_equals_the_same_prompt_written_as_text(tiny):
             torch.testing.assert_close(row, written)
 
 
-def test_one_context_can_be_shared_by_all_pictures(tiny):
-    module = ICOTraining(tiny, config(context=ContextConfig(shared=True)), pictures=4)
+def test_one_context_can_be_shared_by_all_images(tiny):
+    module = ICOTraining(tiny, config(context=ContextConfig(shared=True)), images=4)
     assert len(module.learned.context_parameters()) == 2
     module.learned.prefixes[0].data += torch.randn(3, 128)
     contexts = module.contexts(batch([0, 3]))
@@ -337,7 +337,7 @@ def test_one_context_can_be_shared_by_all_pictures(tiny):
 
 
 def test_no_suffix_leaves_no_token_behind_the_noun(tiny):
-    module = ICOTraining(tiny, config(context=ContextConfig(suffix="")), pictures=2)
+    module = ICOTraining(tiny, config(context=ContextConfig(suffix="")), images=2)
     ids, extra = module.learned.training_prompts([1])
     noun = tokenizer.tokenize("dog")[0]
     assert ids[0, 5:8].tolist() == [tokenizer.VOCAB_SIZE + 1, noun, tokenizer.END]
@@ -347,7 +347,7 @@ def test_no_suffix_leaves_no_token_behind_the_noun(tiny):
 
 def test_several_concepts_have_tokens_and_nouns_of_their_own(tiny, tmp_path):
     concepts = [ConceptConfig("dog", ["ktn", "pll"], "a"), ConceptConfig("red car", images="b")]
-    module = ICOTraining(tiny, FinetuneConfig(concepts=concepts), pictures=[2, 3])
+    module = ICOTraining(tiny, FinetuneConfig(concepts=concepts), images=[2, 3])
     ids, _ = module.learned.training_prompts([1, 2])
     first = tokenizer.VOCAB_SIZE
     dog, red_car = tokenizer.tokenize("dog"), tokenizer.tokenize("red car")
@@ -369,7 +369,7 @@ def test_recomputed_blocks_and_channels_last_change_no_gradient(tiny):
     parts = batch([0, 1, REGULARIZATION])
     results = []
     for options in ({}, {"gradient_checkpointing": True}, {"channels_last": True}):
-        module = ICOTraining(tiny, config(training=TrainingConfig(**options)), pictures=2)
+        module = ICOTraining(tiny, config(training=TrainingConfig(**options)), images=2)
         module.prepare()
         module.zero_grad(set_to_none=True)
         module.loss(parts).backward()
@@ -383,8 +383,8 @@ def test_recomputed_blocks_and_channels_last_change_no_gradient(tiny):
 
 def test_frozen_weights_are_kept_in_half_and_trained_ones_in_full(tiny):
     parts = batch([0])
-    exact = ICOTraining(tiny, config(), pictures=1).loss(parts).item()
-    module = ICOTraining(tiny, config(training=TrainingConfig(precision="bf16")), pictures=1)
+    exact = ICOTraining(tiny, config(), images=1).loss(parts).item()
+    module = ICOTraining(tiny, config(training=TrainingConfig(precision="bf16")), images=1)
     module.prepare()
     assert {p.dtype for p in module.trained().values()} == {torch.float32}
     frozen = [

@@ -32,7 +32,7 @@ def test_sampling_compiles_one_graph_for_each_phase(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
     model = LatentDiffusion(ModelConfig(image_size=32, unet=UNET, autoencoder=VAE, text_encoder=TEXT)).eval()
-    concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), pictures=1).concept()
+    concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), images=1).concept()
     options, dual = sampling_options(model, steps=2), dual_branch(model, agg_time=0.6, gain=5.0)
     texts = ["a V* cat", "a V* cat and a red car on the beach", "V* in the snow at night"]
     batches = [
@@ -59,7 +59,7 @@ def test_with_compile_a_smaller_last_batch_is_filled_up(monkeypatch, tmp_path, c
     monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: rows.append(len(x)) or plain(self, x, *rest))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
 
-    def pictures(outdir, *more):
+    def images(outdir, *more):
         run_main(
             "txt2img.py",
             "--prompt",
@@ -78,7 +78,7 @@ def test_with_compile_a_smaller_last_batch_is_filled_up(monkeypatch, tmp_path, c
         )
         return [pixels(file) for file in sorted((tmp_path / outdir / "samples").glob("*.png"))]
 
-    compiled, eager = pictures("compiled", "--compile"), pictures("eager")
+    compiled, eager = images("compiled", "--compile"), images("eager")
     assert rows == [4, 4] + [4, 2]
     assert "For speed: compiled UNet" in capsys.readouterr().out
     assert len(compiled) == len(eager) == 3

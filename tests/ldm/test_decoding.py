@@ -49,7 +49,7 @@ def test_short_memory_slices_the_batch_and_says_so(tiny_base, monkeypatch):
     monkeypatch.setattr(tiny_base, "decode", lambda part: rows.append(len(part)) or plain(part))
     two = 2 * decoding_bytes(tiny_base.config.autoencoder, 32, 32, 4)
     monkeypatch.setattr(decoding, "free_memory", lambda device: 3 * two)  # half of it, but in powers of two
-    with pytest.warns(UserWarning, match="2 of 5 pictures at a time.*--vae-batch"):
+    with pytest.warns(UserWarning, match="2 of 5 images at a time.*--vae-batch"):
         sliced = decode(tiny_base, latents)
     assert rows == [2, 2, 1]
     assert (sliced - whole).abs().max() < 1e-5
@@ -62,7 +62,7 @@ def test_short_memory_slices_the_batch_and_says_so(tiny_base, monkeypatch):
     assert rows[3:] == [1] * 5 + [5]
 
 
-def test_a_gpu_without_room_for_one_picture_gets_tiles():
+def test_a_gpu_without_room_for_one_image_gets_tiles():
     config = SimpleNamespace(autoencoder=AutoencoderConfig())
     gpu = SimpleNamespace(config=config, dtype=torch.float16, vae_dtype=torch.float16, device=torch.device("cuda"))
     one = decoding_bytes(config.autoencoder, 2048, 2048, 2)

@@ -278,7 +278,7 @@ def test_an_exif_block_that_is_none_is_left_aside(tmp_path, block):
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_picture_with_large_texts_is_read(tmp_path, compressed):
+def test_an_image_with_large_texts_is_read(tmp_path, compressed):
     info = PngImagePlugin.PngInfo()
     for i in range(2):
         info.add_text(f"workflow {i}", "a" * 40_000_000, zip=compressed)
@@ -289,7 +289,7 @@ def test_a_picture_with_large_texts_is_read(tmp_path, compressed):
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "tif", "bmp"])
 @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
-def test_a_large_picture_is_read_reduced(tmp_path, monkeypatch, mode, ending):
+def test_a_large_image_is_read_reduced(tmp_path, monkeypatch, mode, ending):
     if (ending, mode) in {("jpg", "1"), ("jpg", "P")}:
         pytest.skip("no such JPEG")
     monkeypatch.setattr(image_files, "LARGEST", 1000)
@@ -315,12 +315,12 @@ def test_200_megapixels_are_read(tmp_path):
 
 def test_an_attack_on_the_memory_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(png_header(100_000, 100_000))
-    with pytest.raises(UserError, match="a.png is not a readable picture .*10000000000 pixels"):
+    with pytest.raises(UserError, match="a.png is not a readable image .*10000000000 pixels"):
         read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_a_picture_of_which_nothing_is_seen_is_named(tmp_path, mode):
+def test_an_image_of_which_nothing_is_seen_is_named(tmp_path, mode):
     image = Image.new("RGBA", (8, 8), (200, 100, 50, 0))
     image.convert(mode).save(tmp_path / "a.png", **({"transparency": 0} if mode == "P" else {}))
     with pytest.raises(UserError, match="a.png is transparent throughout"):
@@ -359,9 +359,9 @@ def test_eight_bits_may_be_dark(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -70, 1e6])
-def test_floats_that_no_picture_has_are_named(tmp_path, value):
+def test_floats_that_no_image_has_are_named(tmp_path, value):
     Image.fromarray(np.full((4, 4), value, np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(UserError, match="a.tif has values that no picture"):
+    with pytest.raises(UserError, match="a.tif has values that no image"):
         read_image(tmp_path / "a.tif")
 
 
@@ -373,5 +373,5 @@ def test_every_cut_of_a_file_is_one_line(tmp_path):
     whole = content.getvalue()
     for length in range(0, len(whole), 41):
         (tmp_path / "a.jpg").write_bytes(whole[:length])
-        with pytest.raises(UserError, match="a.jpg is not a readable picture"):
+        with pytest.raises(UserError, match="a.jpg is not a readable image"):
             read_image(tmp_path / "a.jpg")

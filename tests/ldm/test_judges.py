@@ -18,7 +18,7 @@ from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instanc
 from ldm.pretraining.artwork import HELD_OUT, NOUNS
 from ldm.pretraining.cache import RenderedWorld
 from ldm.pretraining.config import PretrainConfig
-from ldm.pretraining.evaluation import Question, draw_pictures, draw_questions, held_out_pictures, judge
+from ldm.pretraining.evaluation import Question, draw_images, draw_questions, held_out_images, judge
 from ldm.pretraining.instances import FigureDataset, artworks, repaint
 from ldm.pretraining.loop import fit
 from ldm.pretraining.run_judges import LabelledDataset, save_judge
@@ -44,7 +44,7 @@ def test_the_judges_are_at_most_20_mb_and_state_their_accuracy():
 
 
 @pytest.mark.parametrize("load", [load_clip, load_instance_encoder])
-def test_features_are_unit_vectors_of_any_picture_size(load):
+def test_features_are_unit_vectors_of_any_image_size(load):
     encoder = load()
     for size in (64, 100):
         features = encoder.image_features(torch.rand(3, 3, size, size) * 2 - 1)
@@ -55,10 +55,10 @@ def test_clip_is_a_model_that_open_clip_builds(clip):
     """open_clip itself, given the configuration and the weights, computes the same features."""
     open_clip.add_model_config(JUDGES / "clip.json")
     theirs = open_clip.create_model("clip", pretrained=str(JUDGES / "clip.safetensors")).eval()
-    pictures = torch.rand(2, 3, 64, 64) * 2 - 1
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
     prompts = ["a dog on the beach", "a red car"]
     with torch.no_grad():
-        torch.testing.assert_close(theirs.encode_image(pictures, normalize=True), clip.image_features(pictures))
+        torch.testing.assert_close(theirs.encode_image(images, normalize=True), clip.image_features(images))
         text = theirs.encode_text(clip.tokenize(prompts), normalize=True)
     torch.testing.assert_close(text, clip.text_features(prompts))
 
@@ -72,15 +72,15 @@ def test_clip_knows_the_demo_prompts(clip):
     assert not (ids[:2] == UNKNOWN).any() and (ids[2] == UNKNOWN).any()
 
 
-def test_demo_reference_pictures_are_named(clip):
+def test_demo_reference_images_are_named(clip):
     """The demo concepts were never seen, but a car is a car."""
     from ldm.images import read_image, to_tensor
 
     classifier = load_classifier()
     for noun, place in (("car", "snow"), ("teapot", "grass")):
         files = sorted((ROOT / "data/concepts" / noun).glob("*.png"))
-        pictures = torch.stack([to_tensor(read_image(file)) for file in files])
-        nouns, places = classifier.logits(pictures)
+        images = torch.stack([to_tensor(read_image(file)) for file in files])
+        nouns, places = classifier.logits(images)
         assert [classifier.places[i] for i in places.argmax(-1)].count(place) >= 4
 
 
@@ -104,7 +104,7 @@ def test_contrastive_loss():
     assert judges.contrastive_loss(a, b, scale, same) < judges.contrastive_loss(a, b, scale)
 
 
-def test_augmented_pictures_keep_their_shape_and_range():
+def test_augmented_images_keep_their_shape_and_range():
     x = torch.zeros(5, 3, 64, 64)
     y = judges.augmented(x)
     assert y.shape == x.shape and 0 < y.abs().max() < 1
@@ -112,19 +112,19 @@ def test_augmented_pictures_keep_their_shape_and_range():
 
 @pytest.mark.parametrize("part", ["clip", "classifier", "instance"])
 def test_a_judge_is_trained_saved_and_loaded(part, tmp_path):
-    pictures = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
     config = dataclasses.replace(OPTIONS, part=part)
     torch.manual_seed(0)
     if part == "clip":
         network = judges.new_clip(["a dog", "a red cat"])
         ids = network.tokenize(["a dog", "a red cat"] * 4)
         module, load = judges.CLIPTraining(network, config), load_clip
-        dataset = LabelledDataset(pictures, pictures[:4], ids)
+        dataset = LabelledDataset(images, images[:4], ids)
     elif part == "classifier":
         network = judges.new_classifier()
         noun, place = torch.tensor([0, 1, judges.IGNORED, 2] * 2), torch.arange(8)
         module, load = judges.ClassifierTraining(network, config), load_classifier
-        dataset = LabelledDataset(pictures, pictures[:4], noun, place)
+        dataset = LabelledDataset(images, images[:4], noun, place)
     else:
         network = judges.new_instance_encoder()
         module, load = judges.InstanceTraining(network, config), load_instance_encoder
@@ -142,10 +142,10 @@ def test_a_judge_is_trained_saved_and_loaded(part, tmp_path):
         torch.testing.assert_close(of(loaded), of(trained), atol=0.02, rtol=0.05)  # fp16 on disk
 
 
-def test_labelled_pictures_keep_their_labels():
-    """Behind the pictures come round trips of the first, with the labels of the first."""
-    pictures = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
-    dataset = LabelledDataset(pictures, pictures[:2] + 100, torch.arange(6))
+def test_labelled_images_keep_their_labels():
+    """Behind the images come round trips of the first, with the labels of the first."""
+    images = np.arange(6, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 3), np.uint8)
+    dataset = LabelledDataset(images, images[:2] + 100, torch.arange(6))
     assert len(dataset) == 8
     rows, labels = dataset.__getitems__([5, 7, 0])
     assert rows[:, 0, 0, 0].tolist() == [5, 101, 0] and labels.tolist() == [5, 1, 0]
@@ -193,7 +193,7 @@ def test_repainting_keeps_the_outline():
 
 
 class ByColour:
-    """Judges whose answers follow from a picture's mean colour: red picks the noun, green the place."""
+    """Judges whose answers follow from an image's mean colour: red picks the noun, green the place."""
 
     nouns, places = list(NOUNS), [*PLACES, "plain"]
 
@@ -207,9 +207,9 @@ class ByColour:
 
 
 def _flat(red, green):
-    picture = np.zeros((64, 64, 3), np.uint8)
-    picture[..., 0], picture[..., 1] = red, green
-    return picture
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[..., 0], image[..., 1] = red, green
+    return image
 
 
 def test_accuracy_counts_right_answers():
@@ -232,8 +232,8 @@ def test_accuracy_counts_right_answers():
     assert instance_accuracy(judge_, views)["of_100"] < 1
 
 
-def test_clip_accuracy_is_chance_for_an_unread_picture(clip):
-    """All pictures alike: one answer for all, so one noun of two is right."""
+def test_clip_accuracy_is_chance_for_an_unread_image(clip):
+    """All images alike: one answer for all, so one noun of two is right."""
     nouns = ["dog", "cat"]
     captions = [f"a {nouns[i % 2]} number {i}" for i in range(100)]
     world = RenderedWorld(np.zeros((100, 64, 64, 3), np.uint8), captions, nouns * 50, ["beach", "snow"] * 50)
@@ -251,7 +251,7 @@ def test_questions_are_different_pairs():
     assert len({q.prompt for q in draw_questions(5000, 0)}) == 1024
 
 
-def test_judgement_of_drawn_pictures():
+def test_judgement_of_drawn_images():
     judge_ = ByColour()
     questions = [Question("p", judge_.nouns[3], judge_.places[2]), Question("q", judge_.nouns[4], judge_.places[1])]
     drawn = np.stack([_flat(3, 2), _flat(3, 9), _flat(9, 1), _flat(9, 9)])
@@ -261,19 +261,19 @@ def test_judgement_of_drawn_pictures():
     assert result["named"] == [judge_.nouns[3], judge_.nouns[9]]
 
 
-def test_pictures_do_not_depend_on_the_batch(tiny_base):
+def test_images_do_not_depend_on_the_batch(tiny_base):
     options = SamplingOptions(steps=2, scale=5, seed=3, height=64, width=64)
     questions = draw_questions(2, 0)
     prompts = [q.prompt for q in questions]
-    drawn = [draw_pictures(tiny_base, prompts, 2, options, size, lambda n: None).float() for size in (4, 3)]
+    drawn = [draw_images(tiny_base, prompts, 2, options, size, lambda n: None).float() for size in (4, 3)]
     assert (drawn[0] - drawn[1]).abs().max() <= 1
     alone = text_to_image(tiny_base, prompts[1], [2, 3], options).clamp(-1, 1)
     assert (drawn[0][2:] - (alone + 1) * 127.5).abs().max() <= 1.01
 
 
-def test_psnr_of_a_known_error_and_of_the_held_out_pictures(tiny_base):
+def test_psnr_of_a_known_error_and_of_the_held_out_images(tiny_base):
     class Shifted:
-        """Gives pictures back a little too bright."""
+        """Gives images back a little too bright."""
 
         class Posterior:
             def __init__(self, mean):
@@ -285,11 +285,11 @@ def test_psnr_of_a_known_error_and_of_the_held_out_pictures(tiny_base):
         def decode(self, z):
             return z + 0.02
 
-    pictures = np.full((3, 64, 64, 3), 100, np.uint8)
-    assert psnr(Shifted(), pictures) == pytest.approx(20 * np.log10(2 / 0.02), abs=1e-3)
-    held_out = held_out_pictures()
+    images = np.full((3, 64, 64, 3), 100, np.uint8)
+    assert psnr(Shifted(), images) == pytest.approx(20 * np.log10(2 / 0.02), abs=1e-3)
+    held_out = held_out_images()
     assert held_out.shape == (256, 64, 64, 3)
-    assert len({picture.tobytes() for picture in held_out}) == 256
+    assert len({image.tobytes() for image in held_out}) == 256
     assert psnr(tiny_base.autoencoder, held_out[:64]) > 25
 
 

@@ -94,8 +94,8 @@ def test_one_drawing_in_every_mode_of_pillow(form):
 
 @pytest.mark.parametrize("form", ["RGBA, opaque", "0 and 1", "white strokes on a transparent ground", "16-bit", "1-bit"])
 def test_inpainting_reads_them_too(tiny, form):
-    picture = Image.new("RGB", (96, 64), "gray")
-    canvas = InitImage.of(tiny, picture, 64, 96, 1.0, FORMS[form].resize((96, 64), Image.Resampling.NEAREST))
+    image = Image.new("RGB", (96, 64), "gray")
+    canvas = InitImage.of(tiny, image, 64, 96, 1.0, FORMS[form].resize((96, 64), Image.Resampling.NEAREST))
     assert canvas.mask.mean().item() == pytest.approx(DRAWING.mean(), abs=0.02)
 
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_a_mask_is_said(image, words):
 
 def test_a_mask_of_another_size_is_said(tmp_path):
     grey().save(tmp_path / "m.png")
-    with pytest.raises(UserError, match="m.png is 24 x 16 px, its picture 16 x 25"):
+    with pytest.raises(UserError, match="m.png is 24 x 16 px, its image 16 x 25"):
         read_mask(tmp_path / "m.png", Image.new("RGB", (16, 25)))
 
 
@@ -149,15 +149,15 @@ def test_masks_are_known_by_their_names(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_mask_without_its_picture_is_not_trained_as_one(name, tmp_path):
+def test_a_mask_without_its_image_is_not_trained_as_one(name, tmp_path):
     for file in ("cat.jpg", name):
         Image.new("RGB", (8, 8)).save(tmp_path / file)
-    pictures = list_images(tmp_path)
-    assert [file.name for file in pictures] == ["cat.jpg"]
-    assert not_used(tmp_path, pictures) == f"1 mask ({name})"
+    images = list_images(tmp_path)
+    assert [file.name for file in images] == ["cat.jpg"]
+    assert not_used(tmp_path, images) == f"1 mask ({name})"
 
 
-def test_pictures_of_masks_to_wear_are_pictures(tmp_path):
+def test_images_of_masks_to_wear_are_images(tmp_path):
     for file in ("mask_01.jpg", "mask_02.jpg", "unmasked.png", "maskot.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / file)
     assert [file.name for file in list_images(tmp_path)] == ["maskot.png", "unmasked.png"]
@@ -166,7 +166,7 @@ def test_pictures_of_masks_to_wear_are_pictures(tmp_path):
     assert [file.name for file in list_images(tmp_path)] == ["mask_01.jpg", "mask_02.jpg"]
 
 
-def test_two_masks_of_one_picture_are_named(tmp_path):
+def test_two_masks_of_one_image_are_named(tmp_path):
     for file in ("dog.jpg", "dog_mask.png", "dog-masklabel.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / file)
     with pytest.raises(UserError, match="dog.jpg has several masks, dog-masklabel.png and dog_mask.png"):

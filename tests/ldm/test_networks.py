@@ -83,8 +83,8 @@ def test_autoencoder_equals_diffusers(config):
     ours = scramble(AutoencoderKL(config))
     theirs = diffusers_vae(config)().double().eval()
     theirs.load_state_dict(convert_ldm_vae_checkpoint(prefixed(ours, KEYS["vae"]), theirs.config))
-    pictures = torch.rand(2, 3, 64, 64).double() * 2 - 1
-    posterior, expected = ours.encode(pictures), theirs.encode(pictures).latent_dist
+    images = torch.rand(2, 3, 64, 64).double() * 2 - 1
+    posterior, expected = ours.encode(images), theirs.encode(images).latent_dist
     assert relative_error(posterior.mean, expected.mean) < 1e-6
     assert relative_error(posterior.logvar, expected.logvar) < 1e-6
     torch.testing.assert_close(posterior.kl(), expected.kl(), rtol=1e-6, atol=1e-6)

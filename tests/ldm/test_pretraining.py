@@ -22,7 +22,7 @@ from ldm.pretraining.config import PretrainConfig, WorldConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
 from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
 from ldm.pretraining.loop import fit, restore
-from ldm.pretraining.run import PictureDataset, save_diffusion
+from ldm.pretraining.run import ImageDataset, save_diffusion
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.vae import VAEPretraining
 from ldm.pretraining.world import SIZES, all_prompts, paste, preview, render
@@ -39,19 +39,19 @@ def artwork():
     return Artwork({noun: [sprite(), sprite()] for noun in NOUNS})
 
 
-def test_a_picture_depends_on_its_seed_and_number_alone(artwork):
+def test_an_image_depends_on_its_seed_and_number_alone(artwork):
     first = [render(artwork, 3, i) for i in range(8)]
     again = [render(artwork, 3, i) for i in reversed(range(8))][::-1]
     for a, b in zip(first, again, strict=True):
-        assert np.array_equal(np.asarray(a.picture), np.asarray(b.picture))
+        assert np.array_equal(np.asarray(a.image), np.asarray(b.image))
         assert a.caption == b.caption
-    assert not np.array_equal(np.asarray(first[0].picture), np.asarray(render(artwork, 4, 0).picture))
+    assert not np.array_equal(np.asarray(first[0].image), np.asarray(render(artwork, 4, 0).image))
 
 
 def test_captions_say_what_is_seen(artwork):
     seen = [render(artwork, 0, i) for i in range(700)]
     for item in seen:
-        assert item.picture.size == (64, 64)
+        assert item.image.size == (64, 64)
         assert item.noun is None or re.search(rf"\b{item.noun}\b", item.caption)
         assert item.place is None or any(phrase in item.caption for phrase in PLACES[item.place][1])
         assert not re.search(r"\ba [aeiou]", item.caption), item.caption
@@ -93,11 +93,11 @@ def test_sizes_and_sides_of_subjects(artwork):
     """A pasted sprite's extent follows the size asked for, and it stands where it is told."""
 
     def extent(size, x_range):
-        picture = Image.new("RGB", (128, 128), "white")
+        image = Image.new("RGB", (128, 128), "white")
         disc = Image.new("RGBA", (128, 128))
         ImageDraw.Draw(disc).ellipse([0, 0, 127, 127], fill=(0, 0, 255, 255))
-        paste(picture, disc, np.random.default_rng(0), size, x_range)
-        pixels = np.asarray(picture).astype(int)
+        paste(image, disc, np.random.default_rng(0), size, x_range)
+        pixels = np.asarray(image).astype(int)
         columns = np.flatnonzero((pixels[..., 2] - pixels[..., 0] > 100).any(axis=0))
         return columns[0], columns[-1] + 1
 
@@ -108,14 +108,14 @@ def test_sizes_and_sides_of_subjects(artwork):
     assert extent((0.4, 0.4), (1.0, 1.0))[0] > 58
 
 
-def test_rendered_pictures_come_from_the_cache(tmp_path, artwork, monkeypatch):
-    """The cached pictures are those that `render` draws, with their labels; a second call draws nothing."""
+def test_rendered_images_come_from_the_cache(tmp_path, artwork, monkeypatch):
+    """The cached images are those that `render` draws, with their labels; a second call draws nothing."""
     monkeypatch.setattr(cache, "load_artwork", lambda folder, wide: artwork)
     monkeypatch.setattr(cache.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
     config = WorldConfig(seed=5, pictures=30)
     world = cache.rendered_world(config, tmp_path, tmp_path)
     for i, item in enumerate(render(artwork, 5, i) for i in range(30)):
-        assert np.array_equal(world.pictures[i], np.asarray(item.picture))
+        assert np.array_equal(world.images[i], np.asarray(item.image))
         assert (world.captions[i], world.places[i]) == (item.caption, item.place)
         assert world.nouns[i] == (None if item.second else item.noun)
     monkeypatch.setattr(cache, "render", None)
@@ -135,9 +135,9 @@ def test_demo_concepts_are_drawn(artwork, tmp_path):
     concepts = {**CONCEPTS, **STUDY_CONCEPTS}
     assert len(concepts) >= 12
     for concept in concepts.values():
-        pictures = render_concept(tmp_path, concept, seed=0)
-        assert len(pictures) == 5
-        assert len({p.tobytes() for p in pictures}) == 5
+        images = render_concept(tmp_path, concept, seed=0)
+        assert len(images) == 5
+        assert len({p.tobytes() for p in images}) == 5
     # The nouns of held-out drawings are the ones that they are held out for.
     assert all(c.noun == HELD_OUT[c.held_out][0] for c in STUDY_CONCEPTS.values())
 
@@ -168,18 +168,18 @@ OPTIONS = PretrainConfig(
 
 @pytest.mark.slow
 def test_autoencoder_learns_and_resumes(tmp_path):
-    pictures = np.zeros((8, 32, 32, 3), np.uint8) + np.arange(8, dtype=np.uint8)[:, None, None, None] * 30
+    images = np.zeros((8, 32, 32, 3), np.uint8) + np.arange(8, dtype=np.uint8)[:, None, None, None] * 30
 
     def train(steps, folder):
         torch.manual_seed(0)
         model = LatentDiffusion(SMALL)
         module = VAEPretraining(model.autoencoder, dataclasses.replace(OPTIONS, steps=steps, learning_rate=3e-3))
-        fit(module, PictureDataset(pictures), folder)
+        fit(module, ImageDataset(images), folder)
         return module
 
     def error(module):
         module.eval()
-        x = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+        x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
             return (module.network.decode(module.network.encode(x).mean) - x).square().mean().item()
 
@@ -192,7 +192,7 @@ def test_autoencoder_learns_and_resumes(tmp_path):
     with pytest.raises(UserError, match="train first"):
         restore(restored, None, tmp_path / "elsewhere")
 
-    moments = encoded_world(long.network, pictures, tmp_path / "latents.pt", torch.device("cpu"))
+    moments = encoded_world(long.network, images, tmp_path / "latents.pt", torch.device("cpu"))
     assert torch.equal(encoded_world(None, None, tmp_path / "latents.pt", None), moments)
     mean, logvar = moments.float().chunk(2, dim=1)
     scaled = latent_scale(moments) * (mean + (0.5 * logvar).exp() * torch.randn(200, *mean.shape)).flatten()
@@ -229,7 +229,7 @@ def test_trained_weights_load_as_a_model(tmp_path):
 
     x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
     with torch.no_grad():
-        expected = trained(x, t, captions.rows[captions.of_picture[:1]])
+        expected = trained(x, t, captions.rows[captions.of_image[:1]])
         found = loaded.predict(x, t, loaded.text_encoder(["a dog on the beach"]))
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)  # fp16 on disk
     table = loaded.text_encoder.token_table

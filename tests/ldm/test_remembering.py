@@ -28,9 +28,9 @@ def encoded(monkeypatch):
     return rows
 
 
-def branches(model, concept, text="a V* cat on the beach", negative="", pictures=2):
+def branches(model, concept, text="a V* cat on the beach", negative="", images=2):
     prompt = parse_prompt(text, ConceptName(concept.modifier_tokens, "cat"))
-    return BranchContexts.of(model, concept, [prompt] * pictures, negative)
+    return BranchContexts.of(model, concept, [prompt] * images, negative)
 
 
 def test_prompts_of_a_file_are_encoded_once_in_a_run(tmp_path, encoded, monkeypatch):
@@ -62,7 +62,7 @@ def test_branches_are_encoded_once(finetuned, encoded):
     model, concept = copy.deepcopy(finetuned[0]), finetuned[1]
     first = branches(model, concept)
     assert encoded == [1, 1, 1]  # nothing, the concept's prompt, the auxiliary one
-    again = branches(model, concept, pictures=3)
+    again = branches(model, concept, images=3)
     assert len(encoded) == 3
     for name in ("unconditional", "concept", "auxiliary"):
         assert torch.equal(getattr(again, name)[2], getattr(first, name)[0])

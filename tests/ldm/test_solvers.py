@@ -153,8 +153,8 @@ def test_zero_terminal_snr_keeps_the_first_and_ends_in_noise():
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("skip", [0, 3, 19])
-def test_with_the_true_noise_every_solver_returns_to_the_picture(name, skip):
-    """x_0 and the noise are those of one picture: the deterministic solvers end at the picture itself."""
+def test_with_the_true_noise_every_solver_returns_to_the_image(name, skip):
+    """x_0 and the noise are those of one image: the deterministic solvers end at the image itself."""
     x_0, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     solver = SOLVERS[name](ALPHAS, 20, skip=skip)
     first = solver.alphas[0] ** 0.5 * x_0 + (1 - solver.alphas[0]) ** 0.5 * noise

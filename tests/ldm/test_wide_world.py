@@ -125,7 +125,7 @@ def test_captions_of_the_wide_world(folder):
     assert any(re.search(rf"({'|'.join(COLOURS)}) and ({'|'.join(COLOURS)}) ", item.caption) for item in seen)
     assert any(item.caption.startswith("a close view of") for item in seen)
     again = render(artwork, 0, 7)
-    assert np.array_equal(np.asarray(again.picture), np.asarray(seen[7].picture))
+    assert np.array_equal(np.asarray(again.image), np.asarray(seen[7].image))
 
 
 def test_the_64_nouns_are_drawn_as_before(folder):

@@ -27,9 +27,9 @@ def plan(prompts=("a dog", "a car", "a cat"), seeds=(0, 5), n_samples=3, batch_s
     return Plan([{"prompt": p} for p in prompts], SETTINGS | settings, list(seeds), n_samples, batch_size)
 
 
-def paint(pictures):
-    """Stands in for a model: colours tell the picture, and a corner tells all that its batch holds."""
-    batch = torch.tensor([[p.prompt, p.seed, p.index] for p in pictures]).float()
+def paint(images):
+    """Stands in for a model: colours tell the image, and a corner tells all that its batch holds."""
+    batch = torch.tensor([[p.prompt, p.seed, p.index] for p in images]).float()
     rows = (batch / 10)[:, :, None, None].repeat(1, 1, 16, 16)
     rows[:, :, 0, 0] = batch.square().sum(0) / 1000
     return rows
@@ -57,7 +57,7 @@ def whole(tmp_path):
     return contents(tmp_path / "whole")
 
 
-def test_a_plan_numbers_every_picture_once():
+def test_a_plan_numbers_every_image_once():
     made = plan()
     numbers = [number for shard in (1, 2, 3) for batch in made.batches(shard, 3) for number in batch]
     assert sorted(numbers) == list(range(len(made))) == list(range(18))
@@ -66,7 +66,7 @@ def test_a_plan_numbers_every_picture_once():
     assert made.batches(7, 8) == []
 
 
-def test_a_folder_holds_pictures_and_facts(whole, tmp_path):
+def test_a_folder_holds_images_and_facts(whole, tmp_path):
     record = json.loads(whole["prompts.json"])
     assert list(record) == [f"{n:05}" for n in range(18)]
     assert sorted(whole) == sorted(
@@ -74,9 +74,9 @@ def test_a_folder_holds_pictures_and_facts(whole, tmp_path):
     )
     entry = record["00011"]
     assert (entry["prompt"], entry["seed"], entry["index"], entry["steps"]) == ("a car", 5, 2, 4)
-    picture = Image.open(tmp_path / "whole/samples/00011.png")
-    assert picture.getpixel((8, 8)) == tuple(round((x / 10 + 1) * 127.5) for x in (1, 5, 2))
-    assert picture.text["parameters"].startswith("a car\nSteps: 4, Sampler: DDIM, CFG scale: 6.0, Seed: 5, Size: 16x16")
+    image = Image.open(tmp_path / "whole/samples/00011.png")
+    assert image.getpixel((8, 8)) == tuple(round((x / 10 + 1) * 127.5) for x in (1, 5, 2))
+    assert image.text["parameters"].startswith("a car\nSteps: 4, Sampler: DDIM, CFG scale: 6.0, Seed: 5, Size: 16x16")
     assert Image.open(tmp_path / "whole/grid.png").size == (3 * 18 - 2, 2 * 18 - 2)
 
 
@@ -87,9 +87,9 @@ def test_shards_make_what_one_process_makes(whole, tmp_path, order):
     assert contents(tmp_path / "shards") == whole
     for k in order:
         fill(tmp_path / f"own-{k}", plan(), (k, 3))
-    pictures = [f for k in order for f in (tmp_path / f"own-{k}/samples").iterdir()]
-    assert len(pictures) == 18
-    assert all(f.read_bytes() == whole[f"samples/{f.name}"] for f in pictures)
+    images = [f for k in order for f in (tmp_path / f"own-{k}/samples").iterdir()]
+    assert len(images) == 18
+    assert all(f.read_bytes() == whole[f"samples/{f.name}"] for f in images)
 
 
 def test_only_what_is_missing_is_made_again(whole, tmp_path):
@@ -100,7 +100,7 @@ def test_only_what_is_missing_is_made_again(whole, tmp_path):
     half.write_bytes(half.read_bytes()[:-20])
     before = {f: f.stat().st_mtime_ns for f in folder.rglob("*") if f.is_file()}
     drawn = []
-    fill(folder, plan(), sample=lambda pictures: (drawn.append(len(pictures)), paint(pictures))[1])
+    fill(folder, plan(), sample=lambda images: (drawn.append(len(images)), paint(images))[1])
     assert drawn == [4, 4, 2]  # whole batches
     assert contents(folder) == whole
     kept = [f for f in before if f.parent.name == "samples" and f != half]
@@ -111,10 +111,10 @@ def test_only_what_is_missing_is_made_again(whole, tmp_path):
 
 
 def killed_in_the_third_batch(folder):
-    def sample(pictures):
-        if pictures[0].prompt == 1:
+    def sample(images):
+        if images[0].prompt == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return paint(pictures)
+        return paint(images)
 
     fill(folder, plan(), sample=sample)
 
@@ -135,11 +135,11 @@ def test_a_killed_worker_damages_nothing_and_blocks_nobody(whole, tmp_path):
 
 
 def slow_worker(folder, log, gate, shard):
-    def sample(pictures):
+    def sample(images):
         with open(log, "a") as file:
-            file.write(f"{pictures[0]}\n")
+            file.write(f"{images[0]}\n")
         time.sleep(0.05)
-        return paint(pictures)
+        return paint(images)
 
     gate.wait()
     fill(folder, plan(batch_size=1), shard, sample)
@@ -186,14 +186,14 @@ def test_a_claim_is_exclusive_until_its_process_ends(tmp_path):
         (plan(seeds=[0]), '\'prompt\' of 00003 is "a dog" there and "a car" here'),
     ],
 )
-def test_other_pictures_are_not_mixed_in(whole, tmp_path, other, words):
+def test_other_images_are_not_mixed_in(whole, tmp_path, other, words):
     with pytest.raises(UserError) as error:
         SampleFolder(tmp_path / "whole", other)
     assert f"whole holds other images: {words}; give another folder" in str(error.value)
     assert contents(tmp_path / "whole") == whole
 
 
-def test_pictures_of_unknown_origin_are_not_mixed_in(tmp_path):
+def test_images_of_unknown_origin_are_not_mixed_in(tmp_path):
     (tmp_path / "samples").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "samples/00002.png")
     with pytest.raises(UserError, match="does not tell what 00002.png"):
@@ -249,7 +249,7 @@ def concept(tiny_base, tmp_path_factory):
     """A concept file that differs from its base."""
     import copy
 
-    module = ICOTraining(copy.deepcopy(tiny_base), FinetuneConfig(concept=ConceptConfig(class_noun="cat")), pictures=1)
+    module = ICOTraining(copy.deepcopy(tiny_base), FinetuneConfig(concept=ConceptConfig(class_noun="cat")), images=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         if parameter.requires_grad:

@@ -78,7 +78,9 @@ def start_now(job, *changes):
 
 def finished(job):
     state = info(job, "JobState")
-    assert state not in ("FAILED", "TIMEOUT", "NODE_FAIL"), state
+    if state in ("FAILED", "TIMEOUT", "NODE_FAIL"):
+        log = Path(info(job, "StdOut"))
+        raise AssertionError(f"{state}, exit code {info(job, 'ExitCode')}; {log.read_text() if log.is_file() else log}")
     return state == "COMPLETED"
 
 
@@ -131,7 +133,7 @@ def write_config(file, **validation):
 
 def test_a_job_near_its_limit_queues_itself_again_and_ends_the_same(whole, tmp_path):
     log, config = tmp_path / "log", tmp_path / "config.yaml"
-    # Pictures between the steps only take time: enough for Slurm to notice, within 30 seconds, that a limit is near.
+    # Images between the steps only take time: enough for Slurm to notice, within 30 seconds, that a limit is near.
     write_config(config, every=1)
     job = submit(log, "--time=10", "scripts/slurm/train_ico.sbatch", "--config", config, *TRAINING, "--logdir", tmp_path)
     wait_for("the first steps", lambda: steps(tmp_path) >= 2)
@@ -199,7 +201,7 @@ def pixels(folder):
     return {file.name: Image.open(file).tobytes() for file in sorted((folder / "samples").glob("*.png"))}
 
 
-def test_an_array_of_shards_makes_the_pictures_of_one_process(slurm, tmp_path, prompts):
+def test_an_array_of_shards_makes_the_images_of_one_process(slurm, tmp_path, prompts):
     trained = tmp_path / "trained"
     output_of(sys.executable, "scripts/train_ico.py", *QUICK, "training.steps=1", "--logdir", trained)
     (file,) = trained.glob("*/concept.safetensors")

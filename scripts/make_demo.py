@@ -12,7 +12,7 @@ import clone  # noqa: F401
 
 from dci.cli.arguments import Parser, run
 
-CONCEPTS = {"cat": "cat", "lorry": "truck", "fish": "fish"}
+CONCEPTS = {"cake": "cake", "cat": "cat", "lorry": "truck"}
 """Folder of data/concepts -> class noun."""
 
 

@@ -27,12 +27,14 @@ def main() -> None:
         with Visit(browser, address) as visit:
             _wide(visit, Path(args.out))
         with Visit(browser, address, 400) as visit:
-            visit.fill(Steps=50, Lambda=1)
+            visit.page.set_default_timeout(900_000)
             visit.draw()
             _picture(visit, Path(args.out) / "app-narrow.webp")
 
 
 def _wide(visit, out: Path) -> None:
+    visit.page.set_default_timeout(900_000)
+    visit.choose("concept", "cat (demo)")
     visit.fill(Prompt="a V* cat at night", Lambda=1, Images=2)
     visit.draw()
     _picture(visit, out / "app-draw.webp", 900)
@@ -43,14 +45,14 @@ def _wide(visit, out: Path) -> None:
     images = sorted((ROOT / "data/concepts/cat").glob("*.png"))
     visit.page.set_input_files("#images-to-learn input[type=file]", images)
     visit.page.wait_for_selector("#squares img")
-    visit.fill(Class_noun="cat", Steps=60)
+    visit.fill(Class_noun="cat", Steps=30)
     visit.page.click("#learn")
     visit.page.wait_for_selector("#use", timeout=900_000)
     _picture(visit, out / "app-learn.webp")
     visit.tab("Compare")
-    visit.fill(Prompt="a V* cat at night", T_a="0.2, 0.4, 0.6", Lambda="0, 1, 2")
+    visit.fill(Prompt="a V* cat at night", T_a="0.2, 0.4, 0.6", Lambda="0, 1, 2", Steps=20)
     visit.page.click("#compare")
-    visit.page.wait_for_selector("#plane svg", timeout=300_000)
+    visit.page.wait_for_selector("#plane svg", timeout=900_000)
     _picture(visit, out / "app-compare.webp")
 
 

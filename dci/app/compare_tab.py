@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from dci.app import markup
-from dci.app.draw_tab import Running
+from dci.app.draw_tab import Running, failed, waits
 from dci.app.events import at_once, private
 from dci.app.grid import Grid, Judges, plane, sample_grid, values
 from dci.app.shelf import Shelf
@@ -51,7 +51,7 @@ class CompareTab:
         """Connect the events."""
         outputs = [self.progress, self.sheet, self.plane, self.press, self.cancel]
         inputs = [self.concept, self.prompt, self.times, self.lambdas, self.steps, self.seed]
-        event = self.press.click(lambda: gr.update(interactive=True), outputs=self.cancel, **at_once())
+        event = self.press.click(waits, outputs=[self.progress, self.cancel], **at_once())
         sampling = event.then(self._compare, inputs, outputs, **private(concurrency_id="sampling", concurrency_limit=1))
         stopping = [self.progress, self.press, self.cancel]
         self.cancel.click(self._cancel, outputs=stopping, cancels=[sampling], **at_once())
@@ -86,6 +86,8 @@ class CompareTab:
             )
         except UserError as error:
             yield markup.error(str(error)), gr.skip(), "", *idle
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:  # a full disk, a device without memory
+            yield markup.error(failed(error)), gr.skip(), "", *idle
         finally:
             self.running.end(client, stop)
 

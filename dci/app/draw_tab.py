@@ -151,7 +151,7 @@ class DrawTab:
         )
         outputs = [self.progress, self.images, self.viewer, self.how, self.command, self.plain, self.python, self.drawn]
         outputs += [self.press, self.cancel]
-        event = self.press.click(lambda: gr.update(interactive=True), outputs=self.cancel, **at_once())
+        event = self.press.click(waits, outputs=[self.progress, self.cancel], **at_once())
         drawing = event.then(
             self._draw,
             [self.concept, self.drawn, *self.fields],
@@ -245,6 +245,8 @@ class DrawTab:
             yield (markup.note("Cancelled."), *[gr.skip()] * 7, *_idle())
         except UserError as error:
             yield (markup.error(str(error)), *[gr.skip()] * 7, *_idle())
+        except (OSError, RuntimeError, ValueError, MemoryError) as error:  # a full disk, a device without memory
+            yield (markup.error(failed(error)), *[gr.skip()] * 7, *_idle())
         finally:
             self.running.end(client, stop)
 
@@ -284,6 +286,16 @@ class DrawTab:
             return inside.look(drawing, number, int(step), int(layer))
         except UserError as error:
             return markup.error(str(error))
+
+
+def waits() -> tuple[str, Any]:
+    """What the page says until a client's turn comes, and that it may give up waiting."""
+    return markup.note("Waiting for its turn; one client samples at a time, and few may wait."), gr.update(interactive=True)
+
+
+def failed(error: BaseException) -> str:
+    """Say in one line what no user can mend."""
+    return f"sampling failed: {next(iter(str(error).splitlines()), '') or type(error).__name__}"
 
 
 def gallery(drawing: Drawing) -> str:

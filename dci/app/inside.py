@@ -60,7 +60,7 @@ def look(drawing: Drawing, number: int, step: int, layer: int) -> str:
 
 
 def _weights(drawing: Drawing, number: int, step: int, layer: int) -> str:
-    """The branch weights of a step and layer over the finished image, with their scale."""
+    """The branch weights of a step and layer over the finished image, from their lowest to their highest."""
     side, there = drawing.sides[DCI], ranges(drawing)
     if not there.dual_steps:
         return _empty("No branch weights: T_a is 0, so the auxiliary branch never ran")
@@ -68,17 +68,23 @@ def _weights(drawing: Drawing, number: int, step: int, layer: int) -> str:
         return _empty(f"No branch weights: the concept branch runs alone after step {there.dual_steps}")
     arrays = side.maps.arrays(number)
     name = str(arrays["layers"][layer])
-    values = arrays[f"{name.split(' ')[0]}/weight"].astype(np.float32)
+    values = arrays[f"{name.split(' ')[0]}/weight"][step - 1].astype(np.float32)
     low, high = float(values.min()), float(values.max())
-    over = heat_over(side.images[number], values[step - 1], low, high)
-    where = name.partition(".transformer")[0].replace("_", " ")
-    size = f"{values.shape[2]} × {values.shape[1]}"
+    over = heat_over(side.images[number], values, low, high)
+    part, size = _block(name), f"{values.shape[1]} × {values.shape[0]}"
     scale = (
         f'<div class="dci-scale"><span>{low:.2f}</span><i aria-hidden="true"></i><span>{high:.2f}</span></div>'
-        '<p class="dci-note">Dark: the auxiliary branch decides. Bright: the concept branch.</p>'
+        '<p class="dci-note">1: the concept branch alone. 0: the auxiliary branch alone.</p>'
     )
-    text = f"Branch weights at step {step} in {where}, from {low:.2f} to {high:.2f}"
-    return f"<div>{markup.figure(over, text, caption=f'Branch weights, {where}, {size}')}{scale}</div>"
+    text = f"Branch weights at step {step} in layer {layer}, {part}, from {low:.2f} to {high:.2f}"
+    caption = f"Branch weights, layer {layer}, {part}, {size}"
+    return f"<div>{markup.figure(over, text, caption=caption)}{scale}</div>"
+
+
+def _block(name: str) -> str:
+    """ "layer9 output_blocks.5.1.transformer_blocks.0.attn2" -> "output block 5" """
+    parts = name.partition(" ")[2].split(".")
+    return f"{parts[0].removesuffix('_blocks')} block {parts[1]}" if parts[0].endswith("_blocks") else "middle block"
 
 
 def heat_over(image: Image.Image, values: np.ndarray, low: float, high: float) -> Image.Image:

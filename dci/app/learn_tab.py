@@ -74,7 +74,7 @@ class LearnTab:
             chosen: key of a run -> updates of `outputs`, which show the Draw tab with that concept.
         """
         dropped = dict(fn=self._dropped, inputs=[self.files, self.masked], outputs=[self.squares, self.set])
-        for event in (self.files.change, self.masked.input):
+        for event in (self.files.change, self.masked.change):
             event(**dropped, **private(concurrency_id="files", concurrency_limit=2))
         self.method.input(self._usual_steps, self.method, self.steps, **at_once())
         fields = [self.set, self.noun, self.method, self.steps, self.masked]

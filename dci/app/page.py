@@ -10,7 +10,7 @@ from dci.app.compare_tab import CompareTab
 from dci.app.draw_tab import DrawTab
 from dci.app.jobs import Jobs
 from dci.app.learn_tab import LearnTab
-from dci.app.server import Settings
+from dci.app.settings import Settings
 from dci.app.shelf import Shelf
 from dci.app.studio import Studio
 
@@ -49,7 +49,7 @@ class Page:
             button_primary_background_fill_hover="*primary_700",
             button_primary_text_color="white",
         )
-        return {"theme": theme, "css_paths": [STATIC / "page.css"]}
+        return {"theme": theme, "css_paths": [STATIC / "page.css"], "js": (STATIC / "page.js").read_text(encoding="utf-8")}
 
     def close(self) -> None:
         """End what runs behind the page."""

@@ -5,29 +5,15 @@ import os
 import shutil
 import signal
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from dci.app.studio import Weights
+from dci.app.settings import Settings
 from dci.app.walls import Bounds, Walls
 from ldm.errors import UserError
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 QUEUE = 12
 """Presses of Draw and of Compare that may wait; further ones are told that the queue is full."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the program is started with."""
-
-    weights: Weights
-    concepts: tuple[Path, ...] = ()
-    logdir: Path = Path("logs")
-    host: str = "127.0.0.1"
-    port: int = 7860
-    clip: str = "tiny"  # encoders of the plane, see `dci.evaluation.encoders`
-    instance: str = "tiny"
 
 
 def serve(settings: Settings, bounds: Bounds = Bounds()) -> None:  # noqa: B008

@@ -27,7 +27,8 @@ def main() -> None:
     parser.add_argument("--instance", default="tiny", metavar="NAME", help=instance)
     args = parser.parse_args()
 
-    from dci.app.server import Settings, serve
+    from dci.app.server import serve
+    from dci.app.settings import Settings
     from dci.app.studio import Weights
     from ldm.errors import UserError
 

@@ -166,11 +166,12 @@ def test_a_text_named_png_is_refused_by_its_name(visit, tmp_path):
     visit.tab("Learn")
     visit.page.set_input_files("#images-to-learn input[type=file]", [*CAT[:3], str(tmp_path / "notes.png")])
     visit.page.wait_for_selector("#squares [role=alert]")
-    assert "notes.png is not a readable picture" in visit.text("squares")
+    assert "notes.png is not a readable image" in visit.text("squares")
 
 
 def test_learns_ten_steps_stops_goes_on_outlives_a_reload_and_draws(visit, served, browser):
     page = visit.page
+    page.set_default_timeout(300_000)  # the training program starts twice
     visit.tab("Learn")
     page.set_input_files("#images-to-learn input[type=file]", CAT[:3])
     page.wait_for_selector("#squares img")
@@ -304,6 +305,14 @@ def test_an_event_does_not_take_a_file_that_was_not_uploaded(served, config, log
             assert "root:" not in said and "not for the page" not in said
     (logdir.parent / "link.png").unlink()
     assert secret.exists()
+
+
+def test_what_the_server_remembers_of_a_client_cannot_be_sent_by_it(served, config, logdir):
+    """The folder of dropped images is the server's knowledge: another one in its place would be copied."""
+    [number] = [d["id"] for d in config["dependencies"] if len(d["inputs"]) == 5 and len(d["outputs"]) == 1 and d["queue"]]
+    status, _ = press(served[1], "liar", number, ["/etc", "cat", "ICO", 10, False])
+    assert status == 200 and "drop 3 to 20 images first" in answers(served[1], "liar")
+    assert not list(logdir.glob("references/*/passwd"))
 
 
 def test_an_upload_stays_in_its_folder_whatever_its_name(served):

@@ -58,7 +58,7 @@ def test_a_text_named_png_is_named_and_nothing_is_left(tmp_path):
     (tmp_path / "notes.png").write_text("these are notes")
     with pytest.raises(UserError) as refusal:
         collect([*CAT, tmp_path / "notes.png"], 64, False, tmp_path)
-    assert str(refusal.value).startswith("notes.png is not a readable picture")
+    assert str(refusal.value).startswith("notes.png is not a readable image")
     assert not list((tmp_path / "sets").iterdir())
 
 

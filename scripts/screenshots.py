@@ -50,6 +50,7 @@ def _wide(visit, out: Path) -> None:
     visit.page.wait_for_selector("#use", timeout=900_000)
     _picture(visit, out / "app-learn.webp")
     visit.tab("Compare")
+    visit.choose("compared", "cat (demo)")
     visit.fill(Prompt="a V* cat at night", T_a="0.2, 0.4, 0.6", Lambda="0, 1, 2", Steps=20)
     visit.page.click("#compare")
     visit.page.wait_for_selector("#plane svg", timeout=900_000)

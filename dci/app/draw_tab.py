@@ -28,6 +28,15 @@ element.addEventListener('click', event => {
 """
 
 
+_TO_RESULTS = """
+() => {
+    if (window.innerWidth < 700) document.querySelector("#progress").scrollIntoView({block: "start"});
+    return [];
+}
+"""
+"""On a narrow page the images are below the fields."""
+
+
 class Running:
     """Which clients are drawing, so that they can be stopped."""
 
@@ -142,7 +151,7 @@ class DrawTab:
         read = dict(fn=self._reading, inputs=[self.concept, self.prompt, self.noun], outputs=self.read)
         for component in (self.prompt, self.noun):
             component.change(**read, **at_once(trigger_mode="always_last"))
-        self.concept.input(self._choose, [self.concept, self.prompt, self.noun], [self.prompt, self.read], **at_once())
+        self.concept.change(self._choose, [self.concept, self.prompt, self.noun], [self.prompt, self.read], **at_once())
         self.add.click(
             self._add,
             [self.file, self.class_noun, self.trigger, self.uploads, self.prompt],
@@ -151,7 +160,7 @@ class DrawTab:
         )
         outputs = [self.progress, self.images, self.viewer, self.how, self.command, self.plain, self.python, self.drawn]
         outputs += [self.press, self.cancel]
-        event = self.press.click(waits, outputs=[self.progress, self.cancel], **at_once())
+        event = self.press.click(waits, outputs=[self.progress, self.cancel], js=_TO_RESULTS, **at_once())
         drawing = event.then(
             self._draw,
             [self.concept, self.drawn, *self.fields],

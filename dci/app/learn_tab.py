@@ -76,7 +76,7 @@ class LearnTab:
         dropped = dict(fn=self._dropped, inputs=[self.files, self.masked], outputs=[self.squares, self.set])
         for event in (self.files.change, self.masked.change):
             event(**dropped, **private(concurrency_id="files", concurrency_limit=2))
-        self.method.input(self._usual_steps, self.method, self.steps, **at_once())
+        self.method.change(self._usual_steps, self.method, self.steps, **at_once())
         fields = [self.set, self.noun, self.method, self.steps, self.masked]
         self.start.click(self._start, fields, self.said, **private(concurrency_id="files", concurrency_limit=2))
         self.stop.click(self._stop, outputs=self.said, **at_once())

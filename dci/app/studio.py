@@ -1,5 +1,6 @@
 """The model that the page samples with: loaded once, with one concept at a time applied to it."""
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,28 +48,30 @@ class Studio:
         self._lock = threading.RLock()
         self._model: LatentDiffusion | None = None
         self._loaded: LoadedModel | None = None
-        self._loras: list[str] = []
+        self._place: tuple = ()
         self._applied: tuple[str, Ready, Callable[[], None]] | None = None  # key of the concept, and how it is undone
 
     def base(self, trained: dict | None = None) -> tuple[LatentDiffusion, LoadedModel]:
         """Return the base model, with a concept on it or not, loaded anew where it is another one.
 
         Args:
-            trained: the training configuration of the concept that it is for.
+            trained: the training configuration of the concept that it is for; None: whatever is loaded will do.
         """
-        trained = trained or {}
-        asked = self.weights
-        if asked.model:
-            model, checkpoint = asked.model, asked.checkpoint
-        else:
-            model, checkpoint = trained_base(trained, asked.checkpoint, str(TINY))
-        own = not asked.model and model == trained.get("model")
-        vae = asked.vae or (trained_vae(trained) if own else None)
-        loras = list(trained.get("loras") or [])
         with self._lock:
-            known = self._loaded
-            if known is None or (model, checkpoint, vae, loras) != (known.model, known.checkpoint, known.vae, self._loras):
+            if trained is None and self._model is not None:
+                return self._model, self._loaded
+            trained, asked = trained or {}, self.weights
+            if asked.model:
+                model, checkpoint = asked.model, asked.checkpoint
+            else:
+                model, checkpoint = trained_base(trained, asked.checkpoint, str(TINY))
+            own = not asked.model and model == trained.get("model")
+            vae = asked.vae or (trained_vae(trained) if own else None)
+            loras = list(trained.get("loras") or [])
+            if self._model is None or self._place != _place(model, checkpoint, vae, loras):
                 self._load(model, checkpoint, vae, loras)
+            # The same file may have another name, which the images' metadata tell as it was given.
+            self._loaded = dataclasses.replace(self._loaded, model=model, checkpoint=checkpoint, vae=vae)
             return self._model, self._loaded
 
     def use(self, key: str, concept: Concept) -> Ready:
@@ -81,9 +84,9 @@ class Studio:
             UserError: the concept's base model is not there, or another one.
         """
         with self._lock:
+            model, loaded = self.base(concept.config)
             if self._applied is not None and self._applied[0] == key:
                 return self._applied[1]
-            model, loaded = self.base(concept.config)
             self._take_off()
             replaced = concept.replaced(model)
             undo = concept.apply(model)
@@ -116,4 +119,11 @@ class Studio:
         accelerate(loaded, device)
         add_loras(loaded, loras)
         known = LoadedModel(model, checkpoint, fingerprint(loaded), precision_name(loaded.dtype), vae=vae)
-        self._model, self._loaded, self._loras = loaded.to(device), known, loras
+        self._model, self._loaded, self._place = loaded.to(device), known, _place(model, checkpoint, vae, loras)
+
+
+def _place(model: str, checkpoint: str | None, vae: str | None, loras: list[str]) -> tuple:
+    """What tells a base model from another, however its files are named."""
+    return *(
+        str(Path(name).resolve()) if name and Path(name).exists() else name for name in (model, checkpoint, vae)
+    ), *loras

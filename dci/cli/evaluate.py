@@ -17,12 +17,14 @@ def arguments():
         "--samples",
         required=True,
         nargs="+",
+        action="extend",
         metavar="[NAME=]FOLDER",
         help="folders with samples/ and prompts.json, a row of the table each",
     )
     parser.add_argument(
         "--references",
         nargs="+",
+        action="extend",
         metavar="FOLDER",
         help="the concept's images, for several concepts a folder each (default: recorded)",
     )
@@ -30,6 +32,7 @@ def arguments():
     parser.add_argument(
         "--class-noun",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NOUN",
         help="for prompts that say V* or {} alone; for several concepts a noun each",

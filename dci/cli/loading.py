@@ -66,7 +66,7 @@ def load_concept_base(args: argparse.Namespace, concept, vae: str | None = None)
 def add_concept_options(parser: Parser) -> None:
     """Add the options that say which concept to sample."""
     file = "the concept.safetensors that train_ico.py wrote, or another program's files (docs/formats.md)"
-    parser.add_argument("--concept", required=True, nargs="+", metavar="FILE", help=file)
+    parser.add_argument("--concept", required=True, nargs="+", action="extend", metavar="FILE", help=file)
     parser.add_argument("--class-noun", help="of another program's files: the ordinary word for the concept, such as dog")
     parser.add_argument("--trigger", metavar="WORD", help="of another program's files: the words for it, where no token was "
                         "learned")  # fmt: skip

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dci.captions import captioned_files
+from dci.captions import LISTS, captioned_files
 from dci.concept.concept_file import Concept
 from dci.evaluation import metrics
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval
 from dci.evaluation.encoders import INCEPTION, TINY, Encoder, inception_file, load_encoder
 from dci.evaluation.feature_cache import FeatureStore
 from dci.evaluation.scores import ImageScore, Scores, columns, resampled, summarize
-from dci.samples.reader import SampledImage, concept_files, read_samples
+from dci.samples.reader import SampledImage, concept_files, read_samples, say_what_is_not_used
 from ldm.errors import UserError
 from ldm.images import list_images, say_not_used
 from ldm.pretraining.scenes import PLACES
@@ -99,7 +99,7 @@ def evaluate_folder(
         cache: file of features from earlier evaluations, or a store; None: nothing is kept.
         resamples, seed: of the bootstrap.
         progress: told how many more images an encoder has seen.
-        say: told what the folders of references and real images hold besides them.
+        say: told what the folders of samples, references and real images hold besides them.
 
     Raises:
         UserError: a folder or file is missing or cannot be used.
@@ -109,7 +109,8 @@ def evaluate_folder(
         references = recorded_references(folder)
     folders = [references] if isinstance(references, (str, Path)) else list(references)
     groups = [_references(one, say) for one in folders]
-    real = list(captioned_files(regularization)) if _has_lists(regularization) else _images(regularization)
+    say_what_is_not_used(folder, [sample.file for sample in samples], say)
+    real = _real_images(regularization, say)
     store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
     files = [sample.file for sample in samples]
 
@@ -206,12 +207,16 @@ def _references(folder: str | Path, say: Callable[[str], None]) -> list[Path]:
     return files
 
 
-def _has_lists(folder: str | Path | None) -> bool:
-    return folder is not None and (Path(folder) / "images.txt").is_file()
-
-
-def _images(folder: str | Path | None) -> list[Path]:
+def _real_images(folder: str | Path | None, say: Callable[[str], None]) -> list[Path]:
+    """Return the images of a folder of real ones: listed ones, those that the base model made, or all of them."""
     if folder is None:
         return []
-    own = Path(folder) / "samples"  # of images that the base model made
-    return list_images(own if own.is_dir() else folder)
+    folder = Path(folder)
+    if (folder / "images.txt").is_file():
+        files = list(captioned_files(folder))
+        say_not_used(folder, [*files, *LISTS], say)
+        return files
+    own = folder / "samples"
+    files = list_images(own if own.is_dir() else folder)
+    say_what_is_not_used(folder, files, say)
+    return files

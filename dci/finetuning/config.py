@@ -9,6 +9,9 @@ GENERATE = "generate"
 AUTO = "auto"
 """In place of a run to resume: the newest one of the same name and options."""
 
+ANY_SEED = -1
+"""In place of a seed: one is chosen, said, and recorded in the run's configuration."""
+
 
 @dataclass
 class ConceptConfig:
@@ -78,7 +81,7 @@ class TrainingConfig:
     context_learning_rate: float = 6e-4
     scale_lr: bool = False  # multiply all rates by the number of reference images of a step, as the authors' code does
     weight_decay: float = 0.01
-    seed: int = 0
+    seed: int = 0  # -1 chooses one; a run that goes on keeps its own
     precision: str = "fp32"  # fp32, bf16, fp16: of the arithmetic and the frozen weights; what is trained is fp32
     gradient_sum: str = "fp64"  # of micro-batches and processes: fp64, the same in any order; or fp32, half the memory
     gradient_checkpointing: bool = False  # less memory, about a third more time

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from dci.concept.loras import parse_lora
 from dci.concept.modifier_tokens import ConceptName, modifier_names
 from dci.concept.prompts import parse_prompt
-from dci.finetuning.config import AUTO, GENERATE, FinetuneConfig, ValidationConfig, concepts_of
+from dci.finetuning.config import ANY_SEED, AUTO, GENERATE, FinetuneConfig, ValidationConfig, concepts_of
 from dci.finetuning.precision import lightning_name
 from ldm import config as configuration
 from ldm.errors import UserError
@@ -118,7 +118,6 @@ def map_paths(content: dict[str, Any], change: Callable[[str, str], str]) -> Non
 _AT_LEAST = {
     0: (
         "training.weight_decay",
-        "training.seed",
         "validation.every",
         "validation.seed",
         "context.prefix_length",
@@ -167,6 +166,8 @@ def check(config: FinetuneConfig) -> None:
             value = value_of(name)
             if value is not None and not value >= least:
                 raise UserError(f"{name}={value}: expected {least} or more")
+    if config.training.seed < ANY_SEED:
+        raise UserError(f"training.seed={config.training.seed}: expected a whole number from 0 on, or {ANY_SEED} for any")
     for name in ("learning_rate", "modifier_learning_rate", "context_learning_rate"):
         value = value_of(f"training.{name}")
         if value is not None and not 0 < value < float("inf"):

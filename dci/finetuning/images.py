@@ -12,7 +12,7 @@ from torch import Tensor
 from dci.captions import LISTS, captioned_files
 from dci.finetuning.config import DataConfig
 from dci.finetuning.masks import object_mask
-from dci.samples.reader import RECORD, read_samples
+from dci.samples.reader import RECORD, read_samples, say_what_is_not_used
 from ldm.buckets import cut, nearest_bucket, told_size
 from ldm.conditioning import ImageSize
 from ldm.errors import UserError
@@ -87,7 +87,9 @@ def read_regularization(
         pixels = to_tensor(cut(flatten(image), *shape))
         return TrainingImage(file, pixels, caption=captions[file], size=told_size(image, *shape))
 
-    if not (Path(folder) / RECORD).is_file():
+    if (Path(folder) / RECORD).is_file():
+        say_what_is_not_used(folder, captions, say)
+    else:
         say_not_used(folder, [*captions, *(file.with_suffix(".txt") for file in captions), *LISTS], say)
     return _read_all(list(captions)[:most], read, folder, config.on_bad_image, say)
 

@@ -21,7 +21,7 @@ from dci.finetuning.images import TrainingImage, captions_of, read_references, r
 from dci.finetuning.module import ICOTraining
 from dci.finetuning.precision import check_device, lightning_name
 from dci.finetuning.regularization import generate
-from dci.finetuning.run_folder import CONCEPT_FILE, CONFIG_FILE, Run, find_run, new_run
+from dci.finetuning.run_folder import CONCEPT_FILE, CONFIG_FILE, Run, find_run, new_run, with_seed
 from dci.finetuning.signals import GracefulStop, Interrupted
 from ldm import config as configuration
 from ldm.diffusion import LatentDiffusion
@@ -51,6 +51,7 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
     check_device(config.training.precision, model.device)
     run = find_run(config, logdir)
     try:
+        config = with_seed(config, run)
         if run is not None and run.finished and run.step == config.training.steps:
             distributed.print_rank_zero(f"{run.folder} is finished")
             return run.folder

@@ -8,12 +8,12 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ldm.errors import UserError
-from ldm.images import list_images
+from ldm.images import is_image, list_images, say_not_used
 
 RECORD = "prompts.json"
 _NAMES = ("file", "file_name", "filename", "image", "name", "path")  # in lists of facts
@@ -60,6 +60,21 @@ def read_samples(folder: str | Path, class_nouns: Sequence[str] = ()) -> list[Sa
         )
     found = [(file, entries[file.stem]) for file in files]
     return [SampledImage(file, _prompt(facts), _text(facts, class_nouns), _noise(facts)) for file, facts in found]
+
+
+def say_what_is_not_used(folder: str | Path, used: Iterable[Path], say: Callable[[str], None]) -> None:
+    """Tell in a line what lies among a folder's images, and images beside them, that are not used.
+
+    Args:
+        folder: see `read_samples`.
+        used: its images.
+    """
+    folder, used = Path(folder), list(used)
+    inside = folder / "samples"
+    if inside.is_dir():
+        say_not_used(inside, used, say)
+        used += [file for file in folder.iterdir() if not is_image(file)]  # maps, logs, reports: this package's
+    say_not_used(folder, [*used, RECORD, *(file for file in folder.iterdir() if file.stem.startswith("grid"))], say)
 
 
 def read_record(folder: str | Path) -> dict | list:

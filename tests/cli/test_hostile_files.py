@@ -2,15 +2,13 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 import zipfile
 
 import pytest
 import tiny_models
 import torch
-from helpers import ROOT
+from helpers import ROOT, run
 from safetensors.torch import save_file
 
 from ldm.checkpoint import TOKEN_IDS, TOKEN_ROWS, load_model
@@ -140,6 +138,20 @@ def test_a_torchscript_program_is_refused(tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
     with pytest.raises(UserError, match="program.pt is a TorchScript program, not a checkpoint"):
         load_model(tmp_path / "program.pt")
+
+
+@pytest.mark.parametrize(
+    ("warning", "told"), [("Sparse CSR tensor support is in beta state.", 0), ("A new one\n of torch", 1)]
+)
+def test_what_torch_warns_of_reaches_the_user_with_the_files_name(tmp_path, monkeypatch, warning, told):
+    file = torch_save({"x": torch.zeros(2)}, tmp_path / "a.ckpt")
+    monkeypatch.setattr(
+        torch, "load", lambda *_, load=torch.load, **more: warnings.warn(warning, stacklevel=1) or load(*_, **more)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_pickled(file)
+    assert [str(w.message) for w in caught] == [f"{file}: A new one"] * told
 
 
 def test_an_archive_with_compressed_entries_is_read_right(tmp_path):
@@ -286,9 +298,7 @@ def test_programs_refuse_with_one_line_and_exit_code_2(program, tmp_path):
             "concept.class_noun=cat",
         ],
     }[program]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / program), *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    result = run(program, *arguments)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ") and "evil.ckpt" in result.stderr

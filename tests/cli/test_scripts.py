@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, ok, pixels, refused, run, run_here, run_main
+from helpers import ROOT, ok, pixels, refused, run, run_alone, run_here, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -130,7 +130,7 @@ def test_the_options_of_dci_have_an_effect(concept, tmp_path):
 
 
 def test_txt2img(tmp_path):
-    ok(run("txt2img.py", "--prompt", "a dog on the beach", "--n-samples", 2, "--ddim_steps", 4, "--outdir", tmp_path))
+    ok(run_alone("txt2img.py", "--prompt", "a dog on the beach", "--n-samples", 2, "--ddim_steps", 4, "--outdir", tmp_path))
     assert len(list((tmp_path / "samples").iterdir())) == 2
     record = json.loads((tmp_path / "prompts.json").read_text())
     assert record["00001"]["steps"] == 4
@@ -147,7 +147,8 @@ def test_sheets(tmp_path):
 
 
 def test_a_mistake_is_one_line_for_the_shell(tmp_path):
-    refused(run("train_ico.py", "--config", CONFIG, f"data.images={tmp_path}/none"), "error: no folder", f"{tmp_path}/none")
+    result = run_alone("train_ico.py", "--config", CONFIG, f"data.images={tmp_path}/none")
+    refused(result, "error: no folder", f"{tmp_path}/none")
 
 
 def test_training_refuses_impossible_input(tmp_path, capfd):

@@ -230,6 +230,37 @@ def test_scores_are_what_the_judges_say(encoders, tmp_path):
     assert scores.summary["kid"].mean > 0.1  # noise is not like cats
 
 
+def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path):
+    """Masks of every name beside references, samples and real images: the scores are those without them."""
+    run, references, real = folder_of(tmp_path / "run", PROMPTS), tmp_path / "references", tmp_path / "real"
+    for i, folder in enumerate((references, real)):
+        folder.mkdir()
+        for j in range(3):
+            noise = np.random.default_rng(10 * i + j).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{j}.png")
+    options = {"regularization": real, "resamples": 99}
+    expected = evaluate_folder(run, references, encoders, say=lambda line: pytest.fail(line), **options)
+    white = Image.new("L", (64, 64), 255)
+    masks = {
+        references: ("0.mask.png", "1-masklabel.PNG", "mask_2.png"),
+        real: ("0_mask.png",),
+        run: ("samples/mask-00001.jpg",),
+    }
+    for folder, names in masks.items():
+        for name in names:
+            white.save(folder / name)
+    (references / "0.txt").touch()
+    (references / "raw").mkdir()
+    said = []
+    found = evaluate_folder(run, references, encoders, say=said.append, **options)
+    assert found.summary == expected.summary and found.metadata["references"] == expected.metadata["references"]
+    assert said == [
+        f"Not used in {references}: 1 folder (raw), 1 caption (0.txt), 3 masks (0.mask.png, 1-masklabel.PNG, mask_2.png)",
+        f"Not used in {run / 'samples'}: 1 mask (mask-00001.jpg)",
+        f"Not used in {real}: 1 mask (0_mask.png)",
+    ]
+
+
 def test_an_evaluation_does_not_depend_on_its_cache_or_batches(encoders, tmp_path):
     folder = folder_of(tmp_path / "run", PROMPTS)
     plain = evaluate_folder(folder, REFERENCES, encoders, resamples=99)

@@ -62,6 +62,8 @@ def readable(value):
         ({"dci": "no"}, "dci 'no': expected true or false"),
         ({"negative": None}, "negative None: expected text"),
         ({"negative": "a V2*"}, "does not name the concept"),
+        ({"prompt": "a V* caf\udce9"}, "the text ' caf\\\\udce9' is not UTF-8"),
+        ({"auxiliary_noun": "caf\udce9"}, "the text 'caf\\\\udce9' is not UTF-8"),
         ({"auxiliary_noun": 3}, "auxiliary_noun 3: expected text"),
         ({"strength": 0.5}, "strength= needs an image to start from"),
         ({"mask": IMAGE}, "mask= needs an image to start from"),

@@ -166,11 +166,16 @@ def seed(text: str) -> int:
     return ChosenSeed(secrets.randbelow(2**32)) if value == -1 else value
 
 
+_MOST = 10**6  # numbers in a list of them
+
+
 def whole_numbers(text: str) -> list[int]:
     """Parse "0,2,5-7" -> [0, 2, 5, 6, 7], for argparse."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text}: expected whole numbers from 0 on, such as 0,1,2 or 0-7")
     spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    if sum(max(span[-1] - span[0], 0) + 1 for span in spans) > _MOST:
+        raise argparse.ArgumentTypeError(f"{text}: expected at most {_MOST:,} numbers")
     numbers = [number for span in spans for number in range(span[0], span[-1] + 1)]
     if not numbers or len(set(numbers)) < len(numbers):
         raise argparse.ArgumentTypeError(f"{text}: expected different numbers, the lower end of a span first")

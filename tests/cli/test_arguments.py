@@ -41,6 +41,13 @@ def test_every_seed_is_taken(given, seed):
     assert sampling_arguments(parsed(*map(str, given)))["seed"] == seed
 
 
+@pytest.mark.parametrize("given", ["0-99999999999999", "1,2-9999999", "0-1000000"])
+def test_more_seeds_than_anybody_samples_are_refused_at_once(given, capsys):
+    with pytest.raises(SystemExit):
+        parsed("--seeds", given)
+    assert "expected at most 1,000,000 numbers" in capsys.readouterr().err
+
+
 def test_of_an_option_of_one_value_the_last_counts():
     assert parsed("--steps", "3", "--ddim_steps", "4", "--steps=5").steps == 5
     assert parsed("--lora", "a", "--lora", "b:0.5").lora == ["a", "b:0.5"]

@@ -88,6 +88,11 @@ def test_what_the_pipeline_refuses(pipeline, options, words):
         pipeline(**{"prompt": "a V*", **options})
 
 
+def test_a_request_refuses_what_the_call_does(pipeline):
+    with pytest.raises(UserError, match="unknown option 'step'; did you mean 'steps'"):
+        pipeline.prepare(Request("a V*", settings={"step": 20, "steps": 3}))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -12,6 +12,8 @@ from pathlib import Path
 from ldm.errors import UserError, reported_in_one_line
 from ldm.shipped import find
 
+_MAY_BE_EMPTY = ("prompt", "negative_prompt")
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that takes --agg_time for --agg-time and says what is wrong in one line."""
@@ -25,7 +27,13 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
         args = sys.argv[1:] if args is None else args
         # Intermixed: key=value overrides may stand before, between and behind the options.
-        return super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)
+        found = super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            empty = value == "" or (isinstance(value, list) and "" in value)
+            if empty and action.option_strings and action.dest not in _MAY_BE_EMPTY:
+                self.error(f"argument {action.option_strings[0]}: it is empty: give a value, or leave it out")
+        return found
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (see --help)\n")

@@ -105,14 +105,13 @@ def evaluate_folder(
         UserError: a folder or file is missing or cannot be used.
     """
     samples = read_samples(folder, class_nouns)
-    if references is None:
-        references = recorded_references(folder)
+    references = recorded_references(folder) if references is None else references
     folders = [references] if isinstance(references, (str, Path)) else list(references)
     groups = [_references(one, say) for one in folders]
-    say_what_is_not_used(folder, [sample.file for sample in samples], say)
+    files = [sample.file for sample in samples]
+    say_what_is_not_used(folder, files, say)
     real = _real_images(regularization, say)
     store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
-    files = [sample.file for sample in samples]
 
     def features(encoder: Encoder, files: Sequence[Path]) -> Tensor:
         return store.features(encoder, files, batch_size, progress)

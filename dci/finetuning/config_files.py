@@ -203,5 +203,7 @@ def _check_prompts(config: FinetuneConfig) -> None:
     for tokens, entry in zip(names, entries, strict=True):
         parse_prompt("a V*", ConceptName(tokens, entry.class_noun))
     concepts = tuple(ConceptName(tokens, entry.class_noun) for tokens, entry in zip(names, entries, strict=True))
+    if config.validation.every and not config.validation.prompts:
+        raise UserError("validation.prompts is empty: give some, or validation.every=0")
     for prompt in config.validation.prompts if config.validation.every else []:
         parse_prompt(prompt, concepts)

@@ -48,6 +48,16 @@ def test_more_seeds_than_anybody_samples_are_refused_at_once(given, capsys):
     assert "expected at most 1,000,000 numbers" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--model", "--checkpoint", "--vae", "--lora", "--outdir", "--from-file", "--concept"])
+@pytest.mark.parametrize("given", [["OPTION", ""], ["OPTION="]], ids=["apart", "together"])
+def test_an_empty_value_is_not_taken_for_none(option, given, capsys):
+    """As a shell gives it in place of a variable that is not set."""
+    with pytest.raises(SystemExit):
+        parsed(*(part.replace("OPTION", option) for part in given))
+    assert f"argument {option}: it is empty" in capsys.readouterr().err
+    assert parsed("--negative-prompt", "", "--prompt", "").negative_prompt == ""
+
+
 def test_of_an_option_of_one_value_the_last_counts():
     assert parsed("--steps", "3", "--ddim_steps", "4", "--steps=5").steps == 5
     assert parsed("--lora", "a", "--lora", "b:0.5").lora == ["a", "b:0.5"]

@@ -1,4 +1,4 @@
-"""Training of the judges: contrastive for CLIP and the instance encoder, cross-entropy for the classifier."""
+"""Training of the embedded encoders: contrastive for CLIP and the instance encoder, cross-entropy for the classifier."""
 
 import copy
 
@@ -25,25 +25,25 @@ def new_clip(captions: list[str]) -> WorldCLIP:
         "vision_cfg": {"layers": [1, 1, 1, 1], "width": 24, "head_width": 64, "image_size": 64},
         "text_cfg": {"context_length": 32, "vocab_size": len(vocabulary) + 2, "width": 128, "heads": 4, "layers": 2},
     }
-    judge = WorldCLIP(copy.deepcopy(config), vocabulary)
-    judge.config = {"clip": config, "clip-vocabulary": vocabulary}
-    return judge
+    encoder = WorldCLIP(copy.deepcopy(config), vocabulary)
+    encoder.config = {"clip": config, "clip-vocabulary": vocabulary}
+    return encoder
 
 
 def new_instance_encoder() -> InstanceEncoder:
     """Return an untrained instance encoder."""
     config = {"layers": [1, 1, 1, 1], "width": 20, "heads": 10, "image_size": 64, "output_dim": 128}
-    judge = InstanceEncoder(config)
-    judge.config = {"instance": config}
-    return judge
+    encoder = InstanceEncoder(config)
+    encoder.config = {"instance": config}
+    return encoder
 
 
 def new_classifier() -> Classifier:
     """Return an untrained classifier of the world's nouns and places."""
     config = {"layers": [1, 1, 1, 1], "width": 16, "heads": 8, "image_size": 64}
-    judge = Classifier(config, list(NOUNS), [*PLACES, "plain"])
-    judge.config = {"classifier": {"config": config, "nouns": judge.nouns, "places": judge.places}}
-    return judge
+    encoder = Classifier(config, list(NOUNS), [*PLACES, "plain"])
+    encoder.config = {"classifier": {"config": config, "nouns": encoder.nouns, "places": encoder.places}}
+    return encoder
 
 
 def augmented(x: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor, same: Tensor | None = 
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
-class JudgeTraining(PretrainingModule):
-    """What the judges' trainings share: images (b, 3, 64, 64) uint8 become augmented inputs."""
+class EncoderTraining(PretrainingModule):
+    """What the encoders' trainings share: images (b, 3, 64, 64) uint8 become augmented inputs."""
 
     def __init__(self, network: nn.Module, config: PretrainConfig):
         # With channels last, convolutions are a fifth faster on a CPU.
@@ -88,7 +88,7 @@ class JudgeTraining(PretrainingModule):
         return augmented(images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-class CLIPTraining(JudgeTraining):
+class CLIPTraining(EncoderTraining):
     """Batch: images, compact caption ids (b, 32)."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -101,7 +101,7 @@ class CLIPTraining(JudgeTraining):
         return loss
 
 
-class InstanceTraining(JudgeTraining):
+class InstanceTraining(EncoderTraining):
     """Batch: two views of each instance, (b, 2, 3, 64, 64), several recolourings of an artwork side by side."""
 
     SCALE = 20.0
@@ -114,7 +114,7 @@ class InstanceTraining(JudgeTraining):
         return loss
 
 
-class ClassifierTraining(JudgeTraining):
+class ClassifierTraining(EncoderTraining):
     """Batch: images, noun labels (b,), place labels (b,)."""
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:

@@ -13,6 +13,7 @@ from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.loop import PretrainingModule
 from ldm.pretraining.scenes import PLACES
 
+PROMPTS = 4  # of each class in a step; their mean is the class, as in zero-shot classification
 IGNORED = -100  # label of an image that has none; cross_entropy leaves it out
 
 
@@ -22,7 +23,7 @@ def new_clip(captions: list[str]) -> WorldCLIP:
     vocabulary = sorted(tokens | {tokenizer.START, tokenizer.END})
     config = {
         "embed_dim": 128,
-        "vision_cfg": {"layers": [1, 1, 1, 1], "width": 24, "head_width": 64, "image_size": 64},
+        "vision_cfg": {"layers": [1, 2, 2, 1], "width": 24, "head_width": 64, "image_size": 64},
         "text_cfg": {"context_length": 32, "vocab_size": len(vocabulary) + 2, "width": 128, "heads": 4, "layers": 2},
     }
     encoder = WorldCLIP(copy.deepcopy(config), vocabulary)
@@ -32,7 +33,7 @@ def new_clip(captions: list[str]) -> WorldCLIP:
 
 def new_instance_encoder() -> InstanceEncoder:
     """Return an untrained instance encoder."""
-    config = {"layers": [1, 1, 1, 1], "width": 20, "heads": 10, "image_size": 64, "output_dim": 128}
+    config = {"layers": [1, 2, 2, 1], "width": 24, "heads": 12, "image_size": 64, "output_dim": 128}
     encoder = InstanceEncoder(config)
     encoder.config = {"instance": config}
     return encoder
@@ -77,6 +78,12 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor, same: Tensor | None = 
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
+def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of the rows that have a label; 0 where none has."""
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
+
+
 class EncoderTraining(PretrainingModule):
     """What the encoders' trainings share: images (b, 3, 64, 64) uint8 become augmented inputs."""
 
@@ -89,16 +96,50 @@ class EncoderTraining(PretrainingModule):
 
 
 class CLIPTraining(EncoderTraining):
-    """Batch: images, compact caption ids (b, 32)."""
+    """Batch: images, compact caption ids (b, 32), noun labels (b,), place labels (b,).
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        images, ids = batch
+    Beside its caption, an image learns its noun and its place among all of them, as prompts: what a zero-shot
+    classifier asks. Captions alone taught nouns slowly: neither side learns them while the other ignores them. So a
+    linear layer, which is not kept, names the noun from either side's features.
+
+    Args:
+        classes: (nouns, places, 32) compact ids of a prompt for each noun in each place.
+    """
+
+    def __init__(self, network: WorldCLIP, config: PretrainConfig, classes: Tensor):
+        super().__init__(network, config)
+        self.register_buffer("classes", classes, persistent=False)
+        self.head = nn.Linear(network.clip.visual.output_dim, len(classes))
+
+    def training_step(self, batch: tuple[Tensor, Tensor, Tensor, Tensor], index: int) -> Tensor:
+        images, ids, noun, place = batch
         image = self.network.clip.encode_image(self.inputs(images), normalize=True).float()
         text = self.network.clip.encode_text(ids, normalize=True).float()
         same = (ids[:, None] == ids[None]).all(-1)
-        loss = contrastive_loss(image, text, self.network.clip.logit_scale.exp().clamp(max=100), same)
-        self.log("loss", loss, prog_bar=True)
-        return loss
+        scale = self.network.clip.logit_scale.exp().clamp(max=100)
+        captions = contrastive_loss(image, text, scale, same)
+        nouns, places = self.class_losses(image, scale, noun, place)
+        named = self.named_loss(image, scale, noun)
+        self.log_dict({"loss": captions, "noun": nouns, "place": places, "named": named}, prog_bar=True)
+        return captions + nouns + places + named
+
+    def named_loss(self, image: Tensor, scale: Tensor, noun: Tensor) -> Tensor:
+        """Cross-entropy of the linear layer's nouns, of images and of one prompt for each noun."""
+        number, places = self.classes.shape[:2]
+        chosen = self.classes[torch.arange(number), torch.randint(places, (number,))]
+        text = self.network.clip.encode_text(chosen, normalize=True).float()
+        of_text = F.cross_entropy(self.head(scale * text), torch.arange(number, device=text.device))
+        return labelled_loss(self.head(scale * image), noun) + of_text
+
+    def class_losses(self, image: Tensor, scale: Tensor, noun: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the noun among nouns in some places each, and of the place among places with some nouns."""
+        number, places = self.classes.shape[:2]
+        by_noun = self.classes[torch.arange(number)[:, None], torch.randint(places, (number, PROMPTS))]
+        by_place = self.classes[torch.randint(number, (places, PROMPTS)), torch.arange(places)[:, None]]
+        text = self.network.clip.encode_text(torch.cat([by_noun, by_place]).flatten(0, 1), normalize=True).float()
+        classes = F.normalize(text.unflatten(0, (-1, PROMPTS)).mean(1), dim=-1)
+        logits = scale * image @ classes.T
+        return labelled_loss(logits[:, :number], noun), labelled_loss(logits[:, number:], place)
 
 
 class InstanceTraining(EncoderTraining):
@@ -120,6 +161,6 @@ class ClassifierTraining(EncoderTraining):
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
         images, noun, place = batch
         nouns, places = self.network.logits(self.inputs(images))
-        loss = F.cross_entropy(nouns.float(), noun, ignore_index=IGNORED) + F.cross_entropy(places.float(), place)
+        loss = labelled_loss(nouns.float(), noun) + labelled_loss(places.float(), place)
         self.log("loss", loss, prog_bar=True)
         return loss

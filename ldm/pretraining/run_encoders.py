@@ -19,6 +19,8 @@ from ldm.pretraining.cache import HELD_OUT_SEED, RenderedWorld, held_out_world, 
 from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.instances import FigureDataset, artworks, held_out_views
 from ldm.pretraining.loop import Finish
+from ldm.pretraining.scenes import PLACES
+from ldm.pretraining.world import with_article
 
 ROUND_TRIPS = 8_000  # images that the encoders also see as the autoencoder gives them back
 
@@ -111,15 +113,25 @@ def _clip(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, 
     unique = {text: i for i, text in enumerate(dict.fromkeys(world.captions))}
     rows = encoder.tokenize(list(unique))
     ids = rows[torch.tensor([unique[text] for text in world.captions])]
-    dataset = LabelledDataset(world.images, _decoded(config, model, world, root), ids)
+    noun, place = _labels(world, list(NOUNS), list(PLACES))
+    phrases = [phrases[0] for _, phrases in PLACES.values()]
+    prompts = [f"a photo of {with_article(noun)} {phrase}" for noun in NOUNS for phrase in phrases]
+    classes = encoder.tokenize(prompts).unflatten(0, (len(NOUNS), len(PLACES)))
+    dataset = LabelledDataset(world.images, _decoded(config, model, world, root), ids, noun, place)
     measure = lambda trained: clip_accuracy(trained, held_out_world(config, root), list(NOUNS))  # noqa: E731
-    return encoders.CLIPTraining(encoder, config), dataset, measure
+    return encoders.CLIPTraining(encoder, config, classes), dataset, measure
+
+
+def _labels(world: RenderedWorld, nouns: list[str], places: list[str]) -> tuple[Tensor, Tensor]:
+    """Positions (n,) of each image's noun and place; IGNORED where it has none, or "plain" where that is a place."""
+    noun = torch.tensor([nouns.index(n) if n else encoders.IGNORED for n in world.nouns])
+    plain = places.index("plain") if "plain" in places else encoders.IGNORED
+    return noun, torch.tensor([places.index(p) if p else plain for p in world.places])
 
 
 def _classifier(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
     encoder = encoders.new_classifier()
-    noun = torch.tensor([encoder.nouns.index(n) if n else encoders.IGNORED for n in world.nouns])
-    place = torch.tensor([encoder.places.index(p or "plain") for p in world.places])
+    noun, place = _labels(world, encoder.nouns, encoder.places)
     dataset = LabelledDataset(world.images, _decoded(config, model, world, root), noun, place)
     measure = lambda trained: classifier_accuracy(trained, held_out_world(config, root))  # noqa: E731
     return encoders.ClassifierTraining(encoder, config), dataset, measure

@@ -104,6 +104,32 @@ def test_contrastive_loss():
     assert encoders.contrastive_loss(a, b, scale, same) < encoders.contrastive_loss(a, b, scale)
 
 
+def test_rows_without_a_label_count_for_nothing():
+    logits, labels = torch.randn(5, 4), torch.tensor([1, encoders.IGNORED, 3, encoders.IGNORED, 0])
+    expected = -logits.log_softmax(-1)[[0, 2, 4], [1, 3, 0]].mean()
+    torch.testing.assert_close(encoders.labelled_loss(logits, labels), expected)
+    assert encoders.labelled_loss(logits, torch.full((5,), encoders.IGNORED)) == 0
+
+
+def test_an_image_learns_its_noun_and_place_among_prompts():
+    """An image whose feature is the text's own: the probability of its noun is the softmax over the nouns' cosines."""
+    torch.manual_seed(0)
+    prompts = [["a dog on the beach", "a dog in the snow"], ["a cat on the beach", "a cat in the snow"]]
+    network = encoders.new_clip(sum(prompts, [])).eval()
+    classes = torch.stack([network.tokenize(row) for row in prompts])
+    scale = torch.tensor(5.0)
+    beach = encoders.CLIPTraining(network, OPTIONS, classes[:, :1])
+    dog, cat = network.text_features(["a dog on the beach", "a cat on the beach"])
+    noun, place = beach.class_losses(dog[None], scale, torch.tensor([0]), torch.tensor([0]))
+    torch.testing.assert_close(noun, torch.log1p(torch.exp(scale * (dog @ cat - 1))))
+    assert place == 0  # there is one place only
+    dogs = encoders.CLIPTraining(network, OPTIONS, classes[:1])
+    snow = network.text_features(["a dog in the snow"])[0]
+    noun, place = dogs.class_losses(dog[None], scale, torch.tensor([0]), torch.tensor([1]))
+    torch.testing.assert_close(place, torch.log1p(torch.exp(scale * (1 - dog @ snow))))
+    assert noun == 0
+
+
 def test_augmented_images_keep_their_shape_and_range():
     x = torch.zeros(5, 3, 64, 64)
     y = encoders.augmented(x)
@@ -118,8 +144,8 @@ def test_an_encoder_is_trained_saved_and_loaded(part, tmp_path):
     if part == "clip":
         network = encoders.new_clip(["a dog", "a red cat"])
         ids = network.tokenize(["a dog", "a red cat"] * 4)
-        module, load = encoders.CLIPTraining(network, config), load_clip
-        dataset = LabelledDataset(images, images[:4], ids)
+        module, load = encoders.CLIPTraining(network, config, ids[:2, None]), load_clip
+        dataset = LabelledDataset(images, images[:4], ids, torch.arange(8) % 2, torch.zeros(8, dtype=torch.long))
     elif part == "classifier":
         network = encoders.new_classifier()
         noun, place = torch.tensor([0, 1, encoders.IGNORED, 2] * 2), torch.arange(8)

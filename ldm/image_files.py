@@ -15,7 +15,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, feature
 from ldm import adobe_rgb
 from ldm.colour import to_srgb
 from ldm.errors import UserError
-from ldm.library_warnings import told_of
+from ldm.library_warnings import warnings_of
 
 _PHONES = (".heic", ".heif", ".hif", ".avif")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_PHONES)
@@ -133,7 +133,7 @@ def _open(file: Path) -> Iterator[Image.Image]:
     with open(file, "rb") as stream:
         head = stream.read(12)
     turned: list[bool] = []
-    with _lock, told_of(file, lambda warning: _explain(warning, any(turned))):
+    with _lock, warnings_of(file, lambda warning: _explain(warning, any(turned))):
         before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
         Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = _REFUSED // 2, _TEXT, _TEXT
         try:

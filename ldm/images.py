@@ -90,10 +90,10 @@ def not_used(folder: str | Path, used: Iterable[str | Path]) -> str:
     return ", ".join(_counted(kind, found) for kind, found in kinds.items() if found)
 
 
-def say_not_used(folder: str | Path, used: Iterable[str | Path], say: Callable[[str], None]) -> None:
-    """Tell in one line what a folder holds besides the files that are used, if anything."""
+def report_not_used(folder: str | Path, used: Iterable[str | Path], report: Callable[[str], None]) -> None:
+    """Report in one line what a folder holds besides the files that are used, if anything."""
     if rest := not_used(folder, used):
-        say(f"Not used in {folder}: {rest}")
+        report(f"Not used in {folder}: {rest}")
 
 
 def _counted(kind: str, files: list[Path]) -> str:

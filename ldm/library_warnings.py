@@ -1,4 +1,4 @@
-"""What libraries warn of while they read a user's file: told with the file's name, or left out."""
+"""What libraries warn of while they read a user's file: passed on with the file's name, or left out."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @contextmanager
-def told_of(file: str | Path, explain: Callable[[str], str | None]) -> Iterator[None]:
+def warnings_of(file: str | Path, explain: Callable[[str], str | None]) -> Iterator[None]:
     """Pass on a library's warnings once the file is read, each kind once; what cannot be read is an error anyway.
 
     Args:

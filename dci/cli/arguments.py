@@ -80,7 +80,7 @@ def as_options(message: str) -> str:
 
 def add_sampling_options(parser: Parser) -> None:
     """Add the options that every sampling program has."""
-    parser.add_argument("--prompt", help="what to draw")
+    parser.add_argument("--prompt", help="what to generate")
     parser.add_argument("--from-file", metavar="FILE", help="a UTF-8 text file with a prompt in each line, not --prompt")
     parser.add_argument("--negative-prompt", default="", help="what to lead away from")
     parser.add_argument("--n-samples", type=positive, default=4, help="images of each prompt and seed (default 4)")
@@ -88,7 +88,7 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="images made at a time (default 8)")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
-        "--seed", type=seed, default=0, help="same seed, same images (default 0); -1 chooses one, and says it"
+        "--seed", type=seed, default=0, help="same seed, same images (default 0); -1 chooses one and prints it"
     )
     seeds.add_argument("--seeds", type=whole_numbers, metavar="A,B-C", help="several seeds, such as 0,1,2 or 0-7")
     parser.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's)")
@@ -122,7 +122,9 @@ def add_sampling_options(parser: Parser) -> None:
     add_model_options(group)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     precisions = ["auto", *PRECISIONS]
-    group.add_argument("--precision", choices=precisions, default="auto", help="default: the device's fastest, and said")
+    group.add_argument(
+        "--precision", choices=precisions, default="auto", help="default: the device's fastest; it is printed"
+    )
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes at first, faster afterwards")
     group.add_argument("--channels-last", action="store_true", help="memory layout (GPUs get it in half precision anyway)")
     group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="side of tiles in decoding (default: if needed)")

@@ -35,7 +35,7 @@ def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[s
     own = (trained or {}).get("model")
     if isinstance(own, str) and (Path(own).exists() or is_hub_id(own)):
         return own, args.checkpoint or trained.get("checkpoint")
-    # Weights alone tell their architecture.
+    # The weights alone give their architecture.
     return (args.checkpoint, None) if args.checkpoint else (str(TINY), None)
 
 
@@ -75,7 +75,7 @@ def add_concept_options(parser: Parser) -> None:
 
 
 def read_concept(args: argparse.Namespace):
-    """Return the concept of `--concept`: ours, or another program's, what was recognised in which is printed.
+    """Return the concept of `--concept`: ours, or another program's, printing what was recognised in it.
 
     Raises:
         UserError: a file is missing, broken or of no known kind, or options do not go together.
@@ -97,22 +97,22 @@ def read_concept(args: argparse.Namespace):
     return found.concept
 
 
-def vae_facts(args: argparse.Namespace) -> dict:
-    """Return what tells the autoencoder in place of the model's own, for the images' metadata."""
+def vae_metadata(args: argparse.Namespace) -> dict:
+    """Return what identifies the autoencoder in place of the model's own, for the images' metadata."""
     return {"vae": args.vae, "vae_hash": content_hash(args.vae)} if args.vae else {}
 
 
-def concept_facts(args: argparse.Namespace) -> dict:
-    """Return what tells the concept, its strength and the LoRAs of a sampling run, for its images' metadata."""
-    facts = {"concept": args.concept[0], "concept_hash": content_hash(args.concept[0])}
+def concept_metadata(args: argparse.Namespace) -> dict:
+    """Return what identifies the concept, its strength and the LoRAs of a sampling run, for its images' metadata."""
+    metadata = {"concept": args.concept[0], "concept_hash": content_hash(args.concept[0])}
     if len(args.concept) > 1:
-        facts |= {"concept_files": {file: content_hash(file) for file in args.concept}}
-    facts |= {name: getattr(args, name) for name in ("class_noun", "trigger") if getattr(args, name)}
-    facts |= {"strength_concept": args.strength_concept} if args.strength_concept != 1 else {}
-    return facts | lora_facts(args)
+        metadata |= {"concept_files": {file: content_hash(file) for file in args.concept}}
+    metadata |= {name: getattr(args, name) for name in ("class_noun", "trigger") if getattr(args, name)}
+    metadata |= {"strength_concept": args.strength_concept} if args.strength_concept != 1 else {}
+    return metadata | lora_metadata(args)
 
 
-def lora_facts(args: argparse.Namespace) -> dict:
+def lora_metadata(args: argparse.Namespace) -> dict:
     """Return the LoRAs on the base model, with their files' hashes; nothing where there are none."""
     from dci.concept.loras import parse_lora
 
@@ -122,7 +122,7 @@ def lora_facts(args: argparse.Namespace) -> dict:
 def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
     """Load the base model, in the precision and layout that suit `--device` or are asked for, still on the CPU.
 
-    `--precision auto` is said, and replaced in `args` by what it came to.
+    `--precision auto` is printed, and replaced in `args` by what it came to.
     """
     import torch
 
@@ -145,7 +145,7 @@ def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
 
 
 def compress_file(args: argparse.Namespace, source: Path, target: Path, model) -> None:
-    """Write a concept file whose weights are low-rank changes, and say what that costs.
+    """Write a concept file whose weights are low-rank changes, and print what that costs.
 
     Args:
         model: the base model, without the concept.

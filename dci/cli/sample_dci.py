@@ -1,4 +1,4 @@
-"""Draw a learned concept in new places with DCI: divide, conquer, then integrate.
+"""Generate a learned concept in new places with DCI: divide, conquer, then integrate.
 
 python scripts/sample_dci.py --concept logs/RUN/concept.safetensors --prompt "a V* dog on the beach"
 """
@@ -11,13 +11,13 @@ from dci.cli.loading import (
     add_concept_options,
     base_model,
     base_vae,
-    concept_facts,
+    concept_metadata,
     load_base,
     pick_device,
     read_concept,
     request_of,
 )
-from dci.cli.output import check_sharing, draw, sampling_facts
+from dci.cli.output import check_sharing, generate, sampling_metadata
 
 
 def arguments():
@@ -62,10 +62,10 @@ def main() -> None:
         print("\n".join(prompt.describe() for prompt in prepared.prompts))
     if prepared.dual:
         print(describe_gain(prepared))
-    facts = {
-        **concept_facts(args),
+    metadata = {
+        **concept_metadata(args),
         "version": __version__,
-        **sampling_facts(args, base, checkpoint, prepared, model_hash),
+        **sampling_metadata(args, base, checkpoint, prepared, model_hash),
         "dci": prepared.dual and dataclasses.asdict(prepared.dual),
     }
     recorder = BranchRecorder(model, args.save_maps, args.save_steps) if args.save_maps or args.save_steps else None
@@ -81,4 +81,4 @@ def main() -> None:
 
     written = zip(texts, prepared.prompts, strict=True)
     named = [{"prompt": text, "concept_prompt": p.concept, "auxiliary_prompt": p.auxiliary} for text, p in written]
-    draw(args, named, facts, len(prepared.timesteps), sample_batch, recorder)
+    generate(args, named, metadata, len(prepared.timesteps), sample_batch, recorder)

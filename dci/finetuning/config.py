@@ -96,9 +96,9 @@ class TrainingConfig:
 
 @dataclass
 class ValidationConfig:
-    """Images drawn while training, from fixed noise: with DCI and without, side by side."""
+    """Images sampled while training, from fixed noise: with DCI and without, side by side."""
 
-    every: int = 100  # steps; 0 draws none
+    every: int = 100  # steps; 0 samples none
     prompts: list[str] = field(default_factory=lambda: ["a photo of a V*"])
     n_samples: int = 4
     steps: int = 25  # solver steps
@@ -135,7 +135,7 @@ class FinetuneConfig:
 
 
 def concepts_of(config: FinetuneConfig) -> list[ConceptConfig]:
-    """Return the concepts that a run learns, one or several, with nothing left open that another option says."""
+    """Return the concepts that a run learns, one or several, with the defaults that other options give filled in."""
     from dci.concept.modifier_tokens import RARE_TOKENS  # with torch, which takes seconds; options need none
 
     entries = config.concepts or [config.concept]

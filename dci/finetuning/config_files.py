@@ -1,4 +1,4 @@
-"""Fine-tuning configurations: what the file says, what the user says in place of it, and what no run could use."""
+"""Fine-tuning configurations: the file's options, the user's in place of them, and those that no run could use."""
 
 import dataclasses
 import importlib.util
@@ -55,7 +55,7 @@ def _check_name(name: str) -> None:
 
 
 def _given(content: dict[str, Any]) -> dict[str, Any]:
-    """What a file says, without what it leaves to the user (`???`)."""
+    """The options of a file, without those that it leaves to the user (`???`)."""
     return {
         key: _given(value) if isinstance(value, dict) else value
         for key, value in content.items()
@@ -64,7 +64,7 @@ def _given(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _complete(config: FinetuneConfig, overridden: list[str], path: str | Path) -> None:
-    """Check that each concept is said once, and let the short form show the first of a list."""
+    """Check that each concept is given once, and let the short form show the first of a list."""
     for i, entry in enumerate(concepts_of(config)):
         for key, short in (("class_noun", "concept.class_noun"), ("images", "data.images")):
             name = f"concepts[{i}].{key}" if config.concepts else short

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from dci.files import write_atomically
 from dci.finetuning import distributed
 from dci.finetuning.augmentation import LARGEST
-from dci.finetuning.callbacks import CheckpointCallback, MetricsLogger, ValidationImages, errors_told_once, loggers
+from dci.finetuning.callbacks import CheckpointCallback, MetricsLogger, ValidationImages, errors_reported_once, loggers
 from dci.finetuning.config import AUTO, GENERATE, FinetuneConfig, concepts_of
 from dci.finetuning.config_files import check
 from dci.finetuning.dataset import BatchOrder, ConceptDataset
@@ -138,7 +138,7 @@ def _fit(module: ICOTraining, loader: DataLoader, run: Run, stop: GracefulStop, 
         callbacks = [MetricsLogger(config, run.folder), ValidationImages(config, run.folder), saving]
         trainer = _trainer(config, run.folder, module.model.device, callbacks)
         try:
-            with errors_told_once():
+            with errors_reported_once():
                 trainer.fit(module, loader)
         except OSError as error:
             if trainer.strategy.launcher is not None:  # the others would wait for this process for ever

@@ -1,4 +1,4 @@
-"""The folder that sampling writes: samples/NNNNN.png, and prompts.json that tells what each image is of.
+"""The folder that sampling writes: samples/NNNNN.png, and prompts.json with the metadata of each image.
 
 prompts.json is complete before the first image is made: it is the plan that a repeated command goes on
 with, and that other workers share. A image is whole or not there.
@@ -57,7 +57,7 @@ class SampleFolder:
             record = self._read()
             self.first = self._place(record)
             planned = {self._stem(n): self.plan.metadata(n) for n in range(len(self.plan))}
-            added = {stem: facts for stem, facts in planned.items() if stem not in record}
+            added = {stem: metadata for stem, metadata in planned.items() if stem not in record}
             if added:
                 write_atomically(self.record, json.dumps(record | normal_form(added), indent=2).encode())
         return self
@@ -127,7 +127,7 @@ class SampleFolder:
         return next((first for first in firsts if not self._difference(record, used, first)), end)
 
     def _difference(self, record: dict, used: dict[int, str], first: int, tolerated: tuple[str, ...] = ()) -> str | None:
-        """Say in what the images that are there from `first` on are not the plan's; None where they are."""
+        """Return in what the images that are there from `first` on are not the plan's; None where they are."""
         for number in range(len(self.plan)):
             stem = used.get(first + number)
             if stem is None:

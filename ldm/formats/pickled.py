@@ -18,7 +18,7 @@ import torch
 from torch.serialization import safe_globals
 
 from ldm.errors import UserError
-from ldm.library_warnings import told_of
+from ldm.library_warnings import warnings_of
 from ldm.texts import openable
 
 _FRAMEWORKS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
@@ -67,7 +67,7 @@ def read_pickled(file: str | Path) -> Any:
                 "hold tensors and containers only: get it as .safetensors from someone you trust"
             )
         stand_ins: list[Any] = [(_stand_in(name), name) for name in foreign]  # torch wants a list of anything
-        with openable(file) as path, safe_globals(stand_ins), told_of(file, _explain):
+        with openable(file) as path, safe_globals(stand_ins), warnings_of(file, _explain):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except UserError:
         raise

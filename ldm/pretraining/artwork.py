@@ -1,4 +1,4 @@
-"""Sprites of the small world: openly licensed emoji artwork from two registry packages.
+"""Sprites of the toy world: openly licensed emoji artwork from two registry packages.
 
 Fluent 3D emoji (Microsoft, MIT; npm @lobehub/fluent-emoji-3d) and Noto emoji (Google, Apache-2.0;
 npm emoji-datasource-google). `scripts/fetch_artwork.sh` puts both into a folder. They are needed
@@ -99,7 +99,7 @@ HELD_OUT = {
     "teddy": ("bear", "1f9f8"),
     "cake-birthday": ("cake", "1f382"),
 }
-"""Artwork that neither the model nor the judges are ever trained on, for concepts: (class noun, file name)."""
+"""Artwork that neither the model nor the encoders are ever trained on, for concepts: (class noun, file name)."""
 
 PAINTED = ("cat", "car", "teapot")
 """Nouns whose Fluent drawing is under a demo concept, in other colours; the wide world does without it."""
@@ -165,7 +165,7 @@ def wide_drawings(folder: str | Path) -> tuple[dict[str, list[Path]], dict[str, 
 
 
 def is_reserved(code: str) -> bool:
-    """Tell whether a file name is of `HELD_OUT`, or a variant of one: the black cat of the cat."""
+    """Return whether a file name is of `HELD_OUT`, or a variant of one: the black cat of the cat."""
     return any(code.startswith(other.removesuffix("-fe0f")) for _, other in HELD_OUT.values())
 
 

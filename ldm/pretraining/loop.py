@@ -32,7 +32,7 @@ class PretrainingModule(pl.LightningModule):
         torch.manual_seed((self.config.seed + self.global_step) * 1000 + self.global_rank)
 
     def configure_optimizers(self) -> dict:
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        parameters = [p for p in self.parameters() if p.requires_grad]  # the average's need none
         optimizer = torch.optim.AdamW(parameters, self.config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -18,7 +18,7 @@ from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
 from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
 from ldm.pretraining.loop import Finish, fit, restore
-from ldm.pretraining.run_judges import pretrain_judge
+from ldm.pretraining.run_encoders import pretrain_encoder
 from ldm.pretraining.vae import VAEPretraining, psnr
 
 VAE_FILE, UNET_FILE, TEXT_FILE = "vae.safetensors", "unet.safetensors", "text.safetensors"
@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig, root: Path, export: bool = False) -> None:
         UserError: an unknown part, missing artwork, or a diffusion model without its autoencoder.
     """
     trainers = {"vae": _pretrain_vae, "diffusion": _pretrain_diffusion}
-    trainers |= dict.fromkeys(("clip", "instance", "classifier"), _pretrain_judge)
+    trainers |= dict.fromkeys(("clip", "instance", "classifier"), _pretrain_encoder)
     if config.part not in trainers:
         raise UserError(f"part={config.part}: expected one of {', '.join(trainers)}")
     model_config = configuration.load(ModelConfig, root / config.model)
@@ -57,11 +57,11 @@ def pretrain(config: PretrainConfig, root: Path, export: bool = False) -> None:
     trainers[config.part](config, LatentDiffusion(model_config), world, root, finish)
 
 
-def _pretrain_judge(
+def _pretrain_encoder(
     config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish
 ) -> None:
     _load_part(model.autoencoder, root / model.config.checkpoint / VAE_FILE, "first_stage_model.")
-    pretrain_judge(config, model, world, root, finish)
+    pretrain_encoder(config, model, world, root, finish)
 
 
 def _pretrain_vae(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish) -> None:

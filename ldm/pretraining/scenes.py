@@ -1,4 +1,4 @@
-"""Procedural places of the small world: each function draws one on a square canvas.
+"""Procedural places of the toy world: each function renders one on a square canvas.
 
 A scene function takes a numpy Generator and returns an RGB image of CANVAS x CANVAS pixels.
 Colours, horizons and details vary with the generator, so that no two scenes are alike.
@@ -345,4 +345,4 @@ PLACES: dict[str, tuple[Callable[[Generator], Image.Image], tuple[str, ...]]] = 
     "space": (space, ("in space", "in outer space")),
     "lake": (lake, ("at the lake", "on a lake")),
 }
-"""Place -> its drawing function and the phrases that captions use for it."""
+"""Place -> its rendering function and the phrases that captions use for it."""

@@ -245,7 +245,7 @@ def broken_files(state, place):
     }
 
 
-def test_broken_and_foreign_files_are_told_in_one_line(state, yaml, tmp_path):
+def test_broken_and_foreign_files_are_named_in_one_line(state, yaml, tmp_path):
     for name, message in broken_files(state, tmp_path).items():
         with pytest.raises(UserError) as error, warnings.catch_warnings():
             warnings.simplefilter("error")  # a warning would be a second line

@@ -33,6 +33,8 @@ class WorldCLIP(nn.Module):
         vocabulary: CLIP token ids in ascending order; compact ids are 2, 3, ... in the same order.
     """
 
+    config: dict[str, Any]  # its JSON files by their stems; a new encoder has them, one that was loaded has not
+
     def __init__(self, config: dict, vocabulary: list[int]):
         super().__init__()
         self.clip = CLIP(**config)
@@ -64,6 +66,8 @@ class WorldCLIP(nn.Module):
 class InstanceEncoder(nn.Module):
     """Distinguishes this cat from that cat, wherever it stands (the role of DINO in DINO-I)."""
 
+    config: dict[str, Any]  # as of WorldCLIP
+
     def __init__(self, config: dict):
         super().__init__()
         self.trunk = ModifiedResNet(**config)
@@ -80,6 +84,8 @@ class Classifier(nn.Module):
         nouns: the words of the noun logits, in their order.
         places: the words of the place logits; "plain" is a background without a place.
     """
+
+    config: dict[str, Any]  # as of WorldCLIP
 
     def __init__(self, config: dict, nouns: list[str], places: list[str]):
         super().__init__()

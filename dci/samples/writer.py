@@ -1,7 +1,7 @@
 """The folder that sampling writes: samples/NNNNN.png, and prompts.json with the metadata of each image.
 
 prompts.json is complete before the first image is made: it is the plan that a repeated command goes on
-with, and that other workers share. A image is whole or not there.
+with, and that other workers share. An image is whole or not there.
 """
 
 import io
@@ -29,7 +29,7 @@ class SampleFolder:
 
     Args:
         append: put the images behind others that are there; else other images there are an error.
-        complete: whether what is to be beside a image of that name is there; else it counts as missing.
+        complete: whether what is to be beside an image of that name is there; else it counts as missing.
 
     Raises:
         UserError: images cannot be put there; nothing was written.
@@ -83,7 +83,7 @@ class SampleFolder:
         self.locks.release(range(self.first + numbers.start, self.first + numbers.stop))
 
     def save(self, number: int, image: Image.Image) -> None:
-        """Write a image, its metadata in the text chunk `parameters`."""
+        """Write an image, its metadata in the text chunk `parameters`."""
         info = PngInfo()
         info.add_itxt("parameters", readable(parameters_text(self.plan.metadata(number))))
         write_atomically(self.file(number), _png(image, pnginfo=info))

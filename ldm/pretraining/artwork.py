@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from ldm.errors import UserError
@@ -195,7 +196,7 @@ def load_sprite(file: str | Path) -> Image.Image:
     return sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
 
 
-def melting(size: tuple[int, int], first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def melting(size: tuple[int, int], first: ArrayLike, second: ArrayLike, rng: np.random.Generator) -> np.ndarray:
     """Return colours (h, w, 3) for a sprite of a size (w, h): two that melt into each other along some direction."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]] / max(size)
     angle = rng.uniform(0, 2 * np.pi)

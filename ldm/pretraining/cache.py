@@ -61,7 +61,7 @@ def _render_all(config: WorldConfig, artwork: Path, images: Path, captions: Path
     starts = range(0, config.pictures, CHUNK)
     tasks = [(artwork, config.wide, config.seed, start, min(start + CHUNK, config.pictures)) for start in starts]
     out = np.lib.format.open_memmap(images, "w+", np.uint8, (config.pictures, 64, 64, 3))
-    labels_of_all = {"captions": [], "nouns": [], "places": []}
+    labels_of_all: dict[str, list] = {"captions": [], "nouns": [], "places": []}
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         results = pool.imap(_render_chunk, tasks)
         for start, (chunk, labels) in zip(starts, tqdm(results, "rendering", len(tasks)), strict=True):
@@ -81,7 +81,7 @@ def _render_chunk(task: tuple) -> tuple[np.ndarray, dict[str, list]]:
     folder, wide, seed, start, stop = task
     artwork = _artwork(folder, wide)
     items = [render(artwork, seed, index) for index in range(start, stop)]
-    labels = {
+    labels: dict[str, list] = {
         "captions": [item.caption for item in items],
         "nouns": [None if item.second or item.noun not in NOUNS else item.noun for item in items],
         "places": [item.place for item in items],

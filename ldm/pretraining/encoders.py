@@ -10,7 +10,7 @@ from ldm import tokenizer
 from ldm.embedded_encoders import Classifier, InstanceEncoder, WorldCLIP
 from ldm.pretraining.artwork import NOUNS
 from ldm.pretraining.config import PretrainConfig
-from ldm.pretraining.loop import PretrainingModule
+from ldm.pretraining.loop import Network, PretrainingModule
 from ldm.pretraining.scenes import PLACES
 
 PROMPTS = 4  # of each class in a step; their mean is the class, as in zero-shot classification
@@ -84,10 +84,10 @@ def labelled_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return total / (labels != IGNORED).sum().clamp(min=1)
 
 
-class EncoderTraining(PretrainingModule):
+class EncoderTraining(PretrainingModule[Network]):
     """What the encoders' trainings share: images (b, 3, 64, 64) uint8 become augmented inputs."""
 
-    def __init__(self, network: nn.Module, config: PretrainConfig):
+    def __init__(self, network: Network, config: PretrainConfig):
         # With channels last, convolutions are a fifth faster on a CPU.
         super().__init__(network.to(memory_format=torch.channels_last), config)
 
@@ -95,7 +95,7 @@ class EncoderTraining(PretrainingModule):
         return augmented(images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-class CLIPTraining(EncoderTraining):
+class CLIPTraining(EncoderTraining[WorldCLIP]):
     """Batch: images, compact caption ids (b, 32), noun labels (b,), place labels (b,).
 
     Beside its caption, an image learns its noun and its place among all of them, as prompts: what a zero-shot
@@ -105,6 +105,8 @@ class CLIPTraining(EncoderTraining):
     Args:
         classes: (nouns, places, 32) compact ids of a prompt for each noun in each place.
     """
+
+    classes: Tensor
 
     def __init__(self, network: WorldCLIP, config: PretrainConfig, classes: Tensor):
         super().__init__(network, config)
@@ -142,7 +144,7 @@ class CLIPTraining(EncoderTraining):
         return labelled_loss(logits[:, :number], noun), labelled_loss(logits[:, number:], place)
 
 
-class InstanceTraining(EncoderTraining):
+class InstanceTraining(EncoderTraining[InstanceEncoder]):
     """Batch: two views of each instance, (b, 2, 3, 64, 64), several recolourings of an artwork side by side."""
 
     SCALE = 20.0
@@ -155,7 +157,7 @@ class InstanceTraining(EncoderTraining):
         return loss
 
 
-class ClassifierTraining(EncoderTraining):
+class ClassifierTraining(EncoderTraining[Classifier]):
     """Batch: images, noun labels (b,), place labels (b,)."""
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:

@@ -35,7 +35,8 @@ def artworks(folder: str | Path) -> tuple[list[Path], list[Path]]:
     if not files:
         raise UserError(f"no artwork in {folder}: run 'bash scripts/fetch_artwork.sh {folder}' first (needs npm)")
     demo = {("webp", NOUNS[c.noun]) for c in CONCEPTS.values()}
-    training, held_out = [], []
+    training: list[Path] = []
+    held_out: list[Path] = []
     for file in files:
         code = file.stem
         # A held-out figure's variants (the black cat of the cat) are held out with it.
@@ -108,7 +109,7 @@ class FigureDataset(Dataset):
         return len(self.sprites)
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        rng = np.random.default_rng(torch.randint(2**62, ()).item())  # follows the training's seed
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))  # follows the training's seed
         figures = [figure for i in indices for figure in (self.sprites[i], repaint(self.sprites[i], rng))]
         views = np.stack([[self._render_view(figure, rng) for _ in range(2)] for figure in figures])
         return torch.from_numpy(views).permute(0, 1, 4, 2, 3)

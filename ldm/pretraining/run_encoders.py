@@ -1,6 +1,7 @@
 """Train one encoder, measure it on held-out images, and put both beside the embedded model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 from ldm import checkpoint
 from ldm.autoencoder import AutoencoderKL
 from ldm.diffusion import LatentDiffusion
-from ldm.embedded_encoders import load_classifier, load_clip, load_instance_encoder, weights_of
+from ldm.embedded_encoders import WorldCLIP, load_classifier, load_clip, load_instance_encoder, weights_of
 from ldm.pretraining import encoders
 from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instance_accuracy, to_inputs
 from ldm.pretraining.artwork import NOUNS, load_sprite
@@ -67,9 +68,9 @@ def pretrain_encoder(
     )
     if config.warm_start:
         warm_start(module.network, root / config.judges, config.part)
-        module.average.module.load_state_dict(module.network.state_dict())
+        module.averaged().load_state_dict(module.network.state_dict())
     finish(module, dataset, root / config.cache / config.name)
-    encoder = module.average.module.eval().requires_grad_(False)
+    encoder = module.averaged().eval().requires_grad_(False)
     save_encoder(encoder, module.network.config, root / config.judges, config.part)
     accuracy = measure(encoder) | {"samples": module.samples_seen}
     file = root / config.judges / "accuracy.json"
@@ -79,14 +80,16 @@ def pretrain_encoder(
 
 
 def warm_start(encoder: nn.Module, folder: Path, name: str) -> None:
-    """Put the present weights of a encoder into a new one; a CLIP of other words takes over those that both know.
+    """Put the present weights of an encoder into a new one; a CLIP of other words takes over those that both know.
 
     Raises:
         UserError: the present encoder is missing or does not fit.
     """
-    present = {"clip": load_clip, "classifier": load_classifier, "instance": load_instance_encoder}[name](folder)
+    loaders: dict[str, Callable[[Path], nn.Module]]
+    loaders = {"clip": load_clip, "classifier": load_classifier, "instance": load_instance_encoder}
+    present = loaders[name](folder)
     state = weights_of(present).state_dict()
-    if name == "clip":
+    if isinstance(present, WorldCLIP) and isinstance(encoder, WorldCLIP):
         rows = encoder.clip.token_embedding.weight.detach().clone()
         known = [token for token in present.vocabulary if token in encoder.compact]
         rows[[encoder.compact[t] for t in known]] = state["token_embedding.weight"][[present.compact[t] for t in known]]

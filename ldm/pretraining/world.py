@@ -71,7 +71,7 @@ def render(artwork: Artwork, seed: int, index: int) -> LabelledImage:
     if rng.random() < 0.12:
         word = list(SIZES)[rng.integers(len(SIZES))]
         described, size = f"{word} {described}", SIZES[word]
-    openings = OPENINGS
+    openings: tuple[str, ...] = OPENINGS
     if artwork.others and described == first.described and rng.random() < 0.06:
         openings, size = (CLOSE_VIEW,), CLOSE_SIZE
     paste(image, first.sprite, rng, size)

@@ -44,7 +44,7 @@ def _save(model: LatentDiffusion, args: argparse.Namespace, folder: Path) -> dic
         peers.diffusers_scheduler().save_pretrained(folder / "scheduler")
         (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
         return {"diffusers folder": folder}
-    if args.model == "tiny":  # whose architecture weights alone do not tell
+    if args.model == "tiny":  # whose architecture does not follow from the weights alone
         return {"YAML and .safetensors": peers.ROOT / "configs/model/tiny.yaml"}
     state = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")

@@ -38,8 +38,8 @@ def work(folder: str, options: argparse.Namespace, ready, times) -> None:
     model = load_model(ROOT / "configs/model/tiny.yaml")
     settings = sampling_options(model, steps=options.steps)
     prompts = [f"a {noun} {place}" for noun in ("dog", "cat", "car") for place in ("on the beach", "in the snow")]
-    facts = {"steps": settings.steps, "solver": settings.solver, "scale": settings.scale, "width": 64, "height": 64}
-    plan = Plan([{"prompt": prompt} for prompt in prompts], facts, [0], options.images, options.batch_size)
+    metadata = {"steps": settings.steps, "solver": settings.solver, "scale": settings.scale, "width": 64, "height": 64}
+    plan = Plan([{"prompt": prompt} for prompt in prompts], metadata, [0], options.images, options.batch_size)
 
     def sample(images):
         return text_to_image(model, [prompts[p.prompt] for p in images], [p.index for p in images], settings)

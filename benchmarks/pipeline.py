@@ -66,5 +66,5 @@ def dci_pipeline(model: LatentDiffusion):
     )
     pipe.set_progress_bar_config(disable=True)
     pipe = DCIPipeline.from_pipe(pipe)
-    pipe.load_concept(concept, check_base=False)  # in bf16 random weights have no file to tell them by
+    pipe.load_concept(concept, check_base=False)  # in bf16 random weights have no file to be recognised by
     return pipe

@@ -88,7 +88,7 @@ def _percent(value: float | None) -> str:
 
 
 def _processor() -> str:
-    """The processor's name; Linux tells it in /proc/cpuinfo."""
+    """The processor's name; Linux has it in /proc/cpuinfo."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -81,8 +81,8 @@ def our_step(args: argparse.Namespace, model: LatentDiffusion) -> Callable[[], N
 
     def step() -> None:
         number = next(count)
-        draws = [BatchSlot(i % len(images), number, i) for i in range(args.batch)]
-        (batch,) = dataset.__getitems__([draws])
+        slots = [BatchSlot(i % len(images), number, i) for i in range(args.batch)]
+        (batch,) = dataset.__getitems__([slots])
         with autocast(args):
             loss = module.loss(batch.to(args.device))
         loss.backward()

@@ -34,7 +34,7 @@ from ldm.images import to_images
 from ldm.init_image import InitImage, fitting_size
 from ldm.option_types import checked, names_of, refuse_unknown
 from ldm.prompt_notes import option_notes, prompt_notes
-from ldm.runtime.acceleration import accelerate, fastest_precision
+from ldm.runtime.acceleration import accelerate, fastest_precision, pick_device
 from ldm.sampling_loop import Callback
 from ldm.shipped import ROOT
 from ldm.text_to_image import SamplingOptions, make_solver, text_to_image
@@ -184,13 +184,19 @@ class Pipeline:
         Raises:
             UserError: a file is missing or broken, or the concept was learned on another base model.
         """
-        files = [concept] if isinstance(concept, (str, Path)) else list(concept)
+        files = [concept] if isinstance(concept, (str, Path)) else list(concept) if isinstance(concept, Sequence) else []
+        if not files or not all(isinstance(file, (str, Path)) for file in files):
+            raise UserError(f"concept {concept!r}: expected a file, or a list of files")
+        if not isinstance(dtype, (torch.dtype, type(None))):
+            raise UserError(f"dtype {dtype!r}: expected a torch.dtype, such as torch.float16")
+        if isinstance(strength_concept, bool) or not isinstance(strength_concept, (int, float)):
+            raise UserError(f"strength_concept {strength_concept!r}: expected a number")
         found = _read(files, model, checkpoint, class_noun, trigger)
         if model is None:
             model, trained = _trained_on(found)
             vae = vae or (trained_vae(found.config) if model == found.config.get("model") else None)
             checkpoint = checkpoint or trained
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = pick_device("auto" if device is None else str(device))
         loaded = load_model(model, checkpoint, dtype=dtype or partial(fastest_precision, device=device), vae=vae)
         add_loras(loaded, found.config.get("loras") or [])
         found = on_loras(found, loaded, loras, strength_concept)
@@ -221,6 +227,9 @@ class Pipeline:
             UserError: a prompt that does not name the concept, or an option that cannot be used.
         """
         refuse_unknown(options, OPTIONS)
+        for name, observer in (("callback", callback), ("maps", maps)):
+            if observer is not None and not callable(observer):
+                raise UserError(f"{name} {observer!r}: expected a function")
         own = {name: options.pop(name) for name in names_of(Request) & options.keys()}
         return self.generate(Request(prompt, n, **own, settings=options), Observers(callback, maps))
 

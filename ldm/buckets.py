@@ -37,8 +37,8 @@ def cut(image: Image.Image, height: int, width: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def told_size(image: Image.Image, height: int, width: int) -> ImageSize:
-    """What a model is told of an image that `cut` made: its own size, and what was cut off once it was resized."""
+def size_condition(image: Image.Image, height: int, width: int) -> ImageSize:
+    """The size condition of an image that `cut` made: its own size, and what was cut off once it was resized."""
     scale = max(height / image.height, width / image.width)
     top, left = (max(round((scale * own - new) / 2), 0) for own, new in ((image.height, height), (image.width, width)))
     return ImageSize((image.height, image.width), (top, left), (height, width))

@@ -1,4 +1,4 @@
-"""What the UNet is told of a text: a context for its cross-attention and, in some families, one vector besides.
+"""The UNet's condition on a text: a context for its cross-attention and, in some families, one vector besides.
 
 One seam for all families: text goes into a text encoder, a `Conditioning` comes out. Who samples or trains
 hands it on and need not know whether there is a vector.
@@ -59,7 +59,7 @@ def concatenated(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 class ImageSize(NamedTuple):
-    """What SDXL is told of an image's size, in pixels (Podell et al. 2023, Sec. 2.2)."""
+    """The image sizes that SDXL is conditioned on, in pixels (Podell et al. 2023, Sec. 2.2)."""
 
     original: tuple[int, int]  # height and width of the image that it was
     crop: tuple[int, int]  # top and left of what was cut out of it

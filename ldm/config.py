@@ -336,6 +336,7 @@ def _reject_unknown(layer: dict, schema: Any, known: list[str], origin: str, pre
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             leaf = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
             raise UserError(f"{origin}: unknown key '{name}'; did you mean '{leaf[0] if leaf else near}'?")
+        _check_container(value, fields[key], f"{origin}: {name}={value}")
         if isinstance(value, dict) and (section := _section(fields[key])):
             _reject_unknown(value, section, known, origin, name + ".")
         for section in filter(dataclasses.is_dataclass, typing.get_args(fields[key])):  # a list of sections
@@ -343,6 +344,23 @@ def _reject_unknown(layer: dict, schema: Any, known: list[str], origin: str, pre
                 if isinstance(entry, dict):
                     prefixed = key_names(section, f"{name}[{i}].")
                     _reject_unknown(entry, section, prefixed, origin, f"{name}[{i}].")
+
+
+def _check_container(value: Any, kind: Any, given: str) -> None:
+    """Raise UserError for a value in place of a section or a list, and for lists within a list of values."""
+    if value is None or value == "???":
+        return
+    if (section := _section(kind)) and not isinstance(value, dict):
+        raise UserError(f"{given}: expected a section with options such as {key_names(section)[0]}")
+    of = next((one for one in (kind, *typing.get_args(kind)) if typing.get_origin(one) is list), None)
+    if of is None:
+        return
+    entries = value if isinstance(value, list) else [None]
+    if any(dataclasses.is_dataclass(entry) for entry in typing.get_args(of)):
+        if not all(isinstance(entry, dict) for entry in entries):
+            raise UserError(f"{given}: expected a list of sections, [{{OPTION: VALUE, ...}}, ...]")
+    elif not isinstance(value, list) or any(isinstance(entry, (list, dict)) for entry in entries):
+        raise UserError(f"{given}: expected a value of type {of}")
 
 
 def project_root(config_path: str | Path) -> Path:

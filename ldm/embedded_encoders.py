@@ -1,7 +1,7 @@
-"""Judges of images that need no hub: a small CLIP, an instance encoder, and a classifier.
+"""Encoders of images that need no hub: a small CLIP, an instance encoder, and a classifier.
 
 All three take images (b, 3, h, w) in [-1, 1], RGB; what is not 64 x 64 is resized with antialiasing.
-They were trained on the small world (`ldm/pretraining/judges.py`) and know nothing else; how well each
+They were trained on the toy world (`ldm/pretraining/encoders.py`) and know nothing else; how well each
 does on held-out images is in `data/tiny/judges/accuracy.json`.
 """
 
@@ -20,7 +20,7 @@ from ldm.checkpoint import read_safetensors
 from ldm.errors import UserError
 from ldm.shipped import ROOT
 
-JUDGES = ROOT / "data/tiny/judges"
+ENCODERS = ROOT / "data/tiny/judges"
 SIZE = 64  # pixels
 PAD, UNKNOWN = 0, 1  # compact token ids before those of the vocabulary
 
@@ -32,6 +32,8 @@ class WorldCLIP(nn.Module):
         config: an open_clip model configuration (embed_dim, vision_cfg, text_cfg).
         vocabulary: CLIP token ids in ascending order; compact ids are 2, 3, ... in the same order.
     """
+
+    config: dict[str, Any]  # its JSON files by their stems; a new encoder has them, one that was loaded has not
 
     def __init__(self, config: dict, vocabulary: list[int]):
         super().__init__()
@@ -62,7 +64,9 @@ class WorldCLIP(nn.Module):
 
 
 class InstanceEncoder(nn.Module):
-    """Tells this cat from that cat, wherever it stands (the role of DINO in DINO-I)."""
+    """Distinguishes this cat from that cat, wherever it stands (the role of DINO in DINO-I)."""
+
+    config: dict[str, Any]  # as of WorldCLIP
 
     def __init__(self, config: dict):
         super().__init__()
@@ -81,6 +85,8 @@ class Classifier(nn.Module):
         places: the words of the place logits; "plain" is a background without a place.
     """
 
+    config: dict[str, Any]  # as of WorldCLIP
+
     def __init__(self, config: dict, nouns: list[str], places: list[str]):
         super().__init__()
         self.trunk = ModifiedResNet(output_dim=len(nouns) + len(places), **config)
@@ -92,33 +98,33 @@ class Classifier(nn.Module):
 
 
 def resized(images: Tensor) -> Tensor:
-    """Bring images to the judges' 64 x 64 pixels."""
+    """Bring images to the encoders' 64 x 64 pixels."""
     if images.shape[-2:] == (SIZE, SIZE):
         return images
     return F.interpolate(images, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
 
 
-def load_clip(folder: str | Path = JUDGES) -> WorldCLIP:
+def load_clip(folder: str | Path = ENCODERS) -> WorldCLIP:
     """Return the small CLIP, frozen, on the CPU. Raises UserError: its files are missing or broken."""
     return _load(WorldCLIP(_read(folder, "clip"), _read(folder, "clip-vocabulary")), folder, "clip")
 
 
-def load_instance_encoder(folder: str | Path = JUDGES) -> InstanceEncoder:
+def load_instance_encoder(folder: str | Path = ENCODERS) -> InstanceEncoder:
     """Return the instance encoder, frozen, on the CPU. Raises UserError: its files are missing or broken."""
     return _load(InstanceEncoder(_read(folder, "instance")), folder, "instance")
 
 
-def load_classifier(folder: str | Path = JUDGES) -> Classifier:
+def load_classifier(folder: str | Path = ENCODERS) -> Classifier:
     """Return the classifier, frozen, on the CPU. Raises UserError: its files are missing or broken."""
     return _load(Classifier(**_read(folder, "classifier")), folder, "classifier")
 
 
-def weights_of(judge: Any) -> nn.Module:
-    """Return the part of a judge whose state dict is stored: open_clip's own module."""
-    return judge.clip if isinstance(judge, WorldCLIP) else judge.trunk
+def weights_of(encoder: Any) -> nn.Module:
+    """Return the part of an encoder whose state dict is stored: open_clip's own module."""
+    return encoder.clip if isinstance(encoder, WorldCLIP) else encoder.trunk
 
 
-Judge = TypeVar("Judge", bound=nn.Module)
+Encoder = TypeVar("Encoder", bound=nn.Module)
 
 
 def _read(folder: str | Path, name: str) -> Any:
@@ -126,13 +132,13 @@ def _read(folder: str | Path, name: str) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"no judge at {file}: expected its configuration (data/tiny/judges has them)") from error
+        raise UserError(f"no encoder at {file}: expected its configuration (data/tiny/judges has them)") from error
 
 
-def _load(judge: Judge, folder: str | Path, name: str) -> Judge:
+def _load(encoder: Encoder, folder: str | Path, name: str) -> Encoder:
     file = Path(folder) / f"{name}.safetensors"
     try:
-        weights_of(judge).load_state_dict(read_safetensors(file)[0])
+        weights_of(encoder).load_state_dict(read_safetensors(file)[0])
     except RuntimeError as error:
         raise UserError(f"{file} does not fit {name}.json beside it: {str(error).splitlines()[-1].strip()}") from error
-    return judge.eval().requires_grad_(False)
+    return encoder.eval().requires_grad_(False)

@@ -45,12 +45,23 @@ def reported_in_one_line() -> Iterator[None]:
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         _end(f"error: cannot read or write {reason}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _end("error: not enough memory: make fewer images at a time or smaller ones (--batch-size, --H, --W; in training "
+             "training.micro_batch)", 2)  # fmt: skip
     except KeyboardInterrupt:
         _end("stopped", 130)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         sys.stdout, sys.stderr = before
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of the machine, or of a GPU, by what torch says of both."""
+    said = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def _end(line: str, code: int) -> None:

@@ -1,8 +1,8 @@
 """Image files as cameras, phones and editors write them -> upright images, 8 bits per channel, in sRGB."""
 
+import re
 import struct
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, feature
 from ldm import adobe_rgb
 from ldm.colour import to_srgb
 from ldm.errors import UserError
+from ldm.library_warnings import warnings_of
 
 _PHONES = (".heic", ".heif", ".hif", ".avif")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_PHONES)
@@ -46,6 +47,11 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes the image upright."""
+
+_HARMLESS = re.compile(
+    "decompression bomb|transparency expressed in bytes|malformed MPO|invalid APNG|too many entries", re.IGNORECASE
+)
+"""Warnings of Pillow's on what is read right, or not read at all."""
 
 _lock = threading.RLock()
 
@@ -126,8 +132,8 @@ def _open(file: Path) -> Iterator[Image.Image]:
     """Open an image of any size that is no attack, with texts of any length that are none."""
     with open(file, "rb") as stream:
         head = stream.read(12)
-    with _lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, on sizes and EXIF blocks
+    turned: list[bool] = []
+    with _lock, warnings_of(file, lambda warning: _explain(warning, any(turned))):
         before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY
         Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = _REFUSED // 2, _TEXT, _TEXT
         try:
@@ -135,8 +141,17 @@ def _open(file: Path) -> Iterator[Image.Image]:
                 _know_phones(file, head[8:])
             with Image.open(file) as image:
                 yield image
+                turned.append(orientation(image) > 1)
         finally:
             Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = before
+
+
+def _explain(warning: str, turned: bool) -> str | None:
+    """Say what a warning of Pillow's means for the user; None: nothing, of sizes, tags and frames that nobody reads."""
+    if re.search("exif|truncated file read", warning, re.IGNORECASE):
+        damaged = f"its EXIF block is damaged ({warning.strip()})"
+        return None if turned else f"{damaged}: should the image lie on its side, turn it and save it anew"
+    return None if _HARMLESS.search(warning) else warning
 
 
 def _know_phones(file: Path, brand: bytes) -> None:

@@ -60,7 +60,7 @@ def list_images(folder: str | Path) -> list[Path]:
     folder = find(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give the folder that holds the images")
-    images, _ = split_masks(f for f in sorted(folder.iterdir()) if _is_image(f))
+    images, _ = split_masks(f for f in sorted(folder.iterdir()) if is_image(f))
     if not images:
         held = not_used(folder, [])
         raise UserError(f"no images in {folder}: expected files ending in {', '.join(EXTENSIONS)}"
@@ -68,7 +68,8 @@ def list_images(folder: str | Path) -> list[Path]:
     return images
 
 
-def _is_image(file: Path) -> bool:
+def is_image(file: Path) -> bool:
+    """Whether a file has an image's name, of an unsupported format too, and is not hidden."""
     return file.suffix.lower() in EXTENSIONS + UNSUPPORTED and not file.name.startswith(".") and not file.is_dir()
 
 
@@ -77,21 +78,22 @@ def not_used(folder: str | Path, used: Iterable[str | Path]) -> str:
 
     Hidden files do not count.
     """
-    names = {Path(file).name for file in used}
-    rest = [f for f in sorted(find(folder).iterdir()) if f.name not in names and not f.name.startswith(".")]
+    folder, used = find(folder), [Path(file) for file in used]
+    names = {file.name for file in used} | {f.relative_to(folder).parts[0] for f in used if folder in f.parents}
+    rest = [f for f in sorted(folder.iterdir()) if f.name not in names and not f.name.startswith(".")]
     stems = {Path(name).stem for name in names}
     kinds = {"folder": [f for f in rest if f.is_dir()]}
     files = [f for f in rest if not f.is_dir()]
     kinds["caption"] = [f for f in files if f.suffix.lower() in (".txt", ".caption") and f.stem in stems]
-    kinds["mask"] = [f for f in files if _is_image(f) and image_of(f) is not None]
+    kinds["mask"] = [f for f in files if is_image(f) and image_of(f) is not None]
     kinds["other file"] = [f for f in files if f not in kinds["caption"] + kinds["mask"]]
     return ", ".join(_counted(kind, found) for kind, found in kinds.items() if found)
 
 
-def say_not_used(folder: str | Path, used: Iterable[str | Path], say: Callable[[str], None]) -> None:
-    """Tell in one line what a folder holds besides the files that are used, if anything."""
+def report_not_used(folder: str | Path, used: Iterable[str | Path], report: Callable[[str], None]) -> None:
+    """Report in one line what a folder holds besides the files that are used, if anything."""
     if rest := not_used(folder, used):
-        say(f"Not used in {folder}: {rest}")
+        report(f"Not used in {folder}: {rest}")
 
 
 def _counted(kind: str, files: list[Path]) -> str:

@@ -78,7 +78,7 @@ class InitImage:
         return lambda x, i: paint * x + (1 - paint) * self._noised(solver.alphas[i + 1], noise)
 
     def finish(self, pixels: Tensor) -> Tensor:
-        """Put the kept pixels, which the autoencoder cannot give back exactly, over the drawn ones."""
+        """Put the kept pixels, which the autoencoder cannot give back exactly, over the generated ones."""
         return pixels if self.mask is None else self.mask * pixels + (1 - self.mask) * self.pixels
 
     def _noised(self, alpha: float, noise: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ def check_size(mask: Image.Image, image: Image.Image, name: str = "the mask", of
 def as_mask(image: Image.Image, name: str = "the mask") -> Image.Image:
     """Return an image of any mode as a mask: 8-bit grey, the brightest value 255.
 
-    Where its transparency varies, that tells what is marked: opaque is, unless black and white are drawn on it.
-    Otherwise the colours tell, white is marked; the values may be 0 and 1, or of 16 bits.
+    Where its transparency varies, it gives what is marked: opaque is, unless black and white are drawn on it.
+    Otherwise the colours do, white is marked; the values may be 0 and 1, or of 16 bits.
 
     Args:
         name: of the mask, for messages.

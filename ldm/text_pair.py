@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.text_encoder import TextEncoder, build_text_encoder
 from ldm.unet import timestep_embedding
 
-SIZES = 6  # numbers that tell an image's size
+SIZES = 6  # numbers of an image's size condition
 
 
 class PairedTextEncoder(TextEncoder):

@@ -35,17 +35,17 @@ class SamplingOptions:
     zero_terminal_snr: bool = False  # rescale the schedule to end in pure noise; for v-prediction models
     vae_tile: int | None = None  # pixels of a tile's side in decoding; None: whole images, if memory allows
     vae_batch: int | None = None  # images decoded at a time; None: as many as memory allows
-    original_size: tuple[int, int] | None = None  # what SDXL is told of the original's height and width; None: the image's
+    original_size: tuple[int, int] | None = None  # SDXL's condition: the original's height and width; None: the image's
     crop: tuple[int, int] | None = None  # and of the crop's top and left; None: nothing was cut off
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """The options as a record of an image has them; sizes that were not given are left out."""
-        facts = dataclasses.asdict(self)
-        sizes = {name: facts.pop(name) for name in ("original_size", "crop")}
-        return facts | {name: list(size) for name, size in sizes.items() if size is not None}
+        metadata = dataclasses.asdict(self)
+        sizes = {name: metadata.pop(name) for name in ("original_size", "crop")}
+        return metadata | {name: list(size) for name, size in sizes.items() if size is not None}
 
     def image_size(self) -> ImageSize:
-        """What a model that is conditioned on the image's size is told of it."""
+        """The sizes that a model such as SDXL is conditioned on."""
         size = (self.height, self.width)
         return ImageSize(self.original_size or size, self.crop or (0, 0), size)
 
@@ -85,7 +85,7 @@ def check_options(model: LatentDiffusion, options: SamplingOptions) -> None:
     schedule_config = model.config.schedule
     if schedule_config.parameterization == "eps" and (options.zero_terminal_snr or schedule_config.zero_terminal_snr):
         raise UserError(
-            f"zero_terminal_snr: the model '{model.config.name}' predicts noise, of which pure noise tells nothing: "
+            f"zero_terminal_snr: the model '{model.config.name}' predicts noise, and pure noise holds nothing of the image: "
             "leave it out, or take a v-prediction model"
         )
     smallest = SMALLEST * model.config.autoencoder.downsampling
@@ -103,8 +103,8 @@ def _check_sizes(model: LatentDiffusion, options: SamplingOptions) -> None:
         if not whole or min(value) < least:
             raise UserError(f"{name} {value}: expected two whole numbers from {least} on, such as (1024, 768)")
         if not model.config.unet.adm_in_channels:
-            raise UserError(f"{name} {value}: the model '{model.config.name}' is not told an image's size, only SDXL is: "
-                            "leave it out")  # fmt: skip
+            raise UserError(f"{name} {value}: the model '{model.config.name}' has no condition on an image's size, "
+                            "only SDXL has: leave it out")  # fmt: skip
 
 
 def make_solver(model: LatentDiffusion, options: SamplingOptions, init: InitImage | None = None) -> Solver:
@@ -166,7 +166,7 @@ def text_to_image(
     init: InitImage | None = None,
     seeds: list[int] | None = None,
 ) -> Tensor:
-    """Draw the images numbered `indices` of a prompt: (b, 3, height, width) in [-1, 1].
+    """Generate the images numbered `indices` of a prompt: (b, 3, height, width) in [-1, 1].
 
     Args:
         prompt: one for all images, or one for each.

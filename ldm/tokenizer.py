@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ldm.errors import UserError
+from ldm.texts import readable
 
 START, END = 49406, 49407  # ids of <|startoftext|> and <|endoftext|>; SD 1.x pads with END
 VOCAB_SIZE = 49408
@@ -47,7 +48,13 @@ def clip_tokenizer() -> Tokenizer:
 
 
 def tokenize(text: str) -> list[int]:
-    """Return the token ids of a text, without start, end and padding."""
+    """Return the token ids of a text, without start, end and padding.
+
+    Raises:
+        UserError: it holds bytes that are no characters, as a shell of another encoding gives them.
+    """
+    if readable(text) != text:
+        raise UserError(f"the text '{readable(text)}' is not UTF-8: type it on a terminal, or save it in a file, that is")
     return list(_ids(text))
 
 

@@ -1,4 +1,4 @@
-"""Measure fidelity and editability of drawn images: CLIP-T, CLIP-I, DINO-I, KID, with intervals, and make a report."""
+"""Measure fidelity and editability of generated images: CLIP-T, CLIP-I, DINO-I, KID, with intervals, and make a report."""
 
 import clone  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Measure how often the embedded base model draws the noun and the place that a prompt asks for.
+"""Measure how often the embedded base model generates the noun and the place that a prompt asks for.
 
 python scripts/evaluate_base.py        # 16 images for each of 200 prompts; --prompts, --images for less
 
@@ -17,7 +17,7 @@ from ldm.shipped import ROOT
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=positive, default=200, help="prompts drawn from all pairs (default 200)")
+    parser.add_argument("--prompts", type=positive, default=200, help="prompts taken from all pairs (default 200)")
     parser.add_argument(
         "--images", "--pictures", dest="images", type=positive, default=16, help="images of each prompt (default 16)"
     )
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(TINY))
     parser.add_argument("--checkpoint", help="weights, in place of the configuration's own")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--cache", help="folder that keeps what is drawn, to go on from (default outputs/base/<options>)")
+    parser.add_argument("--cache", help="folder that keeps the images, to go on from (default outputs/base/<options>)")
     parser.add_argument("--outdir", default=str(ROOT / "docs"), help="folder of the results (default docs)")
     args = parser.parse_args()
 
@@ -38,46 +38,46 @@ def main() -> None:
 
     from dci.dual_branch.options import sampling_options
     from ldm.checkpoint import fingerprint, load_model
-    from ldm.embedded_encoders import JUDGES, load_classifier
-    from ldm.pretraining.evaluation import draw_images, draw_questions, held_out_images, judge
+    from ldm.embedded_encoders import ENCODERS, load_classifier
+    from ldm.pretraining.evaluation import classify, generate_images, held_out_images, labelled_prompts
     from ldm.pretraining.vae import psnr
 
     model = load_model(args.model, args.checkpoint).to(pick_device(args.device))
     options = sampling_options(model, seed=args.seed, steps=args.steps, scale=args.scale)
     classifier = load_classifier()
-    questions = draw_questions(args.prompts, args.seed)
+    prompts = labelled_prompts(args.prompts, args.seed)
     outdir = Path(args.outdir)
     outdir.mkdir(parents=True, exist_ok=True)
 
-    drawing = f"{args.prompts}x{args.images}-{args.steps}-{args.scale:g}-{args.seed}-{args.precision}"
-    cache = Path(args.cache or "outputs/base") / f"{fingerprint(model)[:12]}-{drawing}"
+    options_name = f"{args.prompts}x{args.images}-{args.steps}-{args.scale:g}-{args.seed}-{args.precision}"
+    cache = Path(args.cache or "outputs/base") / f"{fingerprint(model)[:12]}-{options_name}"
     cache.mkdir(parents=True, exist_ok=True)
 
     bf16 = torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    with bf16, tqdm(total=len(questions) * args.images, desc="drawing", unit="image") as bar:
-        prompts = [question.prompt for question in questions]
-        drawn = draw_images(model, prompts, args.images, options, args.batch_size, bar.update, cache)
-    result = {"psnr": round(psnr(model.autoencoder, held_out_images()), 2), **judge(classifier, questions, drawn)}
-    result |= {"pictures": len(drawn), "guidance": args.scale, "steps": args.steps, "seed": args.seed}
+    texts = [prompt.prompt for prompt in prompts]
+    with bf16, tqdm(total=len(prompts) * args.images, desc="sampling", unit="image") as bar:
+        images = generate_images(model, texts, args.images, options, args.batch_size, bar.update, cache)
+    result = {"psnr": round(psnr(model.autoencoder, held_out_images()), 2), **classify(classifier, prompts, images)}
+    result |= {"pictures": len(images), "guidance": args.scale, "steps": args.steps, "seed": args.seed}
     result["precision"] = args.precision
-    result["classifier_on_rendered_pictures"] = json.loads((JUDGES / "accuracy.json").read_text())["classifier"]
-    write(outdir, result, questions, drawn, args.images)
+    result["classifier_on_rendered_pictures"] = json.loads((ENCODERS / "accuracy.json").read_text())["classifier"]
+    write(outdir, result, prompts, images, args.images)
 
 
-def write(outdir: Path, result: dict, questions: list, drawn, images: int) -> None:
+def write(outdir: Path, result: dict, prompts: list, images, each: int) -> None:
     """Write base-evaluation.json, .md and .png: the first image of every prompt, wrong ones marked."""
     from PIL import Image
 
     from ldm.images import captioned_grid
 
     named = result.pop("named")
-    firsts = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in drawn[::images]]
-    captions = [q.prompt if q.noun == n else f"{q.prompt} [{n}]" for q, n in zip(questions, named, strict=True)]
+    firsts = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[::each]]
+    captions = [q.prompt if q.noun == n else f"{q.prompt} [{n}]" for q, n in zip(prompts, named, strict=True)]
     sheet = captioned_grid(firsts, captions, columns=10, scale=2)
     sheet.quantize(256).save(outdir / "base-evaluation.png", optimize=True)  # a third of the size
     (outdir / "base-evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
-    (outdir / "base-evaluation.md").write_text(report(result, len(questions)))
-    print(report(result, len(questions)))
+    (outdir / "base-evaluation.md").write_text(report(result, len(prompts)))
+    print(report(result, len(prompts)))
     print(f"Written: {outdir}/base-evaluation.json, .md, .png")
 
 
@@ -85,10 +85,10 @@ def report(result: dict, prompts: int) -> str:
     """Return the figures as Markdown."""
     own = result["classifier_on_rendered_pictures"]
     lines = [
-        "# The base model, judged",
+        "# The base model, evaluated",
         "",
-        f'{result["pictures"]} images of {prompts} prompts "a <noun> <place>" drawn with seed {result["seed"]};',
-        f"guidance {result['guidance']:g}, {result['steps']} DDIM steps, {result['precision']}. Judged by the classifier of",
+        f'{result["pictures"]} images of {prompts} prompts "a <noun> <place>" generated with seed {result["seed"]};',
+        f"guidance {result['guidance']:g}, {result['steps']} DDIM steps, {result['precision']}. Scored by the classifier of",
         f"`data/tiny/judges`, which on rendered images is right about {own['place']:.1%} of places",
         f"and {own['noun']:.1%} of nouns.",
         "",

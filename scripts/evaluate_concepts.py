@@ -1,9 +1,9 @@
-"""Teach the embedded model each held-out drawing, and count how often it then draws that one of them, in every place.
+"""Teach the embedded model each held-out drawing, and count how often it then generates that one of them, in every place.
 
 python scripts/evaluate_concepts.py                         # 15 drawings with ICO and Custom Diffusion; hours on a CPU
 python scripts/evaluate_concepts.py --concepts teddy,boot --methods ico-tiny
 
-Each drawing is learned from five images in one place (data/concepts) and drawn in the world's 16 places. The
+Each drawing is learned from five images in one place (data/concepts) and generated in the world's 16 places. The
 instance encoder picks, of all the drawings' reference images, the nearest: right if it is the drawing that
 was taught. Repeating the command goes on where it stopped.
 """
@@ -48,11 +48,11 @@ def main() -> None:
     gallery = reference_features(list(STUDY_CONCEPTS))
     results: dict[str, dict] = {}
     for method in args.methods.split(","):
-        drawn = {}
+        generated = {}
         for name in tqdm(names, method):
-            drawn[name] = taught(args, method, name, STUDY_CONCEPTS[name].noun)
-            results.setdefault(method, {})[name] = judged(drawn[name], name, gallery)
-        write_sheet(drawn, Path(f"{args.out}-{method}.png"))
+            generated[name] = taught(args, method, name, STUDY_CONCEPTS[name].noun)
+            results.setdefault(method, {})[name] = recognised(generated[name], name, gallery)
+        write_sheet(generated, Path(f"{args.out}-{method}.png"))
     write_figures(args, results)
 
 
@@ -68,8 +68,8 @@ def taught(args, method: str, name: str, noun: str):
 
     model = load_model(*base_model(args), ema=args.ema, clip_skip=args.clip_skip)
     training = training_config(args, method, name, noun)
-    facts = [fingerprint(model), repr(training), args.dci, args.n_samples, args.steps, args.scale, args.seed]
-    folder = Path(args.work) / f"{method}-{name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
+    recipe = [fingerprint(model), repr(training), args.dci, args.n_samples, args.steps, args.scale, args.seed]
+    folder = Path(args.work) / f"{method}-{name}-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     file = folder / "images.safetensors"
     if not file.is_file():
         concept = learned(args, model, training, folder)
@@ -135,7 +135,7 @@ def reference_features(names: list[str]) -> dict:
     return features
 
 
-def judged(images, name: str, gallery: dict) -> dict[str, float | int]:
+def recognised(images, name: str, gallery: dict) -> dict[str, float | int]:
     """Return how often a concept's images (n, 3, h, w) uint8 are taken for it, like it, and in the place asked for."""
     import torch
 
@@ -158,13 +158,13 @@ def judged(images, name: str, gallery: dict) -> dict[str, float | int]:
     }
 
 
-def write_sheet(drawn: dict, out: Path) -> None:
+def write_sheet(generated: dict, out: Path) -> None:
     """Write a sheet: a row for each concept, two of its references and then the first image of every place."""
     from ldm.images import captioned_grid, list_images, read_image, square, to_images
     from ldm.pretraining.scenes import PLACES
 
     images, captions = [], []
-    for name, rows in drawn.items():
+    for name, rows in generated.items():
         references = [square(read_image(file), 64) for file in list_images(ROOT / "data/concepts" / name)[:2]]
         firsts = rows[:: len(rows) // len(PLACES)]
         images += [*references, *to_images(firsts.float() / 127.5 - 1)]
@@ -176,13 +176,13 @@ def write_sheet(drawn: dict, out: Path) -> None:
 
 def write_figures(args, results: dict[str, dict]) -> None:
     """Write the figures of every method and concept, and their means, as JSON; print them as a table."""
-    from ldm.embedded_encoders import JUDGES
+    from ldm.embedded_encoders import ENCODERS
 
     means = {
         method: {key: sum(r[key] for r in rows.values()) / len(rows) for key in ("right_drawing", "place_right", "likeness")}
         for method, rows in results.items()
     }
-    encoder = json.loads((JUDGES / "accuracy.json").read_text())["instance"]["of_100"]
+    encoder = json.loads((ENCODERS / "accuracy.json").read_text())["instance"]["of_100"]
     content = {"means": means, "concepts": results, "dci": args.dci, "steps": args.steps, "seed": args.seed}
     content |= {"training": args.overrides, "instance_encoder_right_of_100": encoder}
     out = Path(f"{args.out}.json")

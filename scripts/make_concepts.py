@@ -1,4 +1,4 @@
-"""Draw the demo concepts of data/concepts/ anew from the artwork (bash scripts/fetch_artwork.sh).
+"""Render the demo concepts of data/concepts/ anew from the artwork (bash scripts/fetch_artwork.sh).
 
 python scripts/make_concepts.py [--concepts teddy,boot]
 """

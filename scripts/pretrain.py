@@ -1,4 +1,4 @@
-"""Train one part of the embedded default model, or one judge, on the small world of labelled images.
+"""Train one part of the embedded default model, or one encoder, on the toy world of labelled images.
 
 python scripts/pretrain.py --config configs/pretrain/vae.yaml [key=value ...]
 """

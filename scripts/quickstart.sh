@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Learn the demo concept with ICO and draw it in new places with DCI, on the embedded model.
+# Learn the demo concept with ICO and generate it in new places with DCI, on the embedded model.
 # From a fresh clone: bash scripts/quickstart.sh        (two to four minutes on two cores, after installation)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +10,7 @@ echo "== 1/2 Learning the concept in data/concepts/cat with ICO"
 python scripts/train_ico.py --config configs/train/ico-tiny.yaml --name cat --logdir "$run/logs"
 concept=$(ls -d "$run"/logs/*_cat)/concept.safetensors
 
-echo "== 2/2 Drawing it in places that its images do not show, with DCI"
+echo "== 2/2 Generating it in places that its images do not show, with DCI"
 for place in "on the beach" "in the snow" "in the forest" "at night"; do
     echo "   a V* cat $place"
     python scripts/sample_dci.py --concept "$concept" --prompt "a V* cat $place" --n-samples 4 --outdir "$run/images"

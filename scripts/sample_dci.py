@@ -1,4 +1,4 @@
-"""Draw a learned concept in new places with DCI: divide, conquer, then integrate."""
+"""Generate a learned concept in new places with DCI: divide, conquer, then integrate."""
 
 import clone  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Draw the embedded base model's contact sheet: "a <noun> <place>" for pairs that cover its world.
+"""Render the embedded base model's contact sheet: "a <noun> <place>" for pairs that cover its world.
 
 python scripts/sheet_base.py --out docs/base-model.png
 """
@@ -25,15 +25,15 @@ def main() -> None:
     from dci.dual_branch.options import sampling_options
     from ldm.checkpoint import load_model
     from ldm.images import captioned_grid
-    from ldm.pretraining.evaluation import draw_images
+    from ldm.pretraining.evaluation import generate_images
     from ldm.pretraining.world import all_prompts
 
     model = load_model(args.model).to(pick_device(args.device))
     options = sampling_options(model, seed=args.seed, steps=args.steps)
     prompts = all_prompts(args.images)
     with tqdm(total=len(prompts), unit="image") as bar:
-        drawn = draw_images(model, prompts, 1, options, batch_size=16, progress=bar.update)
-    images = [Image.fromarray(image) for image in drawn.permute(0, 2, 3, 1).numpy()]
+        generated = generate_images(model, prompts, 1, options, batch_size=16, progress=bar.update)
+    images = [Image.fromarray(image) for image in generated.permute(0, 2, 3, 1).numpy()]
     captioned_grid(images, prompts, columns=8, scale=2).quantize(256).save(args.out, optimize=True)
     print(f"Sheet: {args.out}")
 

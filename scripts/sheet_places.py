@@ -1,4 +1,4 @@
-"""Draw fine-tuned concepts in every place of the small world, and count the places that are still obeyed.
+"""Sample fine-tuned concepts in every place of the toy world, and count the places that are still obeyed.
 
 python scripts/sheet_places.py --concept EARLY.safetensors --concept LATE.safetensors --out docs/overfitting
 """
@@ -28,10 +28,10 @@ def main() -> None:
 
     results, images, captions = {}, [], []
     for file in args.concept:
-        drawn, result = judge_places(args, file)
+        generated, result = evaluate_places(args, file)
         results[file] = result
-        images += [row[0] for row in drawn.values()]
-        captions += list(drawn)
+        images += [row[0] for row in generated.values()]
+        captions += list(generated)
         print(
             f"{file}: place right {result['place_right']:.1%} of {result['images']} images, "
             f"likeness to the references {result['likeness']:.3f}; " + json.dumps(result["seen"])
@@ -46,8 +46,8 @@ def main() -> None:
     print(f"Sheet: {out.with_suffix('.png')}, a row for each concept file\nFigures: {out.with_suffix('.json')}")
 
 
-def judge_places(args, file: str) -> tuple[dict, dict]:
-    """Return the images of every place, and the classifier's judgement of them."""
+def evaluate_places(args, file: str) -> tuple[dict, dict]:
+    """Return the images of every place, and what the classifier sees in them."""
     import torch
     from tqdm import tqdm
 
@@ -67,7 +67,7 @@ def judge_places(args, file: str) -> tuple[dict, dict]:
     model.to(pick_device(args.device))
     options = sampling_options(model, steps=args.steps, scale=args.scale, seed=args.seed)
     dual = dual_branch(model) if args.dci else None
-    classifier, instance, drawn, seen, likeness = load_classifier(), load_instance_encoder(), {}, {}, []
+    classifier, instance, generated, seen, likeness = load_classifier(), load_instance_encoder(), {}, {}, []
     folder = concept.config["data"]["images"]
     images = torch.stack([to_tensor(square(read_image(file), SIZE)) for file in list_images(folder)])
     with torch.inference_mode():
@@ -79,11 +79,11 @@ def judge_places(args, file: str) -> tuple[dict, dict]:
         with torch.inference_mode():
             likeness.append((instance.image_features(pixels) @ references.T).mean())
             answers = [classifier.places[i] for i in classifier.logits(pixels)[1].argmax(-1)]
-        drawn[phrases[0]] = to_images(pixels)
+        generated[phrases[0]] = to_images(pixels)
         seen[place] = {name: answers.count(name) / len(answers) for name in sorted(set(answers))}
     right = sum(shares.get(place, 0) for place, shares in seen.items()) / len(seen)
     like = float(torch.stack(likeness).mean())
-    return drawn, {"place_right": right, "likeness": like, "images": len(seen) * args.n_samples, "seen": seen}
+    return generated, {"place_right": right, "likeness": like, "images": len(seen) * args.n_samples, "seen": seen}
 
 
 if __name__ == "__main__":

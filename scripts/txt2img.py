@@ -1,4 +1,4 @@
-"""Draw images with the base model alone: of a prompt, from an image, or into an image."""
+"""Generate images with the base model alone: of a prompt, from an image, or into an image."""
 
 import clone  # noqa: F401
 

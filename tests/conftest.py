@@ -19,6 +19,13 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     """Full-size models are for those who ask for them; other expressions of -m leave them out."""
+    # Files are shared among processes in this order: Slurm's, which mostly wait, then those with long tests, so that
+    # no process has a long one left at the end.
+    long: dict = {}
+    for item in items:
+        rank = 0 if item.get_closest_marker("slurm") else 1 if item.get_closest_marker("slow") else 2
+        long[item.path] = min(rank, long.get(item.path, 2))
+    items.sort(key=lambda item: long[item.path])
     # The processes that share the tests must know them by the same names.
     assert not [item.nodeid for item in items if " at 0x" in item.nodeid]
     if "fullsize" not in config.option.markexpr:

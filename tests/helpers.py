@@ -2,12 +2,17 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,9 +20,57 @@ SHARED = ROOT.parent / "shared"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
-def run(script, *args, cwd=ROOT):
+def run_alone(script, *args, cwd=ROOT):
+    """Run a program in an interpreter of its own, whose imports take seconds."""
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]
     return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=500)
+
+
+def run(script, *args, cwd=ROOT):
+    """Run a program in a process of its own that begins with what this one has imported."""
+    if sys.platform != "linux" or torch.cuda.is_initialized():
+        return run_alone(script, *args, cwd=cwd)
+    return forked(lambda: run_main(script, *args), cwd)
+
+
+def forked(call, cwd=ROOT):
+    """Call a function in a forked process, as a program's main is called; return what it printed, and its exit code."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's, on threads: those of progress bars and loggers have nothing to do
+            pid = os.fork()
+        if pid == 0:
+            os._exit(_as_a_program(call, cwd, out.fileno(), err.fileno()))
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        said = []
+        for stream in (out, err):
+            stream.seek(0)
+            said.append(stream.read().decode())
+    return subprocess.CompletedProcess([], code, *said)
+
+
+def _as_a_program(call, cwd, out, err):
+    """Give a forked process a program's streams and signals, call; return the exit code."""
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(n, "w" if n else "r", closefd=False) for n in range(3))
+    os.chdir(cwd)
+    os.environ |= ENVIRONMENT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # pytest collects warnings; a program prints them.
+    warnings.showwarning = lambda *warning, **_: sys.stderr.write(warnings.formatwarning(*warning[:4]))
+    code = 0
+    try:
+        call()
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return code
 
 
 def run_main(script, *args):

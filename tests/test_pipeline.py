@@ -62,18 +62,56 @@ def readable(value):
         ({"dci": "no"}, "dci 'no': expected true or false"),
         ({"negative": None}, "negative None: expected text"),
         ({"negative": "a V2*"}, "does not name the concept"),
+        ({"prompt": "a V* caf\udce9"}, "the text ' caf\\\\udce9' is not UTF-8"),
+        ({"auxiliary_noun": "caf\udce9"}, "the text 'caf\\\\udce9' is not UTF-8"),
         ({"auxiliary_noun": 3}, "auxiliary_noun 3: expected text"),
         ({"strength": 0.5}, "strength= needs an image to start from"),
         ({"mask": IMAGE}, "mask= needs an image to start from"),
         ({"init_image": "cat.png"}, "init_image 'cat.png': expected a PIL image"),
         ({"init_image": IMAGE, "strength": "0.5"}, "strength '0.5'"),
         ({"layers": "nowhere"}, "nowhere"),
+        ({"layers": 3.5}, "layers 3.5: expected names"),
+        ({"layers": [16, None]}, "layers \\[16, None\\]: expected names"),
+        ({"layers": ()}, "no layers were named"),
+        ({"callback": 3}, "callback 3: expected a function"),
+        ({"maps": "maps"}, "maps 'maps': expected a function"),
+        ({"prompt": b"a V*"}, "prompt b'a V\\*': expected text"),
+        ({"original_size": "64x64"}, "original_size 64x64: expected two whole numbers"),
+        ({"crop": 5}, "crop 5: expected two whole numbers"),
+        ({"vae_tile": "64"}, "vae_tile '64'"),
+        ({"spacing": "even"}, "spacing 'even': expected leading"),
     ],
     ids=readable,
 )
 def test_what_the_pipeline_refuses(pipeline, options, words):
     with pytest.raises(UserError, match=words):
         pipeline(**{"prompt": "a V*", **options})
+
+
+def test_a_request_refuses_what_the_call_does(pipeline):
+    with pytest.raises(UserError, match="unknown option 'step'; did you mean 'steps'"):
+        pipeline.prepare(Request("a V*", settings={"step": 20, "steps": 3}))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"concept": 3}, "concept 3: expected a file, or a list of files"),
+        ({"concept": []}, "concept \\[\\]: expected a file"),
+        ({"concept": ["none.safetensors", None]}, "expected a file, or a list of files"),
+        ({"concept": b"none.safetensors"}, "expected a file, or a list of files"),
+        ({"dtype": "fp16"}, "dtype 'fp16': expected a torch.dtype"),
+        ({"strength_concept": "1"}, "strength_concept '1': expected a number"),
+        ({"device": "nowhere"}, "device nowhere cannot be used here"),
+        ({"device": "meta"}, "device meta cannot be used here"),
+        ({"device": 0.5}, "device 0.5 cannot be used here"),
+    ],
+    ids=readable,
+)
+def test_what_loading_refuses(finetuned, tmp_path, options, words):
+    finetuned[1].save(tmp_path / "c.safetensors")
+    with pytest.raises(UserError, match=words):
+        Pipeline.load(**{"concept": tmp_path / "c.safetensors", "model": ROOT / "configs/model/tiny.yaml", **options})
 
 
 def test_numbers_of_numpy_are_numbers(pipeline):

@@ -13,7 +13,7 @@ from dci.concept.concept_file import Concept
 from dci.concept.foreign.importing import import_concept, is_foreign
 from dci.concept.loras import add_loras
 from dci.pipeline import Pipeline
-from dci.samples.facts import LoadedModel, precision_name
+from dci.samples.image_metadata import LoadedModel, precision_name
 from ldm.checkpoint import fingerprint, load_model, model_config
 from ldm.diffusion import LatentDiffusion
 from ldm.runtime.acceleration import accelerate, fastest_precision

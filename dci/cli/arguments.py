@@ -9,9 +9,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from dci.samples.facts import PRECISIONS
+from dci.samples.image_metadata import PRECISIONS
 from ldm.errors import UserError, reported_in_one_line
 from ldm.shipped import find
+
+_MAY_BE_EMPTY = ("prompt", "negative_prompt")
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +28,13 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
         args = sys.argv[1:] if args is None else args
         # Intermixed: key=value overrides may stand before, between and behind the options.
-        return super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)
+        found = super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)
+        for action in self._actions:
+            value = getattr(found, action.dest, None)
+            empty = value == "" or (isinstance(value, list) and "" in value)
+            if empty and action.option_strings and action.dest not in _MAY_BE_EMPTY:
+                self.error(f"argument {action.option_strings[0]}: it is empty: give a value, or leave it out")
+        return found
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message} (see --help)\n")
@@ -73,7 +81,7 @@ def as_options(message: str) -> str:
 
 def add_sampling_options(parser: Parser) -> None:
     """Add the options that every sampling program has."""
-    parser.add_argument("--prompt", help="what to draw")
+    parser.add_argument("--prompt", help="what to generate")
     parser.add_argument("--from-file", metavar="FILE", help="a UTF-8 text file with a prompt in each line, not --prompt")
     parser.add_argument("--negative-prompt", default="", help="what to lead away from")
     parser.add_argument("--n-samples", type=positive, default=4, help="images of each prompt and seed (default 4)")
@@ -81,7 +89,7 @@ def add_sampling_options(parser: Parser) -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="images made at a time (default 8)")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument(
-        "--seed", type=seed, default=0, help="same seed, same images (default 0); -1 chooses one, and says it"
+        "--seed", type=seed, default=0, help="same seed, same images (default 0); -1 chooses one and prints it"
     )
     seeds.add_argument("--seeds", type=whole_numbers, metavar="A,B-C", help="several seeds, such as 0,1,2 or 0-7")
     parser.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's)")
@@ -115,7 +123,9 @@ def add_sampling_options(parser: Parser) -> None:
     add_model_options(group)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     precisions = ["auto", *PRECISIONS]
-    group.add_argument("--precision", choices=precisions, default="auto", help="default: the device's fastest, and said")
+    group.add_argument(
+        "--precision", choices=precisions, default="auto", help="default: the device's fastest; it is printed"
+    )
     group.add_argument("--compile", action="store_true", help="compile the UNet: minutes at first, faster afterwards")
     group.add_argument("--channels-last", action="store_true", help="memory layout (GPUs get it in half precision anyway)")
     group.add_argument("--vae-tile", type=positive, metavar="PIXELS", help="side of tiles in decoding (default: if needed)")
@@ -163,11 +173,16 @@ def seed(text: str) -> int:
     return ChosenSeed(secrets.randbelow(2**32)) if value == -1 else value
 
 
+_MOST = 10**6  # numbers in a list of them
+
+
 def whole_numbers(text: str) -> list[int]:
     """Parse "0,2,5-7" -> [0, 2, 5, 6, 7], for argparse."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise argparse.ArgumentTypeError(f"{text}: expected whole numbers from 0 on, such as 0,1,2 or 0-7")
     spans = [[int(end) for end in part.split("-")] for part in text.split(",")]
+    if sum(max(span[-1] - span[0], 0) + 1 for span in spans) > _MOST:
+        raise argparse.ArgumentTypeError(f"{text}: expected at most {_MOST:,} numbers")
     numbers = [number for span in spans for number in range(span[0], span[-1] + 1)]
     if not numbers or len(set(numbers)) < len(numbers):
         raise argparse.ArgumentTypeError(f"{text}: expected different numbers, the lower end of a span first")

@@ -61,7 +61,7 @@ def check_maps(args: argparse.Namespace, prepared) -> None:
 
 
 def describe_gain(prepared) -> str:
-    """Say which gain DCI has, and why."""
+    """Return in one line which gain DCI has, and why."""
     layers, model = prepared.pipeline.model.unet.cross_layers(), prepared.pipeline.model
     _, height, width = model.latent_shape(prepared.options.height, prepared.options.width)
     finest = min(layer.factor for layer in layers)

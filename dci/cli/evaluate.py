@@ -1,4 +1,4 @@
-"""Measure fidelity and editability of drawn images: CLIP-T, CLIP-I, DINO-I, KID, with intervals, and make a report.
+"""Measure fidelity and editability of generated images: CLIP-T, CLIP-I, DINO-I, KID, with intervals, and make a report.
 
 python scripts/evaluate.py --samples dci=outputs/A plain=outputs/B --out reports/cat
 """
@@ -17,12 +17,14 @@ def arguments():
         "--samples",
         required=True,
         nargs="+",
+        action="extend",
         metavar="[NAME=]FOLDER",
         help="folders with samples/ and prompts.json, a row of the table each",
     )
     parser.add_argument(
         "--references",
         nargs="+",
+        action="extend",
         metavar="FOLDER",
         help="the concept's images, for several concepts a folder each (default: recorded)",
     )
@@ -30,6 +32,7 @@ def arguments():
     parser.add_argument(
         "--class-noun",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NOUN",
         help="for prompts that say V* or {} alone; for several concepts a noun each",
@@ -76,12 +79,12 @@ def main() -> None:
 
     for folder in folders.values():  # a mistake shows before weights are loaded
         read_samples(folder, args.class_noun)
-    said: dict[str, None] = {}  # once, not for each folder of samples
+    printed: dict[str, None] = {}  # once, not for each folder of samples
 
-    def say(line: str) -> None:
-        if line not in said:
+    def report(line: str) -> None:
+        if line not in printed:
             tqdm.write(line)
-        said[line] = None
+        printed[line] = None
 
     encoders = load_encoders(args.clip, args.instance, args.kid, pick_device(args.device))
     store, runs = FeatureStore(args.cache or Path(args.out) / "features.sqlite"), []
@@ -99,7 +102,7 @@ def main() -> None:
                 resamples=args.resamples,
                 seed=args.seed,
                 progress=bar.update,
-                say=say,
+                report=report,
             )
         runs.append(RunScores(name, scores))
     page = write_report(args.out, runs, args.title)

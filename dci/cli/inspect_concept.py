@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("concept", metavar="CONCEPT", help="a concept file")
     parser.add_argument("--nearest", type=positive, default=5, help="words to show for each token (default 5)")
     parser.add_argument("--no-contexts", action="store_true", help="the modifier tokens alone")
-    parser.add_argument("--plot", help="draw the change of keys and values, layer by layer, into this file")
+    parser.add_argument("--plot", help="plot the change of keys and values, layer by layer, into this file")
     parser.add_argument("--model", help="model configuration (default: the concept's own)")
     parser.add_argument("--checkpoint", "--ckpt", help="weights, in place of the configuration's own")
     args = parser.parse_args()
@@ -31,14 +31,14 @@ def main() -> None:
     for name, change in changes.items():
         print(f"{short_name(name):12} {kind_of(name):9} changed by {change:.4f}")
     if args.plot and changes:
-        draw_changes(changes, args.plot)
+        plot_changes(changes, args.plot)
         print(f"Plot: {args.plot}")
     elif args.plot:
         print("No plot: only tokens were trained, no layer has changed")
 
 
-def draw_changes(changes: dict[str, float], file: str) -> None:
-    """Draw a bar for each weight, keys and values beside each other."""
+def plot_changes(changes: dict[str, float], file: str) -> None:
+    """Plot a bar for each weight, keys and values beside each other."""
     import matplotlib
 
     matplotlib.use("Agg")

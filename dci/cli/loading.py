@@ -62,7 +62,7 @@ def load_concept_base(args: argparse.Namespace, concept, vae: str | None = None)
 def add_concept_options(parser: Parser) -> None:
     """Add the options that say which concept to sample."""
     file = "the concept.safetensors that train_ico.py wrote, or another program's files (docs/formats.md)"
-    parser.add_argument("--concept", required=True, nargs="+", metavar="FILE", help=file)
+    parser.add_argument("--concept", required=True, nargs="+", action="extend", metavar="FILE", help=file)
     parser.add_argument("--class-noun", help="of another program's files: the ordinary word for the concept, such as dog")
     parser.add_argument("--trigger", metavar="WORD", help="of another program's files: the words for it, where no token was "
                         "learned")  # fmt: skip
@@ -71,7 +71,7 @@ def add_concept_options(parser: Parser) -> None:
 
 
 def read_concept(args: argparse.Namespace):
-    """Return the concept of `--concept`: ours, or another program's, what was recognised in which is printed.
+    """Return the concept of `--concept`: ours, or another program's, printing what was recognised in it.
 
     Raises:
         UserError: a file is missing, broken or of no known kind, or options do not go together.
@@ -93,14 +93,15 @@ def read_concept(args: argparse.Namespace):
     return found.concept
 
 
-def concept_facts(args: argparse.Namespace) -> dict:
-    """Return what tells the concept, its strength and the LoRAs of a sampling run, for its images' metadata."""
-    from dci.samples import facts
+def concept_metadata(args: argparse.Namespace) -> dict:
+    """Return what identifies the concept, its strength and the LoRAs of a sampling run, for its images' metadata."""
+    from dci.samples import image_metadata
 
-    return facts.concept_facts(args.concept, args.strength_concept, args.class_noun, args.trigger) | lora_facts(args)
+    own = image_metadata.concept_metadata(args.concept, args.strength_concept, args.class_noun, args.trigger)
+    return own | lora_metadata(args)
 
 
-def lora_facts(args: argparse.Namespace) -> dict:
+def lora_metadata(args: argparse.Namespace) -> dict:
     """Return the LoRAs on the base model, with their files' hashes; nothing where there are none."""
     from dci.concept.loras import parse_lora
 
@@ -110,11 +111,11 @@ def lora_facts(args: argparse.Namespace) -> dict:
 def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
     """Load the base model, in the precision and layout that suit `--device` or are asked for, still on the CPU.
 
-    `--precision auto` is said, and replaced in `args` by what it came to.
+    `--precision auto` is printed, and replaced in `args` by what it came to.
     """
     import torch
 
-    from dci.samples.facts import PRECISIONS, precision_name
+    from dci.samples.image_metadata import PRECISIONS, precision_name
     from ldm.checkpoint import load_model
     from ldm.runtime.acceleration import accelerate, fastest_precision
 
@@ -134,7 +135,7 @@ def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
 
 
 def compress_file(args: argparse.Namespace, source: Path, target: Path, model) -> None:
-    """Write a concept file whose weights are low-rank changes, and say what that costs.
+    """Write a concept file whose weights are low-rank changes, and print what that costs.
 
     Args:
         model: the base model, without the concept.

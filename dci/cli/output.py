@@ -1,4 +1,4 @@
-"""Where the sampling programs put their images, and what they say of them."""
+"""Where the sampling programs put their images, and the metadata beside them."""
 
 import argparse
 import re
@@ -12,25 +12,28 @@ from dci.files import make_new_folder
 from ldm.errors import UserError
 
 
-def sampling_facts(args: argparse.Namespace, base: str, checkpoint: str | None, prepared, model_hash: str) -> dict:
-    """Return everything needed to make images again but their prompts and numbers, and a concept's facts.
+def sampling_metadata(args: argparse.Namespace, base: str, checkpoint: str | None, prepared, model_hash: str) -> dict:
+    """Return everything needed to make images again but their prompts and numbers, and a concept's metadata.
 
     Args:
         prepared: the request, as `dci.pipeline` prepares it.
         model_hash: fingerprint of the base model.
     """
-    from dci.samples import facts
+    from dci.samples import image_metadata
 
-    loaded = facts.LoadedModel(base, checkpoint, model_hash, args.precision, args.ema, args.clip_skip, args.vae)
-    return facts.sampling_facts(loaded, prepared, args.init_image, args.mask)
+    vae, precision = args.vae, args.precision
+    loaded = image_metadata.LoadedModel(base, checkpoint, model_hash, precision, args.ema, args.clip_skip, vae)
+    return image_metadata.sampling_metadata(loaded, prepared, args.init_image, args.mask)
 
 
-def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int, sample: Callable, beside=None) -> None:
-    """Draw what is missing of every prompt's images into the folder for them, under a progress bar.
+def generate(
+    args: argparse.Namespace, prompts: list[dict], metadata: dict, calls: int, sample: Callable, beside=None
+) -> None:
+    """Generate what is missing of every prompt's images into the folder for them, under a progress bar.
 
     Args:
-        prompts: the facts of each prompt.
-        facts: of all images.
+        prompts: the metadata of each prompt.
+        metadata: of all images.
         calls: solver steps of an image.
         sample: (images of the plan, callback for each step) -> pixels (b, 3, h, w).
         beside: what is written beside the images of the last call of `sample`: `save(outdir, names)`, and
@@ -42,19 +45,19 @@ def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int,
     from dci.samples.plan import Plan
     from dci.samples.writer import SampleFolder
 
-    plan = Plan(prompts, facts, args.seeds or [args.seed], args.n_samples * args.n_iter, args.batch_size)
+    plan = Plan(prompts, metadata, args.seeds or [args.seed], args.n_samples * args.n_iter, args.batch_size)
     batches = plan.batches(*args.shard)
     outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt or Path(args.from_file).stem)
     complete = partial(beside.is_there, outdir) if beside else lambda name: True
-    drawn, whole = 0, min(plan.batch_size, len(plan)) if args.compile and not beside else 0
+    sampled, whole = 0, min(plan.batch_size, len(plan)) if args.compile and not beside else 0
     with (
         SampleFolder(outdir, plan, args.prompt is not None, complete) as folder,
         tqdm(total=len(batches) * calls, desc="sampling", unit="step") as progress,
     ):
 
         def done(numbers: range, here: bool) -> None:
-            nonlocal drawn
-            drawn += here
+            nonlocal sampled
+            sampled += here
             if here and beside:
                 beside.save(outdir, [folder.file(number).stem for number in numbers])
             progress.update(0 if here else calls)
@@ -67,15 +70,15 @@ def draw(args: argparse.Namespace, prompts: list[dict], facts: dict, calls: int,
         worker.sample_missing(folder, batches, filled, done)
         left = sum(len(folder.missing(numbers)) for numbers in batches)
         sheet = folder.grid_file(len(prompts) - 1)
-    if drawn < len(batches):
-        print(f"Batches: {drawn} drawn, the other {len(batches) - drawn} made before or by other workers")
+    if sampled < len(batches):
+        print(f"Batches: {sampled} sampled, the other {len(batches) - sampled} made before or by other workers")
     if left:
         print(f"Images that other workers are making: {left}; repeat the command should one of them be stopped")
     print(f"Images: {outdir / 'samples'}" + (f"\nGrid: {sheet}" if sheet.is_file() else ""))
 
 
 def check_sharing(args: argparse.Namespace) -> None:
-    """Say which seed was chosen, and raise UserError for shards that would not meet in one folder."""
+    """Print which seed was chosen, and raise UserError for shards that would not meet in one folder."""
     if args.shard[1] > 1 and not args.outdir:
         raise UserError("--shard needs --outdir: the folder that all shards put their images into")
     if isinstance(args.seed, ChosenSeed):

@@ -1,4 +1,4 @@
-"""Draw a learned concept in new places with DCI: divide, conquer, then integrate.
+"""Generate a learned concept in new places with DCI: divide, conquer, then integrate.
 
 python scripts/sample_dci.py --concept logs/RUN/concept.safetensors --prompt "a V* dog on the beach"
 """
@@ -9,13 +9,13 @@ from dci.cli.loading import (
     add_concept_options,
     base_model,
     base_vae,
-    concept_facts,
+    concept_metadata,
     load_base,
     pick_device,
     read_concept,
     request_of,
 )
-from dci.cli.output import check_sharing, draw, sampling_facts
+from dci.cli.output import check_sharing, generate, sampling_metadata
 
 
 def arguments():
@@ -37,7 +37,7 @@ def main() -> None:
     from dci.dual_branch.recorder import BranchRecorder
     from dci.dual_branch.sampling import Observers
     from dci.pipeline import Pipeline
-    from dci.samples.facts import prompt_facts, with_concept
+    from dci.samples.image_metadata import prompt_metadata, with_concept
     from ldm.checkpoint import fingerprint
 
     concept = read_concept(args)
@@ -60,7 +60,8 @@ def main() -> None:
         print("\n".join(prompt.describe() for prompt in prepared.prompts))
     if prepared.dual:
         print(describe_gain(prepared))
-    facts = with_concept(concept_facts(args), sampling_facts(args, base, checkpoint, prepared, model_hash), prepared)
+    sampling = sampling_metadata(args, base, checkpoint, prepared, model_hash)
+    metadata = with_concept(concept_metadata(args), sampling, prepared)
     recorder = BranchRecorder(model, args.save_maps, args.save_steps) if args.save_maps or args.save_steps else None
 
     def sample_batch(planned: list, progress):
@@ -72,4 +73,4 @@ def main() -> None:
         rows = [prepared.prompts[number] for number in prompts]
         return recorder.sample(call, rows, progress) if recorder else call(progress)
 
-    draw(args, prompt_facts(prepared), facts, len(prepared.timesteps), sample_batch, recorder)
+    generate(args, prompt_metadata(prepared), metadata, len(prepared.timesteps), sample_batch, recorder)

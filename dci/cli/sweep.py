@@ -67,8 +67,8 @@ def show_jobs(todo: list, number: int) -> None:
             print(f"train {training.task['config']} {' '.join(training.task['options'])}")
         for point in group:
             options = {**vars(SamplingConfig()), "seed": None, "n_samples": None}
-            said = [f"{name}={value}" for name, value in point.recipe["sampling"].items() if value != options[name]]
-            print(f"sample {point.prompts} {' '.join(said)}")
+            given = [f"{name}={value}" for name, value in point.recipe["sampling"].items() if value != options[name]]
+            print(f"sample {point.prompts} {' '.join(given)}")
     print(f"# {len(todo)} cells in {len(groups)} jobs; {number - len(todo)} of {number} cells are done")
 
 
@@ -106,11 +106,11 @@ def work(suite, todo: list, number: int) -> None:
 
     with tqdm(total=number, initial=number - len(todo), desc=suite.name, unit="cell") as bar:
 
-        def told(point) -> None:
+        def report(point) -> None:
             print(f"{state(point):8} {point.name}", flush=True)
             bar.update()
 
-        launch(suite, todo, told)
+        launch(suite, todo, report)
 
 
 def finish(suite, everything: list, some: list, report: str | None) -> None:

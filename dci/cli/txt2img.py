@@ -1,11 +1,11 @@
-"""Draw images with the base model alone: of a prompt, from an image, or into an image.
+"""Generate images with the base model alone: of a prompt, from an image, or into an image.
 
 python scripts/txt2img.py --prompt "a dog on the beach"
 """
 
 from dci.cli.arguments import Parser, add_sampling_options, prompts_of
-from dci.cli.loading import base_model, load_base, lora_facts, pick_device, request_of
-from dci.cli.output import check_sharing, draw, sampling_facts
+from dci.cli.loading import base_model, load_base, lora_metadata, pick_device, request_of
+from dci.cli.output import check_sharing, generate, sampling_metadata
 
 
 def main() -> None:
@@ -27,10 +27,10 @@ def main() -> None:
     model.to(pick_device(args.device))
     prepared = Pipeline.of(model).prepare(request_of(args, texts))
     prepared.warn()
-    facts = sampling_facts(args, base, checkpoint, prepared, known) | lora_facts(args)
+    metadata = sampling_metadata(args, base, checkpoint, prepared, known) | lora_metadata(args)
 
     def sample_batch(planned, progress):
         prompts, indices, seeds = zip(*((image.prompt, image.index, image.seed) for image in planned), strict=True)
         return prepared.sample(prompts, indices, seeds, Observers(progress))
 
-    draw(args, [{"prompt": text} for text in texts], facts, len(prepared.timesteps), sample_batch)
+    generate(args, [{"prompt": text} for text in texts], metadata, len(prepared.timesteps), sample_batch)

@@ -63,7 +63,7 @@ def merge(
     model: LatentDiffusion,
     captions: list[str],
     prompt: str = PROMPT,
-    say: Callable[[str], None] = lambda _: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Merged:
     """Merge concepts of one base model. Exact: float64, stored as a change of low rank in fp32.
 
@@ -81,7 +81,7 @@ def merge(
     rows = [text.encode(text.embed(text.tokenize([caption])))[0] for caption in captions]
     c, c_reg = torch.cat(targets).double().cpu(), torch.cat(rows).double().cpu()
     solution = constrained_solution(c, c_reg)
-    say(f"{len(c)} target words, {len(c_reg)} tokens of {len(captions)} captions")
+    report(f"{len(c)} target words, {len(c_reg)} tokens of {len(captions)} captions")
 
     own = [concept.weights(model) for concept in concepts]
     names = [n for n in base if n.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")) and any(n in w for w in own)]

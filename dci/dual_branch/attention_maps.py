@@ -27,9 +27,9 @@ MapsCallback = Callable[[BranchMaps], None]
 
 
 def observer(
-    tell: MapsCallback, t: int, number: int, layer: CrossLayer, masks: TokenMasks, latent: tuple[int, int]
+    callback: MapsCallback, t: int, number: int, layer: CrossLayer, masks: TokenMasks, latent: tuple[int, int]
 ) -> Observe:
-    """Return what watches a layer's integration at timestep t and tells of it.
+    """Return the observer of a layer's integration at timestep t, which hands its maps to a callback.
 
     Args:
         masks: which tokens the named words are.
@@ -43,7 +43,7 @@ def observer(
 
     def observe(weight: Tensor, concept_maps: Tensor, auxiliary_maps: Tensor) -> None:
         concept, auxiliary = named(concept_maps, masks.concept), named(auxiliary_maps, masks.auxiliary)
-        tell(BranchMaps(t, number, layer, weight.unflatten(-1, size), concept, auxiliary))
+        callback(BranchMaps(t, number, layer, weight.unflatten(-1, size), concept, auxiliary))
 
     return observe
 

@@ -21,7 +21,7 @@ LINE, DPI = 0.17, 100  # inches of a line of words; dots per inch
 
 
 def map_sheet(kind: str, maps: dict[str, np.ndarray], image: Image.Image, prompt: str, columns: int = 6) -> Image.Image:
-    """Draw one kind of maps as heat maps over an image: a row for each layer, a column for each of some steps.
+    """Plot one kind of maps as heat maps over an image: a row for each layer, a column for each of some steps.
 
     Every row has a colour scale of its own, for the layers' maps differ by orders of magnitude.
 
@@ -58,7 +58,7 @@ def map_sheet(kind: str, maps: dict[str, np.ndarray], image: Image.Image, prompt
 
 
 def step_sheet(images: StepImages, concept_prompt: str, auxiliary_prompt: str) -> Image.Image:
-    """Draw both branches' predicted clean images: a row for each branch, a column for each step.
+    """Plot both branches' predicted clean images: a row for each branch, a column for each step.
 
     Where the concept branch runs alone, the auxiliary row is empty.
     """

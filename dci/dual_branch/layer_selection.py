@@ -19,12 +19,12 @@ def integrated_layers(unet: UNet, names: tuple[str, ...] | None, latent: tuple[i
     """Return for every cross-attention layer, in the order they run, whether one of the names means it.
 
     A name is a part of the UNet (input, middle, output), a resolution (the shorter side of the
-    layer's map in pixels at the size that is drawn, such as 16), a layer's number (layer0, layer1,
+    layer's map in pixels at the size that is sampled, such as 16), a layer's number (layer0, layer1,
     ...), or the beginning of its name in a Stable Diffusion checkpoint (input_blocks.1.1).
 
     Args:
         names: None means all layers.
-        latent: height and width of the latents that are drawn, in cells.
+        latent: height and width of the latents that are sampled, in cells.
 
     Raises:
         UserError: a name means no layer; those that do are listed.
@@ -44,7 +44,7 @@ def integrated_layers(unet: UNet, names: tuple[str, ...] | None, latent: tuple[i
 
 
 def check_layers(model: LatentDiffusion, options: SamplingOptions, names: tuple[str, ...] | None) -> None:
-    """Raise UserError for names that mean no layer at the size that is drawn."""
+    """Raise UserError for names that mean no layer at the size that is sampled."""
     integrated_layers(model.unet, names, model.latent_shape(options.height, options.width)[1:])
 
 

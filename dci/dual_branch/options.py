@@ -1,6 +1,7 @@
-"""Options of sampling and of DCI: the model's own, and what the user says in place of them."""
+"""Options of sampling and of DCI: the model's own, and what the user gives in place of them."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from dci.dual_branch.integration import BASE, FINETUNED, DualBranch, calibrated_gain
@@ -59,6 +60,8 @@ def checked_dual_branch(settings: dict[str, Any]) -> DualBranch:
     layers = settings.get("layers")
     if layers is not None:
         names = str(layers).split(",") if isinstance(layers, (str, int)) else layers
+        if not isinstance(names, Collection) or not all(isinstance(name, (str, int)) for name in names):
+            raise UserError(f"layers {layers!r}: expected names, such as 16 or ('input', 'middle')")
         settings["layers"] = tuple(str(name).strip() for name in names)
     dual = DualBranch(**checked(DualBranch, settings))
     if not 0 <= dual.agg_time <= 1:

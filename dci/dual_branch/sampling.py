@@ -47,7 +47,7 @@ class BranchContexts:
         """Encode a batch's prompts, the modifier tokens with the concept's embeddings.
 
         Args:
-            sizes: what the model is told of the images' size (1, 6), see `ldm.conditioning.ImageSize`.
+            sizes: the sizes of the images that the model is conditioned on (1, 6), see `ldm.conditioning.ImageSize`.
         """
         text = model.text_encoder
         rows = [*(p.concept_ids for p in prompts), *(p.auxiliary_ids for p in prompts)]

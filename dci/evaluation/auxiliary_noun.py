@@ -59,7 +59,7 @@ def score_nouns(
 ) -> list[NounScore]:
     """Score candidates for the auxiliary noun, the best one first; the earlier one wins a tie.
 
-    With each candidate the base model draws the auxiliary prompts. All images are held against the
+    With each candidate the base model generates images of the auxiliary prompts. All images are held against the
     same texts, the prompts with the class noun, so that the scores can be compared.
 
     Args:
@@ -84,8 +84,8 @@ def score_nouns(
     def score(noun: str) -> float:
         cosines = []
         for prompt, text in zip(prompts, texts, strict=True):
-            drawn = to_images(text_to_image(base, plain(prompt, noun), list(range(images)), options))
-            cosines.append(F.normalize(clip.image_features(drawn), dim=-1) @ text)
+            generated = to_images(text_to_image(base, plain(prompt, noun), list(range(images)), options))
+            cosines.append(F.normalize(clip.image_features(generated), dim=-1) @ text)
         return torch.cat(cosines).mean().item()
 
     scores = [NounScore(noun, score(noun)) for noun in candidates]
@@ -111,7 +111,7 @@ def choose_noun(
     """
     if not clip and base.config.name != "tiny":
         raise UserError(
-            f"auxiliary_noun {AUTO}: a CLIP is needed that knows what '{base.config.name}' draws: name one as clip=, "
+            f"auxiliary_noun {AUTO}: a CLIP is needed that knows what '{base.config.name}' generates: name one as clip=, "
             "such as open_clip:ViT-B-32/openai"
         )
     given = [noun.strip() for noun in (candidates or "").split(",") if noun.strip()]
@@ -120,7 +120,7 @@ def choose_noun(
 
 
 def describe(scores: list[NounScore]) -> str:
-    """Say in lines how the candidates did and which one is taken."""
+    """Return in lines how the candidates did and which one is taken."""
     best = scores[0]
     lines = [f"  {s.clip_t:.4f}  {s.noun}" for s in scores]
     return "\n".join(["Auxiliary noun by CLIP-T of the base model's images:", *lines, f"Auxiliary noun: {best.noun}"])

@@ -1,4 +1,4 @@
-"""Folder of drawn images + reference images -> scores."""
+"""Folder of generated images + reference images -> scores."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dci.captions import captioned_files
+from dci.captions import LISTS, captioned_files
 from dci.concept.concept_file import Concept
 from dci.evaluation import metrics
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval
 from dci.evaluation.encoders import INCEPTION, TINY, Encoder, inception_file, load_encoder
 from dci.evaluation.feature_cache import FeatureStore
 from dci.evaluation.scores import ImageScore, Scores, columns, resampled, summarize
-from dci.samples.reader import SampledImage, concept_files, read_samples
+from dci.samples.reader import SampledImage, concept_files, read_samples, report_unused
 from ldm.errors import UserError
-from ldm.images import list_images, say_not_used
+from ldm.images import list_images, report_not_used
 from ldm.pretraining.scenes import PLACES
 
 
@@ -86,7 +86,7 @@ def evaluate_folder(
     resamples: int = RESAMPLES,
     seed: int = 0,
     progress: Callable[[int], None] = lambda number: None,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> Scores:
     """Score the images of a folder in the layout of `dci.samples.reader`.
 
@@ -98,20 +98,20 @@ def evaluate_folder(
         scaled_text_score: add Custom Diffusion's 2.5 max(cos, 0) as `clip_t_w2.5`.
         cache: file of features from earlier evaluations, or a store; None: nothing is kept.
         resamples, seed: of the bootstrap.
-        progress: told how many more images an encoder has seen.
-        say: told what the folders of references and real images hold besides them.
+        progress: called with how many more images an encoder has seen.
+        report: called with a line on what the folders of samples, references and real images hold besides them.
 
     Raises:
         UserError: a folder or file is missing or cannot be used.
     """
     samples = read_samples(folder, class_nouns)
-    if references is None:
-        references = recorded_references(folder)
+    references = recorded_references(folder) if references is None else references
     folders = [references] if isinstance(references, (str, Path)) else list(references)
-    groups = [_references(one, say) for one in folders]
-    real = list(captioned_files(regularization)) if _has_lists(regularization) else _images(regularization)
-    store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
+    groups = [_references(one, report) for one in folders]
     files = [sample.file for sample in samples]
+    report_unused(folder, files, report)
+    real = _real_images(regularization, report)
+    store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
 
     def features(encoder: Encoder, files: Sequence[Path]) -> Tensor:
         return store.features(encoder, files, batch_size, progress)
@@ -138,7 +138,7 @@ def evaluate_folder(
 def describe(
     folder: str | Path, rows: Sequence[ImageScore], groups: list[list[Path]], encoders: Encoders, resamples: int, seed: int
 ) -> dict:
-    """Return what a report must say about how scores were made."""
+    """Return what a report states about how scores were made."""
     return {
         "folder": str(folder),
         "pictures": len(rows),
@@ -200,18 +200,22 @@ def _kid(real: Tensor, fake: Tensor, rows: Sequence[ImageScore], resamples: int,
     return interval, {"subset_size": value.subset_size, "std_over_subsets": value.std, "real": len(real)}
 
 
-def _references(folder: str | Path, say: Callable[[str], None]) -> list[Path]:
+def _references(folder: str | Path, report: Callable[[str], None]) -> list[Path]:
     files = list_images(folder)
-    say_not_used(folder, files, say)
+    report_not_used(folder, files, report)
     return files
 
 
-def _has_lists(folder: str | Path | None) -> bool:
-    return folder is not None and (Path(folder) / "images.txt").is_file()
-
-
-def _images(folder: str | Path | None) -> list[Path]:
+def _real_images(folder: str | Path | None, report: Callable[[str], None]) -> list[Path]:
+    """Return the images of a folder of real ones: listed ones, those that the base model made, or all of them."""
     if folder is None:
         return []
-    own = Path(folder) / "samples"  # of images that the base model made
-    return list_images(own if own.is_dir() else folder)
+    folder = Path(folder)
+    if (folder / "images.txt").is_file():
+        files = list(captioned_files(folder))
+        report_not_used(folder, [*files, *LISTS], report)
+        return files
+    own = folder / "samples"
+    files = list_images(own if own.is_dir() else folder)
+    report_unused(folder, files, report)
+    return files

@@ -48,7 +48,7 @@ class FeatureStore:
         """Return the features of image files: (n, d), fp32.
 
         Args:
-            progress: told how many images are done.
+            progress: called with how many images are done.
 
         Raises:
             UserError: a file is not an image, or a broken one.

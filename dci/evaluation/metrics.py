@@ -98,7 +98,7 @@ def kid(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000,
 
     Args:
         real: features of real images (n, d).
-        fake: features of drawn images (m, d).
+        fake: features of generated images (m, d).
         subset_size: of which no more is taken than the smaller set has.
 
     Raises:
@@ -106,7 +106,7 @@ def kid(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000,
     """
     subset_size = min(subset_size, len(real), len(fake))
     if subset_size < 2:
-        raise UserError(f"KID of {len(real)} real and {len(fake)} drawn images: expected 2 or more of each")
+        raise UserError(f"KID of {len(real)} real and {len(fake)} generated images: expected 2 or more of each")
     generator, real, fake = torch.Generator().manual_seed(fitting_seed(seed, 64)), real.double().cpu(), fake.double().cpu()
     values = []
     for _ in range(subsets):
@@ -119,13 +119,13 @@ def kid(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000,
 def kid_interval(
     real: Tensor, fake: Tensor, columns: Mapping[str, Sequence[str]], value: Kid, resamples: int, seed: int
 ) -> Interval:
-    """Return KID with its bootstrap interval over the drawn images' prompts and seeds; the real ones stay.
+    """Return KID with its bootstrap interval over the generated images' prompts and seeds; the real ones stay.
 
     Each resample is the weighted unbiased estimate from all images. An image drawn twice is never paired
     with itself, which would take it for two images that are alike.
 
     Args:
-        columns: factors that the drawn images belong to, see `dci.evaluation.bootstrap.factors`.
+        columns: factors that the generated images belong to, see `dci.evaluation.bootstrap.factors`.
     """
     real, fake = real.double().cpu(), fake.double().cpu()
     cross = polynomial_kernel(fake, real).mean(1).numpy()

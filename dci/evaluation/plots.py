@@ -42,7 +42,7 @@ _MARKERS = "osD^vPX*"
 
 
 def fidelity_editability_plane(runs: Sequence[RunScores], editability: str = CLIP_T, fidelity: str = DINO_I) -> Figure:
-    """Draw each run's means with its intervals; up and to the right is better.
+    """Plot each run's means with its intervals; up and to the right is better.
 
     The dashed line is the Pareto front of all runs: what lies below and left of it is beaten on both axes.
     Each series of several runs has one colour and a front of its own. Runs without both scores are left out.
@@ -89,7 +89,7 @@ def fidelity_editability_plane(runs: Sequence[RunScores], editability: str = CLI
 
 
 def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> Figure:
-    """Draw each prompt's mean over its images for every run, with bootstrap intervals over its images.
+    """Plot each prompt's mean over its images for every run, with bootstrap intervals over its images.
 
     Args:
         runs: of which the first are shown, as many as there are colours.
@@ -125,7 +125,7 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
 
 
 def curves(differences: Mapping[str, Mapping[float, Mapping[str, Interval]]], metrics: Sequence[str]) -> Figure:
-    """Draw over each setting's values how much each metric differs from plain sampling, with intervals.
+    """Plot over each setting's values how much each metric differs from plain sampling, with intervals.
 
     Paired differences: the scores' own intervals are those of concepts and prompts, which are the same for all values.
 

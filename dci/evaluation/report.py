@@ -150,7 +150,7 @@ def how_measured(runs: Sequence[RunScores]) -> list[str]:
         sentences.append("CLIP-T × 2.5 is Custom Diffusion's text score, 2.5 max(cos, 0): another scale than CLIP-T.")
     if any("place" in run.scores.summary for run in runs):
         sentences.append(
-            "Noun and place right: share of the images in which the classifier on board sees the noun or "
+            "Noun and place right: share of the images in which the embedded classifier sees the noun or "
             "place of the prompt, among those whose prompt names exactly one that it knows. Where all images "
             "are right, or none, the interval has no width: resampling knows no others."
         )

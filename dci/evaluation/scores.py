@@ -1,4 +1,4 @@
-"""Scores of drawn images, their means with intervals, and the difference between two runs."""
+"""Scores of generated images, their means with intervals, and the difference between two runs."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ REPORT = "scores.json"
 
 @dataclass(frozen=True)
 class ImageScore:
-    """A drawn image, what it was drawn from, and its scores."""
+    """A generated image, what it was generated from, and its scores."""
 
     file: str
     prompt: str  # as it was asked for; one level of the factor "prompt"
@@ -137,7 +137,7 @@ def paired_differences(a: Scores, b: Scores) -> dict[str, list[tuple[ImageScore,
     ours, theirs = _keyed(a.rows), _keyed(b.rows)
     keys = [key for key in ours if key in theirs]
     if not keys:
-        raise UserError("the two runs have no image of the same prompt and seed: draw both with the same ones")
+        raise UserError("the two runs have no image of the same prompt and seed: sample both with the same ones")
     found: dict[str, list[tuple[ImageScore, float]]] = {}
     for name in dict.fromkeys(name for row in a.rows for name in row.values):
         both = [key for key in keys if name in ours[key].values and name in theirs[key].values]

@@ -111,7 +111,7 @@ def sample(task: dict[str, Any]) -> None:
         "negative_prompt": options.negative_prompt,
         **given,
         **_init_facts(options, prepared),
-        **prepared.options.facts(),
+        **prepared.options.metadata(),
         "dci": prepared.dual and dataclasses.asdict(prepared.dual),
     }
     named = [

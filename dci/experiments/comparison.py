@@ -34,17 +34,17 @@ class PooledRun:
 def verdict(run: RunScores, baseline: RunScores) -> str:
     """Say in one sentence on which axes a run differs from the baseline, with the paired differences' intervals."""
     differences = difference(run.scores, baseline.scores)
-    better, worse, said = [], [], []
+    better, worse, figures = [], [], []
     for metric, axis in AXES.items():
         found = differences[metric]
-        said.append(f"{axis} ({metric}) {found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
+        figures.append(f"{axis} ({metric}) {found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]")
         if found.low > 0:
             better.append(axis)
         elif found.high < 0:
             worse.append(axis)
     words = [f"better in {' and '.join(better)}"] if better else []
     words += [f"worse in {' and '.join(worse)}"] if worse else []
-    return f"{run.name} against {baseline.name}: {', '.join(words) or 'no difference shown'}; {'; '.join(said)}."
+    return f"{run.name} against {baseline.name}: {', '.join(words) or 'no difference shown'}; {'; '.join(figures)}."
 
 
 def verdicts(runs: Sequence[RunScores]) -> list[str]:
@@ -52,11 +52,11 @@ def verdicts(runs: Sequence[RunScores]) -> list[str]:
     pairs = [(run, runs[0]) for run in runs[1:]]
     firsts = {run.series: run for run in reversed(runs)}
     pairs += [(run, firsts[run.series]) for run in runs if firsts[run.series] not in (run, runs[0])]
-    said = []
+    sentences = []
     for pair in pairs:
         with suppress(UserError):  # of a grid that is not complete: nothing in common, nothing to compare
-            said.append(verdict(*pair))
-    return said
+            sentences.append(verdict(*pair))
+    return sentences
 
 
 def setting_curves(pooled: Sequence[PooledRun]) -> dict[str, Figure]:
@@ -94,7 +94,7 @@ def varied(settings: Sequence[tuple[dict[str, Any], T]]) -> dict[str, dict[float
 
 
 def sheet(points: Sequence[GridPoint], columns: int = 10, width: int = 128) -> Image.Image:
-    """Draw one concept's images: its references above, then a row for each method and setting.
+    """Lay out one concept's images: its references above, then a row for each method and setting.
 
     Each column is a prompt; its image is the first one of the prompt's, never a chosen one.
 

@@ -12,11 +12,10 @@ from dci.experiments.cell import read_prompts
 from dci.experiments.grid import GridPoint, Training
 from dci.finetuning.config import FinetuneConfig
 from dci.finetuning.config_files import finetune_config
-from ldm import config as configuration
+from ldm.checkpoint import model_config
 from ldm.config import ModelConfig
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
-from ldm.formats.compvis_config import convert, is_compvis_config
 
 UTILISATION = {"cpu": 0.5, "cuda": 0.4}
 """Assumed share of the device's matrix-product rate that a network reaches; small ones reach less."""
@@ -50,8 +49,9 @@ def cost(config: ModelConfig) -> Cost:
         latent = torch.empty(1, *model.latent_shape(config.image_size, config.image_size))
         context = torch.empty(1, 77, config.unet.context_dim)
         t = torch.zeros(1, dtype=torch.long)
+        vector = torch.empty(1, width) if (width := config.unet.adm_in_channels) else None
     counts = []
-    for call in (lambda: model.unet(latent, t, context), lambda: model.autoencoder.decode(latent)):
+    for call in (lambda: model.unet(latent, t, context, vector=vector), lambda: model.autoencoder.decode(latent)):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             call()
         counts.append(counter.get_total_flops())
@@ -89,7 +89,7 @@ def estimate(points: Sequence[GridPoint], device: str, rate: float) -> Estimate:
         rate: the device's matrix products, FLOP/s.
 
     Raises:
-        UserError: a model whose shape is not in a configuration file of this project.
+        UserError: a model that is not on this machine.
     """
     left = [point for point in points if not point.result.is_file()]
     trainings = {point.training.name: point.training for point in left}
@@ -118,12 +118,9 @@ def _config_of(training: Training) -> FinetuneConfig:
 
 
 def _model_of(path: str) -> ModelConfig:
-    if not Path(path).is_file() or Path(path).suffix not in (".yaml", ".yml"):
+    if not Path(path).exists():
         raise UserError(f"no estimate: the shape of {path} is in its weights; give a configuration and checkpoint=")
-    content = configuration.read_yaml(path)
-    if is_compvis_config(content):
-        return convert(content, path)
-    return configuration.build(ModelConfig, content, source=path)
+    return model_config(path)
 
 
 def _rows(point: GridPoint, model: ModelConfig) -> float:

@@ -19,7 +19,7 @@ LIVE_CLASSES = ("cat", "dog")
 
 @dataclass(frozen=True)
 class DatasetConcept:
-    """One concept of a data set, or several that are drawn together, and the prompts to draw."""
+    """One concept of a data set, or several that are sampled together, and the prompts to sample."""
 
     name: str
     images: tuple[Path, ...]  # a folder for each concept

@@ -20,7 +20,7 @@ from ldm import config as configuration
 from ldm.errors import UserError
 
 CELL = (sys.executable, "-m", "dci.experiments.cell")
-"""Begins the command of a stage; `dci.experiments.cell` says what follows."""
+"""Begins the command of a stage; `dci.experiments.cell` documents what follows."""
 
 
 @dataclass
@@ -136,7 +136,7 @@ class GridPoint:
 
     @property
     def log(self) -> Path:
-        """What the point's processes said."""
+        """The output of the point's processes."""
         return self.folder / "log.txt"
 
 

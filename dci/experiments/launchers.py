@@ -25,7 +25,7 @@ from ldm.errors import UserError
 if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
-Told = Callable[[GridPoint], None]
+Report = Callable[[GridPoint], None]
 """Called with each point that has come to an end."""
 
 SLURM_DEFAULTS = {
@@ -42,12 +42,12 @@ _REQUEUES = 1000  # a job may reach its time limit so often
 _POLL = 5.0  # seconds between looks at Slurm's queue
 
 
-def launch(config: SuiteConfig, points: list[GridPoint], told: Told) -> None:
+def launch(config: SuiteConfig, points: list[GridPoint], report: Report) -> None:
     """Work through points, with Slurm those that are in its queue, and return when nothing is left to try."""
-    (wait_slurm if config.cluster == SLURM else run_local)(config, points, told)
+    (wait_slurm if config.cluster == SLURM else run_local)(config, points, report)
 
 
-def run_local(config: SuiteConfig, points: list[GridPoint], told: Told) -> None:
+def run_local(config: SuiteConfig, points: list[GridPoint], report: Report) -> None:
     """Work through points on this machine: a worker for each GPU, or without any as many as the cores allow.
 
     A worker that fails or is killed costs its own training's points and no others.
@@ -68,7 +68,7 @@ def run_local(config: SuiteConfig, points: list[GridPoint], told: Told) -> None:
                     del running[slot]
                     free.append(slot)
                     for point in group:
-                        told(point)
+                        report(point)
     finally:  # stopped: what runs writes a checkpoint and ends
         for process, _ in running.values():
             process.terminate()
@@ -130,7 +130,7 @@ class Job:
         return DelayedSubmission(Job(self.points, self.threads))
 
 
-def wait_slurm(config: SuiteConfig, points: list[GridPoint], told: Told) -> None:
+def wait_slurm(config: SuiteConfig, points: list[GridPoint], report: Report) -> None:
     """Return when no job of these points is in the queue any more."""
     groups = by_training(points)
     while groups:
@@ -138,7 +138,7 @@ def wait_slurm(config: SuiteConfig, points: list[GridPoint], told: Told) -> None
         for group in [group for group in groups if group[0].training.name not in queued]:
             groups.remove(group)
             for point in group:
-                told(point)
+                report(point)
         if groups:
             time.sleep(_POLL)
 

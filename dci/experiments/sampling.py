@@ -189,7 +189,7 @@ def check_auto_noun(options: SamplingConfig, trained_on: str, concepts: int, sou
     embedded = model.suffix in (".yaml", ".yml") and read_config(model).name == "tiny"
     if not options.clip and not embedded:
         raise UserError(
-            f"{source}: auxiliary_noun={AUTO} needs a CLIP that knows what {model.name} draws: name one, such as "
+            f"{source}: auxiliary_noun={AUTO} needs a CLIP that knows what {model.name} generates: name one, such as "
             "clip=open_clip:ViT-B-32/openai"
         )
 

@@ -51,7 +51,7 @@ def loggers(config: FinetuneConfig, run_folder: Path) -> list[Logger]:
 
 
 @contextmanager
-def errors_told_once() -> Iterator[None]:
+def errors_reported_once() -> Iterator[None]:
     """Keep threads from printing what they cannot write: TensorBoard's raises it again in the main thread."""
     before = threading.excepthook
     threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
@@ -156,7 +156,7 @@ class CheckpointCallback(pl.Callback):
             trainer.should_stop = True
 
     def how_to_go_on(self) -> str:
-        """Say which checkpoint is good, and the command that goes on from it."""
+        """Return which checkpoint is good, and the command that goes on from it."""
         latest = self.checkpoints.latest()
         if latest is None:
             return f"there is no checkpoint yet in {self.run.folder}"
@@ -164,7 +164,7 @@ class CheckpointCallback(pl.Callback):
         return f"the last good checkpoint is {latest}; go on with: {command}"
 
     def no_room(self, error: OSError) -> str:
-        """Say what could not be written, and why."""
+        """Return what could not be written, and why."""
         return f"cannot write {error.filename or self.run.folder} ({error.strerror or error}): make room; "
 
     def _check_finite(self, module: ICOTraining, step: int) -> None:
@@ -195,7 +195,7 @@ class CheckpointCallback(pl.Callback):
 
 
 class ValidationImages(pl.Callback):
-    """Draws the validation prompts every so many steps, with DCI on the left and without on the right."""
+    """Samples the validation prompts every so many steps, with DCI on the left and without on the right."""
 
     def __init__(self, config: FinetuneConfig, run_folder: Path):
         self.config, self.folder = config, run_folder
@@ -244,10 +244,10 @@ def write_metrics(file: Path, rows: list[tuple]) -> None:
 
 
 def print_how_to_sample(concept_file: Path, prompt: str, steps: int) -> None:
-    """Tell which of the run's files is the result, and what to do with it."""
+    """Return which of the run's files is the result, and what to do with it."""
     options = shell_words(["--concept", str(concept_file), "--prompt", prompt])
     command = f"{program('sample_dci.py', 'sample')} {options}"
     distributed.print_rank_zero(
         f"Use {concept_file} (after {steps} steps); the files in checkpoints/ are for resuming and for study\n"
-        f"Draw it with: {command}"
+        f"Sample it with: {command}"
     )

@@ -9,6 +9,9 @@ GENERATE = "generate"
 AUTO = "auto"
 """In place of a run to resume: the newest one of the same name and options."""
 
+ANY_SEED = -1
+"""In place of a seed: one is chosen, said, and recorded in the run's configuration."""
+
 
 @dataclass
 class ConceptConfig:
@@ -78,7 +81,7 @@ class TrainingConfig:
     context_learning_rate: float = 6e-4
     scale_lr: bool = False  # multiply all rates by the number of reference images of a step, as the authors' code does
     weight_decay: float = 0.01
-    seed: int = 0
+    seed: int = 0  # -1 chooses one; a run that goes on keeps its own
     precision: str = "fp32"  # fp32, bf16, fp16: of the arithmetic and the frozen weights; what is trained is fp32
     gradient_sum: str = "fp64"  # of micro-batches and processes: fp64, the same in any order; or fp32, half the memory
     gradient_checkpointing: bool = False  # less memory, about a third more time
@@ -93,9 +96,9 @@ class TrainingConfig:
 
 @dataclass
 class ValidationConfig:
-    """Images drawn while training, from fixed noise: with DCI and without, side by side."""
+    """Images sampled while training, from fixed noise: with DCI and without, side by side."""
 
-    every: int = 100  # steps; 0 draws none
+    every: int = 100  # steps; 0 samples none
     prompts: list[str] = field(default_factory=lambda: ["a photo of a V*"])
     n_samples: int = 4
     steps: int = 25  # solver steps
@@ -132,7 +135,7 @@ class FinetuneConfig:
 
 
 def concepts_of(config: FinetuneConfig) -> list[ConceptConfig]:
-    """Return the concepts that a run learns, one or several, with nothing left open that another option says."""
+    """Return the concepts that a run learns, one or several, with the defaults that other options give filled in."""
     from dci.concept.modifier_tokens import RARE_TOKENS  # with torch, which takes seconds; options need none
 
     entries = config.concepts or [config.concept]

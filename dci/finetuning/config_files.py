@@ -1,4 +1,4 @@
-"""Fine-tuning configurations: what the file says, what the user says in place of it, and what no run could use."""
+"""Fine-tuning configurations: the file's options, the user's in place of them, and those that no run could use."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from dci.concept.loras import parse_lora
 from dci.concept.modifier_tokens import ConceptName, modifier_names
 from dci.concept.prompts import parse_prompt
-from dci.finetuning.config import AUTO, GENERATE, FinetuneConfig, ValidationConfig, concepts_of
+from dci.finetuning.config import ANY_SEED, AUTO, GENERATE, FinetuneConfig, ValidationConfig, concepts_of
 from dci.finetuning.precision import lightning_name
 from ldm import config as configuration
 from ldm.errors import UserError
@@ -55,7 +55,7 @@ def _check_name(name: str) -> None:
 
 
 def _given(content: dict[str, Any]) -> dict[str, Any]:
-    """What a file says, without what it leaves to the user (`???`)."""
+    """The options of a file, without those that it leaves to the user (`???`)."""
     return {
         key: _given(value) if isinstance(value, dict) else value
         for key, value in content.items()
@@ -64,7 +64,7 @@ def _given(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _complete(config: FinetuneConfig, overridden: list[str], path: str | Path) -> None:
-    """Check that each concept is said once, and let the short form show the first of a list."""
+    """Check that each concept is given once, and let the short form show the first of a list."""
     for i, entry in enumerate(concepts_of(config)):
         for key, short in (("class_noun", "concept.class_noun"), ("images", "data.images")):
             name = f"concepts[{i}].{key}" if config.concepts else short
@@ -118,7 +118,6 @@ def map_paths(content: dict[str, Any], change: Callable[[str, str], str]) -> Non
 _AT_LEAST = {
     0: (
         "training.weight_decay",
-        "training.seed",
         "validation.every",
         "validation.seed",
         "context.prefix_length",
@@ -167,6 +166,8 @@ def check(config: FinetuneConfig) -> None:
             value = value_of(name)
             if value is not None and not value >= least:
                 raise UserError(f"{name}={value}: expected {least} or more")
+    if config.training.seed < ANY_SEED:
+        raise UserError(f"training.seed={config.training.seed}: expected a whole number from 0 on, or {ANY_SEED} for any")
     for name in ("learning_rate", "modifier_learning_rate", "context_learning_rate"):
         value = value_of(f"training.{name}")
         if value is not None and not 0 < value < float("inf"):
@@ -202,5 +203,7 @@ def _check_prompts(config: FinetuneConfig) -> None:
     for tokens, entry in zip(names, entries, strict=True):
         parse_prompt("a V*", ConceptName(tokens, entry.class_noun))
     concepts = tuple(ConceptName(tokens, entry.class_noun) for tokens, entry in zip(names, entries, strict=True))
+    if config.validation.every and not config.validation.prompts:
+        raise UserError("validation.prompts is empty: give some, or validation.every=0")
     for prompt in config.validation.prompts if config.validation.every else []:
         parse_prompt(prompt, concepts)

@@ -54,7 +54,7 @@ class ConceptBatch:
     t: Tensor  # timesteps (b,)
     noise: Tensor  # N(0, 1) (b, c, h, w)
     posterior_noise: Tensor  # N(0, 1) (b, c, h, w)
-    sizes: Tensor | None = None  # what a model is told of the images' size (b, 6), see `ldm.conditioning.ImageSize`
+    sizes: Tensor | None = None  # image sizes that a model is conditioned on (b, 6), see `ldm.conditioning.ImageSize`
     share: float = 1.0  # of the micro-batch that these images are: the others are of another shape
 
     def to(self, device: torch.device) -> "ConceptBatch":
@@ -102,7 +102,7 @@ class ConceptDataset(Dataset):
         self.moments = torch.stack(moments) if alike else moments or torch.empty(0, 2, *shape)
 
     def describe(self) -> str:
-        """Say what is cached and what is not, in one line."""
+        """Return in one line what is cached and what is not."""
         if len(self.row) == len(self.images):
             return f"Latents: cached, {len(self.row)} images and their mirror images encoded once"
         why = f"data.augment={self.config.augment} changes them" if self.config.augment != "none" else "as asked for"
@@ -132,7 +132,7 @@ class ConceptDataset(Dataset):
         height, width = (side // self.downsampling for side in self._shape(item))
         return self.latent_shape[0], height, width
 
-    def _told_size(self, item: int) -> Tensor:
+    def _size_condition(self, item: int) -> Tensor:
         shape, size = self._shape(item), self.images[item].size
         return (size if size is not None and size.target == shape else ImageSize(shape, (0, 0), shape)).row()
 
@@ -156,7 +156,7 @@ class ConceptDataset(Dataset):
             t=torch.tensor([row["t"] for row in rows]),
             noise=stack("noise", shape),
             posterior_noise=stack("posterior_noise", shape),
-            sizes=torch.cat([self._told_size(slot.item) for slot in slots]),
+            sizes=torch.cat([self._size_condition(slot.item) for slot in slots]),
             share=share,
         )
 

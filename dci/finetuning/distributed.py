@@ -1,12 +1,15 @@
 """Which of several training processes this is, as launchers say it in the environment."""
 
 import os
+import secrets
 
 import torch
 from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.errors import UserError
+
+_SEED = "DCI_TRAINING_SEED"  # tells the other processes of a run which seed was chosen
 
 
 def rank() -> int:
@@ -26,6 +29,19 @@ def check_launched(wanted: int) -> None:
             f"{world_size()} processes were started, but training.devices times training.nodes is {wanted}: "
             "give both as they are started"
         )
+
+
+def chosen_seed() -> int:
+    """Choose a seed that the processes of a run share: those that Lightning starts inherit it.
+
+    Raises:
+        UserError: a launcher has started several processes, each of which would choose its own.
+    """
+    if world_size() > 1:
+        raise UserError(f"training.seed=-1 would be another seed in each of the {world_size()} processes: give the seed")
+    if rank() == 0:
+        os.environ[_SEED] = str(secrets.randbelow(2**32))
+    return int(os.environ[_SEED])
 
 
 def environments() -> list[ClusterEnvironment]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from dci.captions import LISTS, captioned_files
 from dci.finetuning.config import DataConfig
 from dci.finetuning.masks import object_mask
-from dci.samples.reader import RECORD, read_samples
-from ldm.buckets import cut, nearest_bucket, told_size
+from dci.samples.reader import RECORD, read_samples, report_unused
+from ldm.buckets import cut, nearest_bucket, size_condition
 from ldm.conditioning import ImageSize
 from ldm.errors import UserError
-from ldm.images import flatten, list_images, open_image, say_not_used, to_tensor
+from ldm.images import flatten, list_images, open_image, report_not_used, to_tensor
 from ldm.masks import masks_of
 
 
@@ -28,18 +28,18 @@ class TrainingImage:
     pixels: Tensor  # (3, h, w) in [-1, 1]
     mask: Tensor | None = None  # (1, h, w) in [0, 1]
     caption: str = ""
-    size: ImageSize | None = None  # what a model is told of its size; None: it is what it was
+    size: ImageSize | None = None  # the size that a model is conditioned on; None: its own
 
 
 def read_references(
-    folder: str | Path, config: DataConfig, size: int, say: Callable[[str], None] = print, multiple: int = 8
+    folder: str | Path, config: DataConfig, size: int, report: Callable[[str], None] = print, multiple: int = 8
 ) -> list[TrainingImage]:
     """Read the images of a concept.
 
     Args:
         size: side of the squares in pixels.
         multiple: with `crop=bucket`, what the sides must be multiples of.
-        say: told what is left out.
+        report: called with a line on what is left out.
 
     Raises:
         UserError: the folder is missing or empty, or a file cannot be used and `on_bad_image` is error.
@@ -47,23 +47,23 @@ def read_references(
     files = list_images(folder)
     masks = masks_of(files)
     if masks and not config.masked_loss:
-        say(f"Masks in {folder} are not used: data.masked_loss=true counts the object alone")
-    say_not_used(folder, [*files, *masks], say)
+        report(f"Masks in {folder} are not used: data.masked_loss=true counts the object alone")
+    report_not_used(folder, [*files, *masks], report)
 
     def read(file: Path) -> TrainingImage:
         image = open_image(file)
         shape = _shape(image, config, size, multiple)
         mask = _mask_tensor(file, cut(object_mask(file, image), *shape)) if config.masked_loss else None
-        return TrainingImage(file, to_tensor(cut(flatten(image), *shape)), mask, size=told_size(image, *shape))
+        return TrainingImage(file, to_tensor(cut(flatten(image), *shape)), mask, size=size_condition(image, *shape))
 
-    return _read_all(files, read, folder, config.on_bad_image, say)
+    return _read_all(files, read, folder, config.on_bad_image, report)
 
 
 def read_regularization(
     folder: str | Path,
     config: DataConfig,
     size: int,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
     most: int | None = None,
     multiple: int = 8,
 ) -> list[TrainingImage]:
@@ -85,11 +85,13 @@ def read_regularization(
         image = open_image(file)
         shape = _shape(image, config, size, multiple)
         pixels = to_tensor(cut(flatten(image), *shape))
-        return TrainingImage(file, pixels, caption=captions[file], size=told_size(image, *shape))
+        return TrainingImage(file, pixels, caption=captions[file], size=size_condition(image, *shape))
 
-    if not (Path(folder) / RECORD).is_file():
-        say_not_used(folder, [*captions, *(file.with_suffix(".txt") for file in captions), *LISTS], say)
-    return _read_all(list(captions)[:most], read, folder, config.on_bad_image, say)
+    if (Path(folder) / RECORD).is_file():
+        report_unused(folder, captions, report)
+    else:
+        report_not_used(folder, [*captions, *(file.with_suffix(".txt") for file in captions), *LISTS], report)
+    return _read_all(list(captions)[:most], read, folder, config.on_bad_image, report)
 
 
 def _shape(image: Image.Image, config: DataConfig, size: int, multiple: int) -> tuple[int, int]:
@@ -109,7 +111,7 @@ def captions_of(folder: str | Path) -> dict[Path, str]:
     return captioned_files(folder)
 
 
-def _read_all(files: list[Path], read: Callable, folder: str | Path, on_bad: str, say: Callable) -> list[TrainingImage]:
+def _read_all(files: list[Path], read: Callable, folder: str | Path, on_bad: str, report: Callable) -> list[TrainingImage]:
     images = []
     for file in files:
         try:
@@ -117,7 +119,7 @@ def _read_all(files: list[Path], read: Callable, folder: str | Path, on_bad: str
         except UserError as error:
             if on_bad != "skip":
                 raise
-            say(f"Left out: {error}")
+            report(f"Left out: {error}")
     if not images:
         raise UserError(f"no usable images in {folder}: all {len(files)} were left out")
     return images

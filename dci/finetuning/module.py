@@ -241,7 +241,9 @@ def _low_rank(weights: dict[str, nn.Parameter], config: FinetuneConfig) -> LowRa
         raise UserError(
             f"training.lora_rank={rank} changes keys and values, and training.trainable=none trains none of them"
         )
-    return LowRankChanges({name: tuple(weight.shape) for name, weight in weights.items()}, rank, config.training.seed)
+    return LowRankChanges(
+        {name: tuple(weight.shape) for name, weight in weights.items()}, rank, fitting_seed(config.training.seed, 64)
+    )
 
 
 def _learned_tokens(model: LatentDiffusion, config: FinetuneConfig, images: list[int]) -> LearnedTokens:

@@ -44,11 +44,11 @@ def generate(model: LatentDiffusion, config: GenerateConfig, class_noun: str, lo
         logdir: holds the folder where the configuration names none.
 
     Returns:
-        The folder, as sampling writes it: samples/NNNNN.png, and prompts.json that tells how they were made.
+        The folder, as sampling writes it: samples/NNNNN.png, and prompts.json with how they were made.
     """
     options = sampling_options(model, steps=config.steps, scale=config.scale, seed=config.seed)
     prompts = [prompt.replace("{}", class_noun) for prompt in config.prompts]
-    metadata = {"model_hash": fingerprint(model), **options.facts()}
+    metadata = {"model_hash": fingerprint(model), **options.metadata()}
     digest = hashlib.sha256(json.dumps([prompts, metadata], sort_keys=True).encode()).hexdigest()[:8]
     root = Path(config.folder) if config.folder else logdir / "regularization"
     folder = root / f"{class_noun.replace(' ', '-').replace('/', '-')}-{digest}"

@@ -11,7 +11,7 @@ import filelock
 from dci.files import folder_lock, make_new_folder
 from dci.finetuning import distributed
 from dci.finetuning.checkpoints import Checkpoints, read_checkpoint
-from dci.finetuning.config import AUTO, FinetuneConfig, concepts_of
+from dci.finetuning.config import ANY_SEED, AUTO, FinetuneConfig, concepts_of
 from dci.finetuning.config_files import map_paths
 from ldm import config as configuration
 from ldm.errors import UserError
@@ -116,6 +116,22 @@ def find_run(config: FinetuneConfig, logdir: Path) -> Run | None:
     return run
 
 
+def with_seed(config: FinetuneConfig, run: Run | None) -> FinetuneConfig:
+    """Return options whose seed is no longer open: that of the run to go on with, or one that is chosen here.
+
+    Raises:
+        UserError: several processes would choose one each.
+    """
+    if config.training.seed != ANY_SEED:
+        return config
+    if run is None:
+        seed = distributed.chosen_seed()
+    else:
+        seed = configuration.load(FinetuneConfig, run.folder / CONFIG_FILE).training.seed
+    distributed.print_rank_zero(f"Seed: {seed}")
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, seed=seed))
+
+
 def new_run(config: FinetuneConfig, logdir: Path) -> Run:
     """Make a run's folder, locked; processes other than the first write nothing and need none."""
     if distributed.rank() > 0:
@@ -191,7 +207,8 @@ def _difference(config: FinetuneConfig, folder: Path, moved: bool) -> tuple[str,
     for content in contents if moved else []:
         map_paths(content, lambda key, value: "a path")
     before, now = map(_flat, contents)
-    names = (name for name in now if not name.startswith(_FREE) and now[name] != before[name])
+    free = (*_FREE, "training.seed") if config.training.seed == ANY_SEED else _FREE
+    names = (name for name in now if not name.startswith(free) and now[name] != before[name])
     return next(((name, given[1][name], given[0][name]) for name in names), None)
 
 

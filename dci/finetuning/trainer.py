@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from dci.files import write_atomically
 from dci.finetuning import distributed
 from dci.finetuning.augmentation import LARGEST
-from dci.finetuning.callbacks import CheckpointCallback, MetricsLogger, ValidationImages, errors_told_once, loggers
+from dci.finetuning.callbacks import CheckpointCallback, MetricsLogger, ValidationImages, errors_reported_once, loggers
 from dci.finetuning.config import AUTO, GENERATE, FinetuneConfig, concepts_of
 from dci.finetuning.config_files import check
 from dci.finetuning.dataset import BatchOrder, ConceptDataset
@@ -21,7 +21,7 @@ from dci.finetuning.images import TrainingImage, captions_of, read_references, r
 from dci.finetuning.module import ICOTraining
 from dci.finetuning.precision import check_device, lightning_name
 from dci.finetuning.regularization import generate
-from dci.finetuning.run_folder import CONCEPT_FILE, CONFIG_FILE, Run, find_run, new_run
+from dci.finetuning.run_folder import CONCEPT_FILE, CONFIG_FILE, Run, find_run, new_run, with_seed
 from dci.finetuning.signals import GracefulStop, Interrupted
 from ldm import config as configuration
 from ldm.diffusion import LatentDiffusion
@@ -51,6 +51,7 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
     check_device(config.training.precision, model.device)
     run = find_run(config, logdir)
     try:
+        config = with_seed(config, run)
         if run is not None and run.finished and run.step == config.training.steps:
             distributed.print_rank_zero(f"{run.folder} is finished")
             return run.folder
@@ -137,7 +138,7 @@ def _fit(module: ICOTraining, loader: DataLoader, run: Run, stop: GracefulStop, 
         callbacks = [MetricsLogger(config, run.folder), ValidationImages(config, run.folder), saving]
         trainer = _trainer(config, run.folder, module.model.device, callbacks)
         try:
-            with errors_told_once():
+            with errors_reported_once():
                 trainer.fit(module, loader)
         except OSError as error:
             if trainer.strategy.launcher is not None:  # the others would wait for this process for ever

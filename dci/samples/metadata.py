@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _PATHS = {"concept", "model", "checkpoint", "vae", "init_image", "mask", "images", "regularization", "folder", "config"}
 """Names whose values are paths (or ids on a hub)."""
+
+_BY_FILE = {"loras", "concept_files", "files"}
+"""Names of dicts of hashes by files, which may lie elsewhere now; behind a LoRA's file stands its strength."""
 
 
 class Difference(NamedTuple):
@@ -54,6 +58,8 @@ def _difference(there: Any, here: Any, name: str, tolerated: frozenset[str]) -> 
     if isinstance(there, dict) and isinstance(here, dict):
         for key in here | there:
             inner = f"{name}.{key}" if name else key
+            if key in _BY_FILE and _by_hash(there.get(key)) == _by_hash(here.get(key)):
+                continue
             if inner in tolerated or _decided_by_hash(key, there, here):
                 continue
             if found := _difference(there.get(key), here.get(key), inner, tolerated):
@@ -63,6 +69,14 @@ def _difference(there: Any, here: Any, name: str, tolerated: frozenset[str]) -> 
         pairs = enumerate(zip(there, here, strict=True))
         return next((found for i, pair in pairs if (found := _difference(*pair, f"{name}[{i}]", tolerated))), None)
     return None if _same_leaf(there, here, name) else Difference(name, there, here)
+
+
+def _by_hash(files: Any) -> Any:
+    """A dict of hashes by files as (strength, hash) of each, in their order."""
+    if not isinstance(files, dict):
+        return files
+    strengths = (re.search(r":([-+]?[\d.]+(?:e[-+]?\d+)?)$", file) for file in files)
+    return [(float(found[1]) if found else 1.0, known) for found, known in zip(strengths, files.values(), strict=True)]
 
 
 def _decided_by_hash(key: str, there: dict, here: dict) -> bool:

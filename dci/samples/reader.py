@@ -1,22 +1,22 @@
-"""Folders of drawn images: `samples/NNNNN.png` and `prompts.json`, as this package and Custom Diffusion write them.
+"""Folders of generated images: `samples/NNNNN.png` and `prompts.json`, as this package and Custom Diffusion write them.
 
 `prompts.json` is one of
     {"00000": "photo of a <new1> cat", ...}       Custom Diffusion's: stem or file name -> prompt
     {"00000": {"prompt": "...", "seed": 0, ...}}  this package's: every fact of the image
-    ["photo of a <new1> cat", ...]                a prompt, or its facts, for each image in the order of their numbers
+    ["photo of a <new1> cat", ...]                a prompt, or its metadata, for each image in the order of their numbers
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ldm.errors import UserError
-from ldm.images import list_images
+from ldm.images import is_image, list_images, report_not_used
 
 RECORD = "prompts.json"
-_NAMES = ("file", "file_name", "filename", "image", "name", "path")  # in lists of facts
+_NAMES = ("file", "file_name", "filename", "image", "name", "path")  # in lists of metadata
 _TEXTS = ("prompt", "text", "caption")
 _MODIFIERS = r"<new\d*>(?:\s*<new\d*>)*"
 _MARKS = r"(?<!\w)V(?P<star>\d*)\*|\{(?P<brace>\d*)\}"
@@ -24,7 +24,7 @@ _MARKS = r"(?<!\w)V(?P<star>\d*)\*|\{(?P<brace>\d*)\}"
 
 @dataclass(frozen=True)
 class SampledImage:
-    """A drawn image and what is known of it."""
+    """A generated image and what is known of it."""
 
     file: Path
     prompt: str  # as it was asked for
@@ -59,7 +59,24 @@ def read_samples(folder: str | Path, class_nouns: Sequence[str] = ()) -> list[Sa
             f"of {images}"
         )
     found = [(file, entries[file.stem]) for file in files]
-    return [SampledImage(file, _prompt(facts), _text(facts, class_nouns), _noise(facts)) for file, facts in found]
+    return [
+        SampledImage(file, _prompt(metadata), _text(metadata, class_nouns), _noise(metadata)) for file, metadata in found
+    ]
+
+
+def report_unused(folder: str | Path, used: Iterable[Path], report: Callable[[str], None]) -> None:
+    """Tell in a line what lies among a folder's images, and images beside them, that are not used.
+
+    Args:
+        folder: see `read_samples`.
+        used: its images.
+    """
+    folder, used = Path(folder), list(used)
+    inside = folder / "samples"
+    if inside.is_dir():
+        report_not_used(inside, used, report)
+        used += [file for file in folder.iterdir() if not is_image(file)]  # maps, logs, reports: this package's
+    report_not_used(folder, [*used, RECORD, *(file for file in folder.iterdir() if file.stem.startswith("grid"))], report)
 
 
 def read_record(folder: str | Path) -> dict | list:
@@ -84,7 +101,7 @@ def read_record(folder: str | Path) -> dict | list:
 
 
 def concept_files(folder: str | Path) -> list[str]:
-    """Return the concept files that the images of a folder were drawn with, as recorded."""
+    """Return the concept files that the images of a folder were sampled with, as recorded."""
     record = read_record(folder)
     entries = record.values() if isinstance(record, dict) else record
     return list(dict.fromkeys(e["concept"] for e in entries if isinstance(e, dict) and isinstance(e.get("concept"), str)))
@@ -111,8 +128,8 @@ def _by_stem(record: dict, source: Path) -> dict[str, dict]:
     """Facts by the stem of their image; a stem with two prompts raises UserError."""
     entries: dict[str, dict] = {}
     for key, value in record.items():
-        facts, stem = _entry(value, source), _stem(key)
-        if entries.setdefault(stem, facts) != facts:
+        metadata, stem = _entry(value, source), _stem(key)
+        if entries.setdefault(stem, metadata) != metadata:
             raise UserError(f"{source} has two prompts for {stem}, the second under {key}: keep one of them")
     return entries
 
@@ -124,7 +141,7 @@ def _stem(key: str) -> str:
 
 
 def _named(record: list, files: list[Path], source: Path) -> dict:
-    """A list of prompts or facts as a dictionary."""
+    """A list of prompts or metadata as a dictionary."""
     keys = [
         next((entry[n] for n in _NAMES if isinstance(entry, dict) and isinstance(entry.get(n), str)), None)
         for entry in record
@@ -158,25 +175,25 @@ def _in_order(files: list[Path], source: Path) -> list[Path]:
 
 
 def _entry(value: object, source: Path) -> dict:
-    facts = {"prompt": value} if isinstance(value, str) else value
-    if not isinstance(facts, dict) or not any(isinstance(facts.get(name), str) for name in _TEXTS):
+    metadata = {"prompt": value} if isinstance(value, str) else value
+    if not isinstance(metadata, dict) or not any(isinstance(metadata.get(name), str) for name in _TEXTS):
         raise UserError(
-            f'{source} has {json.dumps(value)[:60]} where a prompt was expected: give its text, or facts with "prompt"'
+            f'{source} has {json.dumps(value)[:60]} where a prompt was expected: give its text, or metadata with "prompt"'
         )
-    return facts
+    return metadata
 
 
-def _prompt(facts: dict) -> str:
-    return next(facts[name] for name in _TEXTS if isinstance(facts.get(name), str))
+def _prompt(metadata: dict) -> str:
+    return next(metadata[name] for name in _TEXTS if isinstance(metadata.get(name), str))
 
 
-def _text(facts: dict, class_nouns: Sequence[str]) -> str:
+def _text(metadata: dict, class_nouns: Sequence[str]) -> str:
     """The concept's prompt has the class noun; what was asked for may leave it out."""
-    concept_prompt = facts.get("concept_prompt")
-    return without_modifiers(concept_prompt if isinstance(concept_prompt, str) else _prompt(facts), class_nouns)
+    concept_prompt = metadata.get("concept_prompt")
+    return without_modifiers(concept_prompt if isinstance(concept_prompt, str) else _prompt(metadata), class_nouns)
 
 
-def _noise(facts: dict) -> str:
-    if facts.get("seed") is None:
+def _noise(metadata: dict) -> str:
+    if metadata.get("seed") is None:
         return ""
-    return f"{facts['seed']}:{facts['index']}" if facts.get("index") is not None else str(facts["seed"])
+    return f"{metadata['seed']}:{metadata['index']}" if metadata.get("index") is not None else str(metadata["seed"])

@@ -1,4 +1,4 @@
-"""An image's facts as text, in the words of WebUI, which reads them out of a PNG."""
+"""An image's metadata as text, in the words of WebUI, which reads them out of a PNG."""
 
 import json
 import re
@@ -16,19 +16,19 @@ _SAMPLERS = {
 _NAMES = {"scale": "CFG scale", "model": "Model", "strength": "Denoising strength", "eta": "Eta", "ema": "EMA"}
 
 
-def parameters_text(facts: dict) -> str:
-    """Return an image's facts as WebUI words them: the prompt, the negative prompt, a line of `Name: value`."""
-    entries = {"Steps": facts["steps"], "Sampler": _SAMPLERS[facts["solver"]], "CFG scale": facts["scale"]}
-    entries |= {"Seed": facts["seed"], "Size": f"{facts['width']}x{facts['height']}"}
-    said = {"prompt", "negative_prompt", "steps", "solver", "scale", "seed", "width", "height"}
-    for name, value in facts.items():
-        if name in said or value in (None, False, ""):
+def parameters_text(metadata: dict) -> str:
+    """Return an image's metadata as WebUI words them: the prompt, the negative prompt, a line of `Name: value`."""
+    entries = {"Steps": metadata["steps"], "Sampler": _SAMPLERS[metadata["solver"]], "CFG scale": metadata["scale"]}
+    entries |= {"Seed": metadata["seed"], "Size": f"{metadata['width']}x{metadata['height']}"}
+    shown = {"prompt", "negative_prompt", "steps", "solver", "scale", "seed", "width", "height"}
+    for name, value in metadata.items():
+        if name in shown or value in (None, False, ""):
             continue
         values = {f"{name} {key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
         entries |= {_NAMES.get(key, key.replace("_", " ").capitalize()): entry for key, entry in values.items()}
-    lines = [facts["prompt"]]
-    if facts.get("negative_prompt"):
-        lines.append(f"Negative prompt: {facts['negative_prompt']}")
+    lines = [metadata["prompt"]]
+    if metadata.get("negative_prompt"):
+        lines.append(f"Negative prompt: {metadata['negative_prompt']}")
     lines.append(", ".join(f"{name}: {_quoted(str(value))}" for name, value in entries.items()))
     return "\n".join(lines)
 

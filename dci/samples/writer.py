@@ -1,7 +1,7 @@
-"""The folder that sampling writes: samples/NNNNN.png, and prompts.json that tells what each image is of.
+"""The folder that sampling writes: samples/NNNNN.png, and prompts.json with the metadata of each image.
 
 prompts.json is complete before the first image is made: it is the plan that a repeated command goes on
-with, and that other workers share. A image is whole or not there.
+with, and that other workers share. An image is whole or not there.
 """
 
 import io
@@ -29,7 +29,7 @@ class SampleFolder:
 
     Args:
         append: put the images behind others that are there; else other images there are an error.
-        complete: whether what is to be beside a image of that name is there; else it counts as missing.
+        complete: whether what is to be beside an image of that name is there; else it counts as missing.
 
     Raises:
         UserError: images cannot be put there; nothing was written.
@@ -57,7 +57,7 @@ class SampleFolder:
             record = self._read()
             self.first = self._place(record)
             planned = {self._stem(n): self.plan.metadata(n) for n in range(len(self.plan))}
-            added = {stem: facts for stem, facts in planned.items() if stem not in record}
+            added = {stem: metadata for stem, metadata in planned.items() if stem not in record}
             if added:
                 write_atomically(self.record, json.dumps(record | normal_form(added), indent=2).encode())
         return self
@@ -83,7 +83,7 @@ class SampleFolder:
         self.locks.release(range(self.first + numbers.start, self.first + numbers.stop))
 
     def save(self, number: int, image: Image.Image) -> None:
-        """Write a image, its metadata in the text chunk `parameters`."""
+        """Write an image, its metadata in the text chunk `parameters`."""
         write_atomically(self.file(number), image_bytes(self.plan, number, image))
 
     def grid_file(self, prompt: int) -> Path:
@@ -125,7 +125,7 @@ class SampleFolder:
         return next((first for first in firsts if not self._difference(record, used, first)), end)
 
     def _difference(self, record: dict, used: dict[int, str], first: int, tolerated: tuple[str, ...] = ()) -> str | None:
-        """Say in what the images that are there from `first` on are not the plan's; None where they are."""
+        """Return in what the images that are there from `first` on are not the plan's; None where they are."""
         for number in range(len(self.plan)):
             stem = used.get(first + number)
             if stem is None:

@@ -7,7 +7,7 @@ place. Any other name in a file is an error that tells it.
 
 import pickle
 import pickletools
-import warnings
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ import torch
 from torch.serialization import safe_globals
 
 from ldm.errors import UserError
+from ldm.library_warnings import warnings_of
 from ldm.texts import openable
 
 _FRAMEWORKS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")
@@ -66,8 +67,7 @@ def read_pickled(file: str | Path) -> Any:
                 "hold tensors and containers only: get it as .safetensors from someone you trust"
             )
         stand_ins: list[Any] = [(_stand_in(name), name) for name in foreign]  # torch wants a list of anything
-        with openable(file) as path, safe_globals(stand_ins), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, on kinds of tensors that no model has: they are refused later
+        with openable(file) as path, safe_globals(stand_ins), warnings_of(file, _explain):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except UserError:
         raise
@@ -77,6 +77,11 @@ def read_pickled(file: str | Path) -> Any:
             AssertionError, UnicodeError, OverflowError, MemoryError) as error:  # fmt: skip
         # Whatever a damaged file makes of the reader, it is the file's fault.
         raise UserError(f"{file} is not a whole checkpoint ({_first(error)}): fetch or make it anew") from error
+
+
+def _explain(warning: str) -> str | None:
+    """Say what a warning of torch's means; None: nothing, of kinds of tensors that no model has: they are refused later."""
+    return None if re.search("sparse|quantiz|nested tensor|typedstorage", warning, re.IGNORECASE) else warning
 
 
 def _first(error: Exception) -> str:

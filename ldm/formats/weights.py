@@ -81,7 +81,7 @@ def read_file(file: str | Path) -> tuple[dict[str, Tensor], int | None]:
         UserError: the file is missing, broken, hostile, or no checkpoint.
     """
     content, metadata = read_content(file)
-    return (content, None) if metadata is not None else _tensors(content, Path(file))
+    return (_bare(content), None) if metadata is not None else _tensors(content, Path(file))
 
 
 def read_content(file: str | Path) -> tuple[Any, dict[str, str] | None]:
@@ -132,21 +132,42 @@ def _tensors(content: object, file: Path) -> tuple[dict[str, Tensor], int | None
         if not isinstance(value, Tensor) or not isinstance(name, str):
             what = f"{type(name).__name__} {name}: {type(value).__name__}"
             raise UserError(f"{file} holds {what} in its state dict, expected tensors by their names")
-    wrapped = bool(state) and all(name.startswith(_WRAPPER) for name in state)
-    tensors = {name.removeprefix(_WRAPPER) if wrapped else name: tensor.detach() for name, tensor in state.items()}
-    return tensors, step if isinstance(step, int) else None
+    return {name: tensor.detach() for name, tensor in _bare(state).items()}, step if isinstance(step, int) else None
 
 
 _NESTS = ("state_dict", "model_state_dict", "model", "module")
 """Where trainers put the weights, one in the other: Lightning, plain loops, DeepSpeed."""
 
-_WRAPPER = "module."  # what parallel training puts before each name
+_WRAPPER, _COMPILED = "module.", "_orig_mod."
 
 
-def _nested(content: Mapping) -> Mapping | None:
-    """The innermost state dict of a training's state; None: the content is it."""
-    found = next((content[key] for key in _NESTS if isinstance(content.get(key), Mapping)), None)
-    return None if found is None else found if (inner := _nested(found)) is None else inner
+_DEEPEST = 4  # nests in one another; a hostile file may hold itself
+
+
+def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without what parallel training puts before each name, and torch.compile into some."""
+    state = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
+    wrapped = bool(state) and all(name.startswith(_WRAPPER) for name in state)
+    return {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()} if wrapped else state
+
+
+def _nested(content: Mapping, depth: int = _DEEPEST) -> Mapping | None:
+    """The innermost state dict of a training's state; None: the content is it.
+
+    Trainers also keep a model's settings under these names: what holds tensors goes before what holds none.
+    """
+    inside = [content[key] for key in _NESTS if isinstance(content.get(key), Mapping)]
+    found = next((nest for nest in inside if _holds_tensors(nest, depth)), next(iter(inside), None))
+    if found is None or not depth:
+        return found
+    return found if (inner := _nested(found, depth - 1)) is None else inner
+
+
+def _holds_tensors(content: Mapping, depth: int) -> bool:
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return True
+    nests = (content[key] for key in _NESTS if isinstance(content.get(key), Mapping))
+    return depth > 0 and any(_holds_tensors(nest, depth - 1) for nest in nests)
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:

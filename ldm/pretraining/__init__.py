@@ -1,1 +1,1 @@
-"""The embedded model's small world of labelled images, and the training of its parts."""
+"""The embedded model's toy world of labelled images, and the training of its parts."""

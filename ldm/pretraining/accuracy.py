@@ -1,4 +1,4 @@
-"""What the judges get right on images that nobody was trained on."""
+"""What the embedded encoders get right on images that nobody was trained on."""
 
 import numpy as np
 import torch
@@ -23,26 +23,26 @@ def _in_batches(function, images: np.ndarray) -> Tensor:
 
 
 @torch.inference_mode()
-def classifier_accuracy(judge: Classifier, world: RenderedWorld) -> dict[str, float | int]:
+def classifier_accuracy(encoder: Classifier, world: RenderedWorld) -> dict[str, float | int]:
     """Share of images whose noun and whose place have the highest logit; images with two nouns count for places."""
-    logits = _in_batches(lambda x: torch.cat(judge.logits(x), dim=-1), world.images)
-    nouns, places = logits.split([len(judge.nouns), len(judge.places)], dim=-1)
-    right = [judge.nouns[i] == noun for i, noun in zip(nouns.argmax(-1), world.nouns, strict=True) if noun]
-    placed = [judge.places[i] == (place or "plain") for i, place in zip(places.argmax(-1), world.places, strict=True)]
+    logits = _in_batches(lambda x: torch.cat(encoder.logits(x), dim=-1), world.images)
+    nouns, places = logits.split([len(encoder.nouns), len(encoder.places)], dim=-1)
+    right = [encoder.nouns[i] == noun for i, noun in zip(nouns.argmax(-1), world.nouns, strict=True) if noun]
+    placed = [encoder.places[i] == (place or "plain") for i, place in zip(places.argmax(-1), world.places, strict=True)]
     return {"noun": float(np.mean(right)), "place": float(np.mean(placed)), "pictures": len(placed)}
 
 
 @torch.inference_mode()
-def clip_accuracy(judge: WorldCLIP, world: RenderedWorld, nouns: list[str], seed: int = 0) -> dict[str, float | int]:
+def clip_accuracy(encoder: WorldCLIP, world: RenderedWorld, nouns: list[str], seed: int = 0) -> dict[str, float | int]:
     """Zero-shot accuracy of nouns and places, and how often an image finds its caption among 100 different ones.
 
     As in Radford et al. 2021, a class is the mean of several prompts' features: a noun in all places (and
     none), a place with all nouns. `noun_in_place` asks for the noun with the right place in every prompt.
     """
-    image = _in_batches(judge.image_features, world.images)
+    image = _in_batches(encoder.image_features, world.images)
     phrases = {place: phrases[0] for place, (_, phrases) in PLACES.items()}
     prompts = [f"a photo of {with_article(noun)} {phrase}".strip() for noun in nouns for phrase in (*phrases.values(), "")]
-    text = judge.text_features(prompts).unflatten(0, (len(nouns), -1))
+    text = encoder.text_features(prompts).unflatten(0, (len(nouns), -1))
     noun_text, place_text = text.mean(1), text.mean(0)[:-1]
     noun_text, place_text = (features / features.norm(dim=-1, keepdim=True) for features in (noun_text, place_text))
     single = [i for i, noun in enumerate(world.nouns) if noun]
@@ -57,7 +57,7 @@ def clip_accuracy(judge: WorldCLIP, world: RenderedWorld, nouns: list[str], seed
     first = {text: i for i, text in enumerate(world.captions)}
     for _ in range(10):
         texts = rng.choice(list(first), 100, replace=False)
-        scores = image[[first[text] for text in texts]] @ judge.text_features(list(texts)).T
+        scores = image[[first[text] for text in texts]] @ encoder.text_features(list(texts)).T
         found.append((scores.argmax(-1) == torch.arange(100)).float().mean().item())
     means = {
         "noun": np.mean(noun_right),
@@ -69,7 +69,7 @@ def clip_accuracy(judge: WorldCLIP, world: RenderedWorld, nouns: list[str], seed
 
 
 @torch.inference_mode()
-def instance_accuracy(judge: InstanceEncoder, views: np.ndarray, seed: int = 0) -> dict[str, float | int]:
+def instance_accuracy(encoder: InstanceEncoder, views: np.ndarray, seed: int = 0) -> dict[str, float | int]:
     """How often a view is nearest to another view of the same figure.
 
     Args:
@@ -80,7 +80,7 @@ def instance_accuracy(judge: InstanceEncoder, views: np.ndarray, seed: int = 0) 
         of the same artwork, which differ by colour alone.
     """
     artworks, figures, number = views.shape[:3]
-    features = _in_batches(judge.image_features, views.reshape(-1, *views.shape[3:])).unflatten(0, (-1, number))
+    features = _in_batches(encoder.image_features, views.reshape(-1, *views.shape[3:])).unflatten(0, (-1, number))
     gallery, query = features[:, 0], features[:, 1]
     scores = query @ gallery.T
     own = scores.diagonal()[:, None]

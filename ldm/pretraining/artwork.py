@@ -1,4 +1,4 @@
-"""Sprites of the small world: openly licensed emoji artwork from two registry packages.
+"""Sprites of the toy world: openly licensed emoji artwork from two registry packages.
 
 Fluent 3D emoji (Microsoft, MIT; npm @lobehub/fluent-emoji-3d) and Noto emoji (Google, Apache-2.0;
 npm emoji-datasource-google). `scripts/fetch_artwork.sh` puts both into a folder. They are needed
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from ldm.errors import UserError
@@ -99,7 +100,7 @@ HELD_OUT = {
     "teddy": ("bear", "1f9f8"),
     "cake-birthday": ("cake", "1f382"),
 }
-"""Artwork that neither the model nor the judges are ever trained on, for concepts: (class noun, file name)."""
+"""Artwork that neither the model nor the encoders are ever trained on, for concepts: (class noun, file name)."""
 
 PAINTED = ("cat", "car", "teapot")
 """Nouns whose Fluent drawing is under a demo concept, in other colours; the wide world does without it."""
@@ -165,7 +166,7 @@ def wide_drawings(folder: str | Path) -> tuple[dict[str, list[Path]], dict[str, 
 
 
 def is_reserved(code: str) -> bool:
-    """Tell whether a file name is of `HELD_OUT`, or a variant of one: the black cat of the cat."""
+    """Return whether a file name is of `HELD_OUT`, or a variant of one: the black cat of the cat."""
     return any(code.startswith(other.removesuffix("-fe0f")) for _, other in HELD_OUT.values())
 
 
@@ -195,7 +196,7 @@ def load_sprite(file: str | Path) -> Image.Image:
     return sprite.resize([max(1, round(side * scale)) for side in sprite.size], Image.Resampling.LANCZOS)
 
 
-def melting(size: tuple[int, int], first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def melting(size: tuple[int, int], first: ArrayLike, second: ArrayLike, rng: np.random.Generator) -> np.ndarray:
     """Return colours (h, w, 3) for a sprite of a size (w, h): two that melt into each other along some direction."""
     y, x = np.mgrid[0 : size[1], 0 : size[0]] / max(size)
     angle = rng.uniform(0, 2 * np.pi)

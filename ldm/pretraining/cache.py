@@ -61,15 +61,15 @@ def _render_all(config: WorldConfig, artwork: Path, images: Path, captions: Path
     starts = range(0, config.pictures, CHUNK)
     tasks = [(artwork, config.wide, config.seed, start, min(start + CHUNK, config.pictures)) for start in starts]
     out = np.lib.format.open_memmap(images, "w+", np.uint8, (config.pictures, 64, 64, 3))
-    facts = {"captions": [], "nouns": [], "places": []}
+    labels_of_all: dict[str, list] = {"captions": [], "nouns": [], "places": []}
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         results = pool.imap(_render_chunk, tasks)
         for start, (chunk, labels) in zip(starts, tqdm(results, "rendering", len(tasks)), strict=True):
             out[start : start + len(chunk)] = chunk
             for name, values in labels.items():
-                facts[name] += values
+                labels_of_all[name] += values
     out.flush()
-    captions.write_text(json.dumps(facts))  # written last: its presence says that the images are whole
+    captions.write_text(json.dumps(labels_of_all))  # written last: its presence says that the images are whole
 
 
 @functools.lru_cache(maxsize=1)
@@ -81,7 +81,7 @@ def _render_chunk(task: tuple) -> tuple[np.ndarray, dict[str, list]]:
     folder, wide, seed, start, stop = task
     artwork = _artwork(folder, wide)
     items = [render(artwork, seed, index) for index in range(start, stop)]
-    labels = {
+    labels: dict[str, list] = {
         "captions": [item.caption for item in items],
         "nouns": [None if item.second or item.noun not in NOUNS else item.noun for item in items],
         "places": [item.place for item in items],

@@ -76,7 +76,7 @@ def read_catalogue(folder: str | Path) -> list[Entry]:
 
 
 def shows_a_thing(row: dict) -> bool:
-    """Tell whether a row of the emoji table is a drawing of a thing that captions can name."""
+    """Return whether a row of the emoji table is a drawing of a thing that captions can name."""
     name, code = row["name"].lower(), row["image"]
     variant = "200d" in code and re.match(r"(wo)?m[ae]n\b", name)
     turned = name.endswith("facing right")

@@ -71,7 +71,7 @@ STUDY_CONCEPTS = {
     "cap": DemoConcept("hat", "space", None, "cap"),
     "sunhat": DemoConcept("hat", "grass", None, "sunhat"),
 }
-"""The drawings of HELD_OUT, which neither the model nor its judges ever saw, for measuring; beside those above."""
+"""The drawings of HELD_OUT, which neither the model nor the encoders ever saw, for measuring; beside those above."""
 
 
 def paint(folder: str | Path, concept: DemoConcept) -> Image.Image:

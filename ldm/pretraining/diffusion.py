@@ -10,9 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm import tokenizer
 from ldm.diffusion import LatentDiffusion
+from ldm.errors import UserError
 from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.loop import PretrainingModule
 from ldm.schedule import q_sample, training_target
+from ldm.text_encoder import CLIPTextEncoder
 
 
 class CaptionTable:
@@ -46,6 +48,8 @@ class TextToImage(nn.Module):
     def __init__(self, model: LatentDiffusion, token_ids: np.ndarray):
         super().__init__()
         self.unet = model.unet
+        if not isinstance(model.text_encoder, CLIPTextEncoder):
+            raise UserError(f"the model '{model.config.name}' has no CLIP text encoder, the only kind that is pretrained")
         self.text = model.text_encoder
         self.rows = nn.Parameter(self.text.token_table[torch.from_numpy(token_ids)].clone())
         # The full table is not needed from here on: keep it out of checkpoints and averages.
@@ -56,8 +60,10 @@ class TextToImage(nn.Module):
         return self.unet(x, t, self.text.encode(F.embedding(ids, self.rows)))
 
 
-class DiffusionPretraining(PretrainingModule):
+class DiffusionPretraining(PretrainingModule[TextToImage]):
     """Denoising loss with min-SNR weights (Hang et al. 2023), kept from vanishing where SNR is large."""
+
+    alphas_cumprod: Tensor
 
     def __init__(self, network: TextToImage, captions: CaptionTable, model: LatentDiffusion, config: PretrainConfig):
         super().__init__(network, config)

@@ -1,4 +1,4 @@
-"""How often the base model draws what a prompt asks for, by the classifier's judgement."""
+"""How often the base model generates what a prompt asks for, as the classifier sees it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ HELD_OUT_SHEET = ROOT / "data/tiny/held-out.webp"
 
 
 @dataclass(frozen=True)
-class Question:
+class LabelledPrompt:
     """A prompt and what its images ought to show."""
 
     prompt: str
@@ -32,18 +32,18 @@ class Question:
     place: str
 
 
-def draw_questions(number: int, seed: int) -> list[Question]:
-    """Return `number` different prompts "a <noun> <place>": every noun equally often (or once more), in places drawn.
+def labelled_prompts(number: int, seed: int) -> list[LabelledPrompt]:
+    """Return `number` different prompts "a <noun> <place>": every noun equally often (or once more), in random places.
 
     At most as many as there are pairs of a noun and a place.
     """
     rng = np.random.default_rng(seed)
     places = {noun: rng.permutation(list(PLACES)).tolist() for noun in rng.permutation(list(NOUNS)).tolist()}
     pairs = [(noun, own[turn]) for turn in range(len(PLACES)) for noun, own in places.items()][:number]
-    return [Question(f"{with_article(noun)} {PLACES[place][1][0]}", noun, place) for noun, place in sorted(pairs)]
+    return [LabelledPrompt(f"{with_article(noun)} {PLACES[place][1][0]}", noun, place) for noun, place in sorted(pairs)]
 
 
-def draw_images(
+def generate_images(
     model: LatentDiffusion,
     prompts: list[str],
     images: int,
@@ -59,45 +59,45 @@ def draw_images(
     Args:
         folder: where each batch is kept, to go on from after an interruption; None keeps nothing.
     """
-    drawn, total = [], len(prompts) * images
+    generated, total = [], len(prompts) * images
     for start in range(0, total, batch_size):
         rows = list(range(start, min(start + batch_size, total)))
         file = folder and folder / f"{start:06}-{len(rows)}.safetensors"
         if file and file.is_file():
-            drawn.append(load_file(file)["pictures"])
+            generated.append(load_file(file)["pictures"])
         else:
             pixels = text_to_image(model, [prompts[row // images] for row in rows], rows, options)
-            drawn.append(((pixels + 1) * 127.5).round().byte().cpu())
+            generated.append(((pixels + 1) * 127.5).round().byte().cpu())
             if file:
-                save_weights({"pictures": drawn[-1]}, file)
+                save_weights({"pictures": generated[-1]}, file)
         progress(len(rows))
-    return torch.cat(drawn)
+    return torch.cat(generated)
 
 
 def held_out_images() -> np.ndarray:
     """Return the first 256 images of the held-out world, which nothing is trained on: (256, 64, 64, 3) uint8.
 
-    They are shipped, so that measuring needs no artwork; `render(artwork, HELD_OUT_SEED, i)` draws them again.
+    They are shipped, so that measuring needs no artwork; `render(artwork, HELD_OUT_SEED, i)` renders them again.
     """
     sheet = np.asarray(read_image(HELD_OUT_SHEET))
     return rearrange(sheet, "(r h) (c w) d -> (r c) h w d", h=64, w=64)
 
 
 @torch.inference_mode()
-def judge(classifier: Classifier, questions: list[Question], drawn: Tensor) -> dict:
+def classify(classifier: Classifier, prompts: list[LabelledPrompt], images: Tensor) -> dict:
     """Return the shares of images with the right place, noun and both, in all and by noun and place.
 
     Args:
-        drawn: (prompts * images, 3, h, w) uint8, the images of a prompt side by side.
+        images: (prompts * images, 3, h, w) uint8, the images of a prompt side by side.
     """
-    logits = [classifier.logits(part.float() / 127.5 - 1) for part in drawn.split(200)]
-    nouns, places = (torch.cat(part).argmax(-1).unflatten(0, (len(questions), -1)) for part in zip(*logits, strict=True))
-    noun = nouns == torch.tensor([classifier.nouns.index(q.noun) for q in questions])[:, None]
-    place = places == torch.tensor([classifier.places.index(q.place) for q in questions])[:, None]
+    logits = [classifier.logits(part.float() / 127.5 - 1) for part in images.split(200)]
+    nouns, places = (torch.cat(part).argmax(-1).unflatten(0, (len(prompts), -1)) for part in zip(*logits, strict=True))
+    noun = nouns == torch.tensor([classifier.nouns.index(p.noun) for p in prompts])[:, None]
+    place = places == torch.tensor([classifier.places.index(p.place) for p in prompts])[:, None]
 
     def by(name: str, right: Tensor) -> dict[str, float]:
-        values = sorted({getattr(q, name) for q in questions})
-        return {v: right[[getattr(q, name) == v for q in questions]].float().mean().item() for v in values}
+        values = sorted({getattr(p, name) for p in prompts})
+        return {v: right[[getattr(p, name) == v for p in prompts]].float().mean().item() for v in values}
 
     return {
         "place_right": place.float().mean().item(),
@@ -106,8 +106,8 @@ def judge(classifier: Classifier, questions: list[Question], drawn: Tensor) -> d
         "noun_right_by_noun": by("noun", noun),
         "place_right_by_place": by("place", place),
         "prompts": [
-            {"prompt": q.prompt, "noun": n.float().mean().item(), "place": p.float().mean().item()}
-            for q, n, p in zip(questions, noun, place, strict=True)
+            {"prompt": prompt.prompt, "noun": n.float().mean().item(), "place": p.float().mean().item()}
+            for prompt, n, p in zip(prompts, noun, place, strict=True)
         ],
         "named": [classifier.nouns[i] for i in nouns[:, 0]],  # what the first image of each prompt was taken for
     }

@@ -35,7 +35,8 @@ def artworks(folder: str | Path) -> tuple[list[Path], list[Path]]:
     if not files:
         raise UserError(f"no artwork in {folder}: run 'bash scripts/fetch_artwork.sh {folder}' first (needs npm)")
     demo = {("webp", NOUNS[c.noun]) for c in CONCEPTS.values()}
-    training, held_out = [], []
+    training: list[Path] = []
+    held_out: list[Path] = []
     for file in files:
         code = file.stem
         # A held-out figure's variants (the black cat of the cat) are held out with it.
@@ -48,7 +49,7 @@ def artworks(folder: str | Path) -> tuple[list[Path], list[Path]]:
 
 
 def _is_figure(code: str) -> bool:
-    """Tell drawings of things from flags, letters and signs; a file name is its code points in hex."""
+    """Distinguish drawings of things from flags, letters and signs; a file name is its code points in hex."""
     points = [int(part, 16) for part in code.split("-")]
     toned = any(0x1F3FB <= point <= 0x1F3FF for point in points)
     first = points[0]
@@ -94,7 +95,7 @@ def held_out_views(seed: int, cache: Path, folder: Path) -> np.ndarray:
 class FigureDataset(Dataset):
     """Artworks for training; a batch holds their figures, two new views of each: (b * FIGURES, 2, 3, 64, 64) uint8.
 
-    Views are drawn when they are asked for, at half the world's size, on scenes rendered once: half a
+    Views are rendered when they are asked for, at half the world's size, on scenes rendered once: half a
     millisecond each, so that nothing needs to be cached and no view comes twice.
     """
 
@@ -108,12 +109,12 @@ class FigureDataset(Dataset):
         return len(self.sprites)
 
     def __getitems__(self, indices: list[int]) -> Tensor:
-        rng = np.random.default_rng(torch.randint(2**62, ()).item())  # follows the training's seed
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))  # follows the training's seed
         figures = [figure for i in indices for figure in (self.sprites[i], repaint(self.sprites[i], rng))]
-        views = np.stack([[self._draw(figure, rng) for _ in range(2)] for figure in figures])
+        views = np.stack([[self._render_view(figure, rng) for _ in range(2)] for figure in figures])
         return torch.from_numpy(views).permute(0, 1, 4, 2, 3)
 
-    def _draw(self, figure: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    def _render_view(self, figure: Image.Image, rng: np.random.Generator) -> np.ndarray:
         return np.asarray(_view(figure, self.scenes[rng.integers(len(self.scenes))].copy(), rng))
 
     @staticmethod

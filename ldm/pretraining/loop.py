@@ -4,10 +4,12 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Generic, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
@@ -16,23 +18,29 @@ from ldm.errors import UserError
 from ldm.lightning import quiet
 from ldm.pretraining.config import PretrainConfig
 
+Network = TypeVar("Network", bound=nn.Module)
 
-class PretrainingModule(pl.LightningModule):
+
+class PretrainingModule(pl.LightningModule, Generic[Network]):
     """AdamW with warm-up and late cosine decay, and an exponential average of the weights."""
 
-    def __init__(self, network: nn.Module, config: PretrainConfig):
+    def __init__(self, network: Network, config: PretrainConfig):
         super().__init__()
-        self.network = network
+        self.network: Network = network
         self.config = config
         self.samples_seen = 0  # kept in checkpoints, as batches may differ between sittings
         self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema)).requires_grad_(False)
+
+    def averaged(self) -> Network:
+        """Return the network with the averaged weights, which are the ones kept."""
+        return cast("Network", self.average.module)
 
     def on_train_start(self) -> None:
         # Every process, and every sitting, has noise of its own.
         torch.manual_seed((self.config.seed + self.global_step) * 1000 + self.global_rank)
 
-    def configure_optimizers(self) -> dict:
-        parameters = [p for p in self.network.parameters() if p.requires_grad]
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        parameters = [p for p in self.parameters() if p.requires_grad]  # the average's need none
         optimizer = torch.optim.AdamW(parameters, self.config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -73,7 +81,7 @@ def fit(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
     trainer = pl.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
-        precision=config.precision,
+        precision=config.precision,  # type: ignore[arg-type]  # Lightning checks the name
         max_steps=config.steps,
         max_epochs=-1,
         gradient_clip_val=1.0,

@@ -18,7 +18,7 @@ from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
 from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
 from ldm.pretraining.loop import Finish, fit, restore
-from ldm.pretraining.run_judges import pretrain_judge
+from ldm.pretraining.run_encoders import pretrain_encoder
 from ldm.pretraining.vae import VAEPretraining, psnr
 
 VAE_FILE, UNET_FILE, TEXT_FILE = "vae.safetensors", "unet.safetensors", "text.safetensors"
@@ -47,7 +47,7 @@ def pretrain(config: PretrainConfig, root: Path, export: bool = False) -> None:
         UserError: an unknown part, missing artwork, or a diffusion model without its autoencoder.
     """
     trainers = {"vae": _pretrain_vae, "diffusion": _pretrain_diffusion}
-    trainers |= dict.fromkeys(("clip", "instance", "classifier"), _pretrain_judge)
+    trainers |= dict.fromkeys(("clip", "instance", "classifier"), _pretrain_encoder)
     if config.part not in trainers:
         raise UserError(f"part={config.part}: expected one of {', '.join(trainers)}")
     model_config = configuration.load(ModelConfig, root / config.model)
@@ -57,20 +57,20 @@ def pretrain(config: PretrainConfig, root: Path, export: bool = False) -> None:
     trainers[config.part](config, LatentDiffusion(model_config), world, root, finish)
 
 
-def _pretrain_judge(
+def _pretrain_encoder(
     config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish
 ) -> None:
-    _load_part(model.autoencoder, root / model.config.checkpoint / VAE_FILE, "first_stage_model.")
-    pretrain_judge(config, model, world, root, finish)
+    _load_part(model.autoencoder, _weights_folder(model, root) / VAE_FILE, "first_stage_model.")
+    pretrain_encoder(config, model, world, root, finish)
 
 
 def _pretrain_vae(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish) -> None:
-    weights = root / model.config.checkpoint / VAE_FILE
+    weights = _weights_folder(model, root) / VAE_FILE
     if config.decoder_only or config.warm_start:
         _load_part(model.autoencoder, weights, "first_stage_model.")
     module = VAEPretraining(model.autoencoder, config)
     finish(module, ImageDataset(world.images), root / config.cache / config.name)
-    trained = module.average.module
+    trained = module.averaged()
     checkpoint.save_weights(_prefixed(trained.state_dict(), "first_stage_model."), weights)
     moments = encoded_world(trained, world.images[:2000], _latent_file(config, root, trained, 2000), module.device)
     print(f"PSNR on held-out images: {psnr(trained, held_out_world(config, root).images[:1000]):.2f} dB")
@@ -80,7 +80,7 @@ def _pretrain_vae(config: PretrainConfig, model: LatentDiffusion, world: Rendere
 def _pretrain_diffusion(
     config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish
 ) -> None:
-    folder = root / model.config.checkpoint
+    folder = _weights_folder(model, root)
     _load_part(model.autoencoder, folder / VAE_FILE, "first_stage_model.")
     text = model.config.text_encoder
     with torch.no_grad():
@@ -93,7 +93,7 @@ def _pretrain_diffusion(
     network = TextToImage(model, table.token_ids)
     module = DiffusionPretraining(network, table, model, config)
     finish(module, LatentDataset(moments, table), root / config.cache / config.name)
-    save_diffusion(module.average.module, table.token_ids, folder)
+    save_diffusion(module.averaged(), table.token_ids, folder)
 
 
 def save_diffusion(network: TextToImage, token_ids: np.ndarray, folder: Path) -> None:
@@ -102,6 +102,12 @@ def save_diffusion(network: TextToImage, token_ids: np.ndarray, folder: Path) ->
     text = _prefixed(network.text.state_dict(), "cond_stage_model.")
     del text[checkpoint.TOKEN_TABLE]
     checkpoint.save_weights({**text, **checkpoint.pack_token_table(network.rows, token_ids)}, folder / TEXT_FILE)
+
+
+def _weights_folder(model: LatentDiffusion, root: Path) -> Path:
+    if model.config.checkpoint is None:
+        raise UserError(f"the model '{model.config.name}' has no checkpoint folder to put weights into: add checkpoint=")
+    return root / model.config.checkpoint
 
 
 def _latent_file(config: PretrainConfig, root: Path, autoencoder: AutoencoderKL, number: int) -> Path:

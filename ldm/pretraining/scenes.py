@@ -1,4 +1,4 @@
-"""Procedural places of the small world: each function draws one on a square canvas.
+"""Procedural places of the toy world: each function renders one on a square canvas.
 
 A scene function takes a numpy Generator and returns an RGB image of CANVAS x CANVAS pixels.
 Colours, horizons and details vary with the generator, so that no two scenes are alike.
@@ -17,7 +17,9 @@ Colour = tuple[int, int, int]
 
 def _vary(rng: Generator, colour: Colour, amount: int = 16) -> Colour:
     """Return the colour, each channel moved by at most `amount`."""
-    return tuple(int(np.clip(c + d, 0, 255)) for c, d in zip(colour, rng.integers(-amount, amount + 1, 3), strict=True))
+    moved = zip(colour, rng.integers(-amount, amount + 1, 3), strict=True)
+    red, green, blue = (int(np.clip(c + d, 0, 255)) for c, d in moved)
+    return red, green, blue
 
 
 def _gradient(rng: Generator, top: Colour, bottom: Colour) -> Image.Image:
@@ -28,9 +30,9 @@ def _gradient(rng: Generator, top: Colour, bottom: Colour) -> Image.Image:
 
 def _ground(rng: Generator, image: Image.Image, colour: Colour, horizon: int, roughness: int = 14) -> None:
     """Paint everything below a slightly wavy horizon with a speckled colour."""
-    colour = np.array(_vary(rng, colour), dtype=np.float32)
+    mean = np.array(_vary(rng, colour), dtype=np.float32)
     noise = rng.normal(0, roughness, (20, 20, 1)).astype(np.float32)
-    patch = np.clip(colour + noise + np.linspace(12, -22, 20)[:, None, None], 0, 255).astype(np.uint8)
+    patch = np.clip(mean + noise + np.linspace(12, -22, 20)[:, None, None], 0, 255).astype(np.uint8)
     texture = Image.fromarray(patch).resize((CANVAS, CANVAS), Image.Resampling.BICUBIC)
     image.paste(texture, mask=_below(_wave(rng, horizon, rng.uniform(0, 4))))
 
@@ -323,7 +325,8 @@ def lake(rng: Generator) -> Image.Image:
 
 def plain(rng: Generator) -> Image.Image:
     """A bright, nearly uniform background for captions that name no place."""
-    colour = tuple(int(c) for c in rng.integers(185, 250, 3))
+    red, green, blue = (int(c) for c in rng.integers(185, 250, 3))
+    colour = (red, green, blue)
     return _gradient(rng, colour, _vary(rng, colour, 8))
 
 
@@ -345,4 +348,4 @@ PLACES: dict[str, tuple[Callable[[Generator], Image.Image], tuple[str, ...]]] = 
     "space": (space, ("in space", "in outer space")),
     "lake": (lake, ("at the lake", "on a lake")),
 }
-"""Place -> its drawing function and the phrases that captions use for it."""
+"""Place -> its rendering function and the phrases that captions use for it."""

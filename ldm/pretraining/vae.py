@@ -12,7 +12,7 @@ from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.loop import PretrainingModule
 
 
-class VAEPretraining(PretrainingModule):
+class VAEPretraining(PretrainingModule[AutoencoderKL]):
     """AutoencoderKL on pixels: reconstruction, coarse colours, and a light pull to N(0, 1)."""
 
     def __init__(self, autoencoder: AutoencoderKL, config: PretrainConfig):

@@ -1,6 +1,6 @@
-"""The small world: one labelled image from one seed.
+"""The toy world: one labelled image from one seed.
 
-Image number i of a world with seed s is drawn by a generator seeded with (s, i), so it does not
+Image number i of a world with seed s is rendered by a generator seeded with (s, i), so it does not
 depend on the order or the process in which it is rendered.
 """
 
@@ -43,7 +43,7 @@ class Subject:
 
 
 def render(artwork: Artwork, seed: int, index: int) -> LabelledImage:
-    """Draw image number `index` of the world `seed`.
+    """Render image number `index` of the world `seed`.
 
     Of 100 images about 8 have a plain background, 4 no subject, 10 two; of single subjects 30 % have a
     colour of their own and 12 % a size that the caption names.
@@ -71,7 +71,7 @@ def render(artwork: Artwork, seed: int, index: int) -> LabelledImage:
     if rng.random() < 0.12:
         word = list(SIZES)[rng.integers(len(SIZES))]
         described, size = f"{word} {described}", SIZES[word]
-    openings = OPENINGS
+    openings: tuple[str, ...] = OPENINGS
     if artwork.others and described == first.described and rng.random() < 0.06:
         openings, size = (CLOSE_VIEW,), CLOSE_SIZE
     paste(image, first.sprite, rng, size)
@@ -79,7 +79,7 @@ def render(artwork: Artwork, seed: int, index: int) -> LabelledImage:
 
 
 def _subject(artwork: Artwork, rng: Generator) -> Subject:
-    """Draw a noun, or another thing of the wide world, one of its depictions and, at times, a colour or two."""
+    """Choose a noun, or another thing of the wide world, one of its depictions and, at times, a colour or two."""
     names = artwork.others if artwork.others and rng.random() < 0.5 else artwork.sprites
     noun = list(names)[rng.integers(len(names))]
     sprite = names[noun][rng.integers(len(names[noun]))]
@@ -131,7 +131,7 @@ def paste(
 
 
 def caption(described: str, phrase: str, rng: Generator, openings: tuple[str, ...] = OPENINGS) -> str:
-    """Say what is seen: "a photo of a red car on the beach"."""
+    """Return the caption of what is seen: "a photo of a red car on the beach"."""
     opening = openings[0 if rng.random() < 0.4 else rng.integers(len(openings))]
     text = f"{opening.format(described)} {phrase}".strip()
     text = text.replace("a " + described, with_article(described))

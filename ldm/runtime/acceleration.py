@@ -22,7 +22,8 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        if torch.zeros(1, device=name).is_meta:
+            raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used here: give cpu, or cuda on a machine with a GPU") from error
     return name

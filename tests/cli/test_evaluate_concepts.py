@@ -1,4 +1,4 @@
-"""scripts/evaluate_concepts.py: held-out drawings are taught, drawn in every place, and picked by the instance encoder."""
+"""scripts/evaluate_concepts.py: held-out drawings are learned, generated in every place, and recognised."""
 
 import json
 import runpy
@@ -21,7 +21,7 @@ def test_every_held_out_drawing_is_a_concept_with_five_reference_images():
         assert len(list((ROOT / "data/concepts" / name).glob("*.png"))) == 5
 
 
-def test_a_concept_is_taught_judged_and_not_taught_twice(tmp_path):
+def test_a_concept_is_learned_recognised_and_not_learned_twice(tmp_path):
     options = ("--concepts", "teddy", "--methods", "ico-tiny", "--steps", 1, "--device", "cpu")
     options += ("--work", tmp_path / "work", "--out", tmp_path / "found", "training.steps=1")
     run_main("evaluate_concepts.py", *options)
@@ -43,5 +43,5 @@ def test_the_nearest_references_decide(monkeypatch):
     files = list_images(ROOT / "data/concepts/teddy")
     images = torch.stack([to_tensor(square(read_image(files[i % 5]), 64)) for i in range(16)])
     images = ((images + 1) * 127.5).round().byte()
-    assert program["judged"](images, "teddy", gallery)["right_drawing"] == 1
-    assert program["judged"](images, "boot", gallery)["right_drawing"] == 0
+    assert program["recognised"](images, "teddy", gallery)["right_drawing"] == 1
+    assert program["recognised"](images, "boot", gallery)["right_drawing"] == 0

@@ -2,15 +2,13 @@
 
 import os
 import pickle
-import subprocess
-import sys
 import warnings
 import zipfile
 
 import pytest
 import tiny_models
 import torch
-from helpers import ROOT
+from helpers import ROOT, run
 from safetensors.torch import save_file
 
 from ldm.checkpoint import TOKEN_IDS, TOKEN_ROWS, load_model
@@ -142,6 +140,20 @@ def test_a_torchscript_program_is_refused(tmp_path):
         load_model(tmp_path / "program.pt")
 
 
+@pytest.mark.parametrize(
+    ("warning", "told"), [("Sparse CSR tensor support is in beta state.", 0), ("A new one\n of torch", 1)]
+)
+def test_what_torch_warns_of_reaches_the_user_with_the_files_name(tmp_path, monkeypatch, warning, told):
+    file = torch_save({"x": torch.zeros(2)}, tmp_path / "a.ckpt")
+    monkeypatch.setattr(
+        torch, "load", lambda *_, load=torch.load, **more: warnings.warn(warning, stacklevel=1) or load(*_, **more)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_pickled(file)
+    assert [str(w.message) for w in caught] == [f"{file}: A new one"] * told
+
+
 def test_an_archive_with_compressed_entries_is_read_right(tmp_path):
     """Compressed tensors cannot be memory-mapped."""
     tensor = torch.arange(10000.0)
@@ -233,7 +245,7 @@ def broken_files(state, place):
     }
 
 
-def test_broken_and_foreign_files_are_told_in_one_line(state, yaml, tmp_path):
+def test_broken_and_foreign_files_are_named_in_one_line(state, yaml, tmp_path):
     for name, message in broken_files(state, tmp_path).items():
         with pytest.raises(UserError) as error, warnings.catch_warnings():
             warnings.simplefilter("error")  # a warning would be a second line
@@ -286,9 +298,7 @@ def test_programs_refuse_with_one_line_and_exit_code_2(program, tmp_path):
             "concept.class_noun=cat",
         ],
     }[program]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / program), *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    result = run(program, *arguments)
     assert result.returncode == 2, result.stderr
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert result.stderr.startswith("error: ") and "evil.ckpt" in result.stderr

@@ -99,6 +99,27 @@ def test_a_reader_that_leaves_is_no_error_and_the_work_is_done(tmp_path, both):
     assert (tmp_path / "done").exists() and (tmp_path / "code").read_text() == "0\n"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+    ids=["Python", "CPU", "GPU"],
+)
+def test_too_little_memory_is_one_line(capfd, error):
+    with pytest.raises(SystemExit) as stop, reported_in_one_line():
+        raise error
+    line = capfd.readouterr().err
+    assert stop.value.code == 2 and line.startswith("error: not enough memory: make fewer images") and line.count("\n") == 1
+
+
+def test_other_errors_are_the_programs_fault_and_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shapes"), reported_in_one_line():
+        raise RuntimeError("shapes do not fit")
+
+
 def test_the_programs_streams_are_given_back():
     before = sys.stdout, sys.stderr, warnings.formatwarning
     with pytest.raises(SystemExit), reported_in_one_line():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, ok, pixels, refused, run, run_here, run_main
+from helpers import ROOT, ok, pixels, refused, run, run_alone, run_here, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -130,7 +130,7 @@ def test_the_options_of_dci_have_an_effect(concept, tmp_path):
 
 
 def test_txt2img(tmp_path):
-    ok(run("txt2img.py", "--prompt", "a dog on the beach", "--n-samples", 2, "--ddim_steps", 4, "--outdir", tmp_path))
+    ok(run_alone("txt2img.py", "--prompt", "a dog on the beach", "--n-samples", 2, "--ddim_steps", 4, "--outdir", tmp_path))
     assert len(list((tmp_path / "samples").iterdir())) == 2
     record = json.loads((tmp_path / "prompts.json").read_text())
     assert record["00001"]["steps"] == 4
@@ -147,7 +147,8 @@ def test_sheets(tmp_path):
 
 
 def test_a_mistake_is_one_line_for_the_shell(tmp_path):
-    refused(run("train_ico.py", "--config", CONFIG, f"data.images={tmp_path}/none"), "error: no folder", f"{tmp_path}/none")
+    result = run_alone("train_ico.py", "--config", CONFIG, f"data.images={tmp_path}/none")
+    refused(result, "error: no folder", f"{tmp_path}/none")
 
 
 def test_training_refuses_impossible_input(tmp_path, capfd):
@@ -182,24 +183,24 @@ def test_training_refuses_impossible_input(tmp_path, capfd):
 
 
 def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
-    def draw(file=concept, prompt="a V* dog", *args):
+    def sample(file=concept, prompt="a V* dog", *args):
         return run_here(capfd, "sample_dci.py", "--concept", file, "--prompt", prompt, "--outdir", tmp_path / "out", *args)
 
-    refused(draw(prompt="a dog on the beach"), "does not name the concept", "a V* dog on the beach")
-    refused(draw(tmp_path / "none.safetensors"), "no file")
+    refused(sample(prompt="a dog on the beach"), "does not name the concept", "a V* dog on the beach")
+    refused(sample(tmp_path / "none.safetensors"), "no file")
     (tmp_path / "text.safetensors").write_text("text")
-    refused(draw(tmp_path / "text.safetensors"), "not a whole .safetensors file")
-    refused(draw(ROOT / "data/tiny/vae.safetensors"), "not a concept file")
-    refused(draw(concept, "a V* dog", "--agg-time", 2), "--agg-time 2.0")
-    refused(draw(concept, "a V* dog", "--H", 50), "--H 50", "multiple of 16")
-    refused(draw(concept, "a V* dog", "--steps", 0), "--steps", "from 1 on")
-    refused(draw(concept, "a V* dog", "--use-dci"), "--use-dci")
-    refused(draw(concept, "a V* dog", "--seed", -2), "-2", "or -1")
-    refused(draw(concept, "a V* dog", "--gain", -1), "--gain -1.0")
+    refused(sample(tmp_path / "text.safetensors"), "not a whole .safetensors file")
+    refused(sample(ROOT / "data/tiny/vae.safetensors"), "not a concept file")
+    refused(sample(concept, "a V* dog", "--agg-time", 2), "--agg-time 2.0")
+    refused(sample(concept, "a V* dog", "--H", 50), "--H 50", "multiple of 16")
+    refused(sample(concept, "a V* dog", "--steps", 0), "--steps", "from 1 on")
+    refused(sample(concept, "a V* dog", "--use-dci"), "--use-dci")
+    refused(sample(concept, "a V* dog", "--seed", -2), "-2", "or -1")
+    refused(sample(concept, "a V* dog", "--gain", -1), "--gain -1.0")
     (tmp_path / "file").touch()
-    refused(draw(concept, "a V* dog", "--outdir", tmp_path / "file"), "is a file")
-    refused(draw(concept, "a V* dog", "--agg-lambda", "nan"), "--agg-lambda", "finite")
-    refused(draw(concept, "a V* dog", "--device", "nowhere"), "--device nowhere")
+    refused(sample(concept, "a V* dog", "--outdir", tmp_path / "file"), "is a file")
+    refused(sample(concept, "a V* dog", "--agg-lambda", "nan"), "--agg-lambda", "finite")
+    refused(sample(concept, "a V* dog", "--device", "nowhere"), "--device nowhere")
 
     # Another base model: the same shapes, other weights.
     base = tmp_path / "base"
@@ -209,10 +210,10 @@ def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
         if part == "unet":
             state = {name: tensor * 1.01 for name, tensor in state.items()}
         save_file(state, base / f"{part}.safetensors")
-    refused(draw(concept, "a V* dog", "--checkpoint", base), "learned on the base model 'tiny'")
+    refused(sample(concept, "a V* dog", "--checkpoint", base), "learned on the base model 'tiny'")
     (base / "unet.safetensors").unlink()
-    refused(draw(concept, "a V* dog", "--checkpoint", base), "lacks model.diffusion_model.")
-    refused(draw(concept, "a V* dog", "--model", ROOT / "configs/model/sd-v1.yaml"), "names no checkpoint")
+    refused(sample(concept, "a V* dog", "--checkpoint", base), "lacks model.diffusion_model.")
+    refused(sample(concept, "a V* dog", "--model", ROOT / "configs/model/sd-v1.yaml"), "names no checkpoint")
     assert not (tmp_path / "out").exists()
 
 

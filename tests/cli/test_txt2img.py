@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 QUICK = ("--steps", 4, "--n-samples", 1)
 
 
-def draw(folder, *args):
+def sample(folder, *args):
     run_main("txt2img.py", *QUICK, "--outdir", folder, *args)
     return sorted((folder / "samples").glob("*.png"))
 
@@ -28,9 +28,9 @@ def start(tmp_path_factory):
     return folder
 
 
-def test_every_line_of_a_file_is_drawn(tmp_path):
+def test_every_line_of_a_file_is_sampled(tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog on the beach\n\n  a car in the snow \n")
-    files = draw(tmp_path / "o", "--from-file", tmp_path / "prompts.txt", "--n-iter", 2)
+    files = sample(tmp_path / "o", "--from-file", tmp_path / "prompts.txt", "--n-iter", 2)
     record = json.loads((tmp_path / "o/prompts.json").read_text())
     assert [f.stem for f in files] == list(record)
     assert [(r["prompt"], r["index"]) for r in record.values()] == [
@@ -39,28 +39,28 @@ def test_every_line_of_a_file_is_drawn(tmp_path):
         ("a car in the snow", 0),
         ("a car in the snow", 1),
     ]
-    alone = draw(tmp_path / "alone", "--prompt", "a car in the snow", "--n-iter", 2)
+    alone = sample(tmp_path / "alone", "--prompt", "a car in the snow", "--n-iter", 2)
     assert np.abs(pixels(files[3]) - pixels(alone[1])).max() <= 1
 
 
 @pytest.mark.parametrize("solver", ["plms", "dpmpp_2m", "dpm++2m-karras", "euler", "Euler_a"])
-def test_solvers_draw_different_images(tmp_path, solver):
-    plain = draw(tmp_path / "ddim", "--prompt", "a dog")
-    other = draw(tmp_path / "other", "--prompt", "a dog", "--solver", solver, "--spacing", "trailing")
+def test_solvers_give_different_images(tmp_path, solver):
+    plain = sample(tmp_path / "ddim", "--prompt", "a dog")
+    other = sample(tmp_path / "other", "--prompt", "a dog", "--solver", solver, "--spacing", "trailing")
     assert np.abs(pixels(plain[0]) - pixels(other[0])).mean() > 1
 
 
 def test_parameters_are_written_as_webui_writes_them(tmp_path):
     prompt, negative = "a dog, on the beach: now", "a house"
-    file = draw(tmp_path, "--prompt", prompt, "--negative-prompt", negative, "--solver", "euler_a", "--seed", 5)[0]
+    file = sample(tmp_path, "--prompt", prompt, "--negative-prompt", negative, "--solver", "euler_a", "--seed", 5)[0]
     first, second, third = Image.open(file).text["parameters"].splitlines()
     assert (first, second) == (prompt, "Negative prompt: a house")
     assert third.startswith("Steps: 4, Sampler: Euler a, CFG scale: 6.0, Seed: 5, Size: 64x64, ")
 
 
 def test_a_negative_prompt_changes_the_image(tmp_path):
-    plain = draw(tmp_path / "a", "--prompt", "a dog")
-    negative = draw(tmp_path / "b", "--prompt", "a dog", "--negative-prompt", "a dog on the beach")
+    plain = sample(tmp_path / "a", "--prompt", "a dog")
+    negative = sample(tmp_path / "b", "--prompt", "a dog", "--negative-prompt", "a dog on the beach")
     assert np.abs(pixels(plain[0]) - pixels(negative[0])).mean() > 1
 
 
@@ -68,7 +68,7 @@ def test_strength_leads_away_from_the_image(tmp_path, start):
     original = pixels(start / "image.png")
     distances = []
     for strength in (0, 0.5, 1):
-        file = draw(
+        file = sample(
             tmp_path / str(strength), "--prompt", "a dog", "--init-image", start / "image.png", "--strength", strength
         )[0]
         assert Image.open(file).size == (96, 64)
@@ -78,16 +78,16 @@ def test_strength_leads_away_from_the_image(tmp_path, start):
 
 
 def test_what_the_mask_keeps_is_kept(tmp_path, start):
-    file = draw(tmp_path, "--prompt", "a dog", "--init-image", start / "image.png", "--mask", start / "mask.png")[0]
+    file = sample(tmp_path, "--prompt", "a dog", "--init-image", start / "image.png", "--mask", start / "mask.png")[0]
     change = np.abs(pixels(file) - pixels(start / "image.png")).max(-1)
     assert change[:, 48:].max() == 0
     assert change[:, :48].mean() > 10
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_draws_nearly_the_same(tmp_path, precision):
-    full = draw(tmp_path / "full", "--prompt", "a dog")
-    half = draw(tmp_path / "half", "--prompt", "a dog", "--precision", precision, "--channels-last", "--vae-tile", 32)
+def test_half_precision_gives_nearly_the_same(tmp_path, precision):
+    full = sample(tmp_path / "full", "--prompt", "a dog")
+    half = sample(tmp_path / "half", "--prompt", "a dog", "--precision", precision, "--channels-last", "--vae-tile", 32)
     assert np.abs(pixels(full[0]) - pixels(half[0])).mean() < 6
 
 

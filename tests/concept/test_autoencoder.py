@@ -69,8 +69,8 @@ def test_images_record_its_content(trained, tmp_path):
     file, own, _ = trained
     small = ("--steps", 1, "--n-samples", 1, "--no-dci", "--device", "cpu")
     run_main("sample_dci.py", "--concept", file, "--prompt", "a V* cat", "--outdir", tmp_path / "out", *small)
-    facts = json.loads((tmp_path / "out/prompts.json").read_text())["00000"]
-    assert (facts["vae"], facts["vae_hash"]) == (own, content_hash(own))
+    metadata = json.loads((tmp_path / "out/prompts.json").read_text())["00000"]
+    assert (metadata["vae"], metadata["vae_hash"]) == (own, content_hash(own))
 
 
 def test_a_missing_one_is_said_and_not_replaced(trained, tmp_path, capfd):

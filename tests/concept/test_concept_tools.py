@@ -71,7 +71,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("words", DAMAGES)
-def test_damaged_concept_files_are_told_in_one_line(tiny_base, two, tmp_path, words):
+def test_damaged_concept_files_are_named_in_one_line(tiny_base, two, tmp_path, words):
     file = tmp_path / "c.safetensors"
     two[0].save(file)
     tensors, facts = read_safetensors(file)

@@ -429,7 +429,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_are_told_in_one_line(small, name, tmp_path):
+def test_broken_files_are_named_in_one_line(small, name, tmp_path):
     BROKEN[name](tmp_path / name)
     with pytest.raises(UserError) as error:
         imported([tmp_path / name], small, "cat", "sks")

@@ -35,7 +35,7 @@ def base(finetuned, tiny_base):
     return finetuned[1].replaced(tiny_base)
 
 
-def draw(finetuned, dual, prompt=PROMPT, indices=(0,), options=None, **more):
+def sampled(finetuned, dual, prompt=PROMPT, indices=(0,), options=None, **more):
     model, concept = finetuned
     options = options or sampling_options(model, steps=4)
     return sample_images(model, concept, prompt, list(indices), options, dual, **more)
@@ -56,9 +56,9 @@ def test_a_weight_of_one_is_plain_sampling_of_a_v_prediction(finetuned, solver):
     model = copy.deepcopy(model)
     model.config.schedule = dataclasses.replace(model.config.schedule, parameterization="v")
     options = sampling_options(model, steps=6, solver=solver)
-    plain = draw((model, concept), None, options=options)
+    plain = sampled((model, concept), None, options=options)
     # Rows of a larger batch are rounded otherwise, how much depends on the machine.
-    assert (draw((model, concept), DualBranch(0.5, ONE), options=options) - plain).abs().max() < 1e-4
+    assert (sampled((model, concept), DualBranch(0.5, ONE), options=options) - plain).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -77,27 +77,27 @@ def test_a_weight_of_one_is_plain_sampling_in_every_mode(finetuned, base, settin
     settings = dict(settings)
     options = sampling_options(model, steps=6, scale=settings.pop("scale", 4.0))
     more = {"options": options, "negative": "a car", "init": half_an_image(model), "base": base}
-    plain = draw(finetuned, None, **more)
+    plain = sampled(finetuned, None, **more)
     dual = dual_branch(model, agg_time=0.6, **settings)
-    assert (draw(finetuned, dataclasses.replace(dual, agg_lambda=ONE), **more) - plain).abs().max() < ROUNDING
-    assert (draw(finetuned, dataclasses.replace(dual, agg_lambda=2.0), **more) - plain).abs().max() > 0.01
+    assert (sampled(finetuned, dataclasses.replace(dual, agg_lambda=ONE), **more) - plain).abs().max() < ROUNDING
+    assert (sampled(finetuned, dataclasses.replace(dual, agg_lambda=2.0), **more) - plain).abs().max() > 0.01
 
 
 def test_several_concepts_in_a_prompt(finetuned):
     names = (ConceptName(("<new1>",), "cat"), ConceptName(("<new2>",), "car"))
     prompt = parse_prompt("a V1* cat and a V2* car in the snow", names)
-    plain = draw(finetuned, None, prompt)
-    assert (draw(finetuned, DualBranch(1.0, ONE), prompt) - plain).abs().max() < ROUNDING
-    assert (draw(finetuned, dual_branch(finetuned[0], agg_time=1.0, agg_lambda=1.0), prompt) - plain).abs().max() > 0.02
+    plain = sampled(finetuned, None, prompt)
+    assert (sampled(finetuned, DualBranch(1.0, ONE), prompt) - plain).abs().max() < ROUNDING
+    assert (sampled(finetuned, dual_branch(finetuned[0], agg_time=1.0, agg_lambda=1.0), prompt) - plain).abs().max() > 0.02
 
 
-def test_rows_of_different_prompts_are_drawn_as_alone(finetuned):
+def test_rows_of_different_prompts_are_sampled_as_alone(finetuned):
     dual = dual_branch(finetuned[0], agg_time=0.6)
-    together = draw(finetuned, dual, [PROMPT, OTHER], (3, 5))
+    together = sampled(finetuned, dual, [PROMPT, OTHER], (3, 5))
     for row, (prompt, index) in enumerate([(PROMPT, 3), (OTHER, 5)]):
-        assert (draw(finetuned, dual, prompt, [index]) - together[row]).abs().max() < 1e-4
+        assert (sampled(finetuned, dual, prompt, [index]) - together[row]).abs().max() < 1e-4
     with pytest.raises(UserError, match="2 prompts for 1 images"):
-        draw(finetuned, dual, [PROMPT, OTHER], [0])
+        sampled(finetuned, dual, [PROMPT, OTHER], [0])
 
 
 # The auxiliary branch by itself.
@@ -109,7 +109,7 @@ def test_the_auxiliary_branch_is_the_base_model(finetuned, base, tiny_base, solv
     options = sampling_options(tiny_base, steps=5, solver=solver)
     dual = DualBranch(1.0, 0.5, 31.0, shared_guidance=False, auxiliary_weights="base")
     seen = []
-    draw(finetuned, dual, indices=(0, 1), options=options, callback=seen.append, base=base, negative="a car")
+    sampled(finetuned, dual, indices=(0, 1), options=options, callback=seen.append, base=base, negative="a car")
 
     plain = make_solver(tiny_base, options)
     noise = ImageNoise(options.seed, [0, 1], tiny_base.latent_shape(64, 64), stream=1)
@@ -142,7 +142,7 @@ def test_the_auxiliary_trajectory_does_not_depend_on_the_concept(finetuned, solv
     trajectories = []
     for prompt in (PROMPT, dataclasses.replace(PROMPT, concept_ids=OTHER.concept_ids)):
         seen = []
-        draw(finetuned, dual, prompt, options=options, callback=seen.append)
+        sampled(finetuned, dual, prompt, options=options, callback=seen.append)
         trajectories.append([step["x"] for step in seen if step["x"].dim() == 5])
     assert len(trajectories[0]) >= 3
     for a, b in zip(*trajectories, strict=True):
@@ -159,7 +159,7 @@ def test_no_row_but_the_concepts_sees_another(finetuned, base, settings, monkeyp
     calls = []
     predict = model.predict
     monkeypatch.setattr(model, "predict", lambda *call: calls.append(call) or predict(*call))
-    draw(finetuned, dual_branch(model, **settings), base=base)
+    sampled(finetuned, dual_branch(model, **settings), base=base)
     x, t, text, attends = calls[0]
     rows = x.chunk(len(x))
     with torch.inference_mode():
@@ -182,7 +182,7 @@ def test_shared_noise_starts_both_branches_alike(finetuned, monkeypatch):
     for shared in (False, True):
         rows = []
         monkeypatch.setattr(model, "predict", lambda x, *more, rows=rows: rows.append(x) or predict(x, *more))
-        draw(finetuned, dual_branch(model, shared_noise=shared))
+        sampled(finetuned, dual_branch(model, shared_noise=shared))
         first[shared] = rows[0].chunk(3)
     assert torch.equal(first[True][1], first[True][2])
     assert not torch.equal(first[False][1], first[False][2])
@@ -192,9 +192,9 @@ def test_shared_noise_starts_both_branches_alike(finetuned, monkeypatch):
 def test_the_base_models_weights_are_asked_for(finetuned, base):
     dual = dual_branch(finetuned[0], agg_time=0.6, agg_lambda=1.0, auxiliary_weights="base")
     other = dataclasses.replace(dual, auxiliary_weights="finetuned")
-    assert (draw(finetuned, dual, base=base) - draw(finetuned, other, base=base)).abs().max() > 0.01
+    assert (sampled(finetuned, dual, base=base) - sampled(finetuned, other, base=base)).abs().max() > 0.01
     with pytest.raises(UserError, match="auxiliary_weights=base needs the base model's weights"):
-        draw(finetuned, dual)
+        sampled(finetuned, dual)
     with pytest.raises(UserError, match="auxiliary_weights 'adapter': expected finetuned or base"):
         dual_branch(finetuned[0], auxiliary_weights="adapter")
 
@@ -242,10 +242,10 @@ def test_layers_of_stable_diffusion():
 
 
 @pytest.mark.parametrize("name", ["mid", "32", "layer10", "input_blocks.", "output_blocks.9", ""])
-def test_unknown_layers_are_told(finetuned, name):
+def test_unknown_layers_are_named(finetuned, name):
     known = r"input, middle, output; the resolutions 16, 8, 4; layer0 \(input_blocks.1.1\) to layer9 \(output_blocks.5.1\)"
     with pytest.raises(UserError, match=f"'{name}': expected some of {known}"):
-        draw(finetuned, dual_branch(finetuned[0], layers=f"middle,{name}"))
+        sampled(finetuned, dual_branch(finetuned[0], layers=f"middle,{name}"))
 
 
 def test_integration_happens_in_the_chosen_layers(finetuned):
@@ -254,7 +254,7 @@ def test_integration_happens_in_the_chosen_layers(finetuned):
     for layers in (None, "16,8,4", "8", "middle,16"):
         seen = []
         dual = dual_branch(model, agg_time=0.6, agg_lambda=1.0, layers=layers)
-        images[layers] = draw(finetuned, dual, maps=seen.append)
+        images[layers] = sampled(finetuned, dual, maps=seen.append)
         sides = {"8": {8}, "middle,16": {4, 16}}.get(layers, {4, 8, 16})
         assert {m.weight.shape[-1] for m in seen} == sides
     assert torch.equal(images[None], images["16,8,4"])
@@ -283,4 +283,4 @@ def test_settings_that_cannot_be(tiny_base, settings, words):
 @pytest.mark.parametrize("name", ["token_sharpness", "pixel_sharpness", "gain"])
 def test_constants_have_an_effect(finetuned, name):
     duals = [dual_branch(finetuned[0], agg_time=0.6, agg_lambda=0.5, **{name: value}) for value in (3.0, 60.0)]
-    assert (draw(finetuned, duals[0]) - draw(finetuned, duals[1])).abs().max() > 0.005
+    assert (sampled(finetuned, duals[0]) - sampled(finetuned, duals[1])).abs().max() > 0.005

@@ -211,7 +211,7 @@ def test_the_first_lines_of_python(page, saved, concept_file, tmp_path, monkeypa
     assert len(list(Path(tmp_path).glob("*.png"))) == saved
 
 
-def test_the_pipeline_draws_what_the_sampler_draws(finetuned, concept_file, tiny_base):
+def test_the_pipeline_gives_what_the_sampler_gives(finetuned, concept_file, tiny_base):
     model, concept = finetuned
     pipeline = Pipeline.load(concept_file, device="cpu")
     dual = dual_branch(model, agg_time=0.5, agg_lambda=0.5)

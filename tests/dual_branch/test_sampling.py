@@ -155,12 +155,12 @@ def test_a_weight_of_one_is_plain_sampling_with_every_solver(finetuned, solver, 
         mask.paste(255, (0, 0, 32, 64))
         init = InitImage.of(model, Image.effect_noise((64, 64), 90).convert("RGB"), 64, 64, 0.9, mask)
 
-    def draw(dual):
+    def sampled(dual):
         return sample_images(model, concept, PROMPT, [0, 1], options, dual, negative="a car", init=init)
 
-    plain = draw(None)
-    assert (draw(dual_branch(model, agg_lambda=-1e6, agg_time=0.5)) - plain).abs().max() < 1e-5
-    assert (draw(dual_branch(model, agg_lambda=1.0, agg_time=0.5)) - plain).abs().max() > 0.02
+    plain = sampled(None)
+    assert (sampled(dual_branch(model, agg_lambda=-1e6, agg_time=0.5)) - plain).abs().max() < 1e-5
+    assert (sampled(dual_branch(model, agg_lambda=1.0, agg_time=0.5)) - plain).abs().max() > 0.02
 
 
 def test_no_aggregation_time_is_plain_sampling(finetuned):

@@ -295,12 +295,12 @@ def test_a_vit_of_transformers_gives_its_class_token(tmp_path):
         load_encoders(f"transformers:{tmp_path}")
 
 
-def test_the_judges_are_encoders_up_to_length():
+def test_the_embedded_networks_are_encoders_up_to_length():
     pixels = torch.from_numpy(np.array(image())).permute(2, 0, 1)[None].float() / 127.5 - 1
-    for role, judge in (("clip", load_clip()), ("instance", load_instance_encoder())):
+    for role, network in (("clip", load_clip()), ("instance", load_instance_encoder())):
         found = load_encoder("tiny", role).image_features([image()])
         with torch.inference_mode():
-            expected = judge.image_features(pixels)
+            expected = network.image_features(pixels)
         torch.testing.assert_close(torch.nn.functional.normalize(found), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -51,7 +51,7 @@ PROMPTS = ["photo of a <new1> cat", "a <new1>  cat in the snow", "photo of a <ne
         PROMPTS,
         [{"file_name": f"{i:05}.png", "text": p} for i, p in reversed(list(enumerate(PROMPTS)))],
     ],
-    ids=["stems", "names", "paths", "facts", "list", "list of facts"],
+    ids=["stems", "names", "paths", "metadata", "list", "list of metadata"],
 )
 def test_every_layout_gives_the_same_prompts(record, tmp_path):
     samples = read_samples(folder_of(tmp_path / "run", record))
@@ -60,11 +60,11 @@ def test_every_layout_gives_the_same_prompts(record, tmp_path):
     assert [s.noise for s in samples] == [""] * 4
 
 
-def listed(folder, names, facts=str):
+def listed(folder, names, metadata=str):
     """What a list of prompts, the numbers in the names' order as they are given, says of each image."""
     for name in names:
         Image.new("RGB", (8, 8)).save(folder / name)
-    (folder / "prompts.json").write_text(json.dumps([facts(f"prompt {i}") for i in range(len(names))]))
+    (folder / "prompts.json").write_text(json.dumps([metadata(f"prompt {i}") for i in range(len(names))]))
     return {sample.file.name: sample.prompt for sample in read_samples(folder)}
 
 
@@ -72,10 +72,10 @@ def listed(folder, names, facts=str):
     "name", ["{}.png", "{:05}.png", "sample-{}.jpg", "{}_of_12.webp", "Seed7 {}.png", "0{}.png", "v2.{}.png"]
 )
 @pytest.mark.parametrize("number", [1, 2, 10, 12, 101])
-@pytest.mark.parametrize("facts", [str, lambda text: {"prompt": text, "seed": 3}], ids=["texts", "facts"])
-def test_a_list_of_prompts_follows_the_numbers_of_the_images(name, number, facts, tmp_path):
+@pytest.mark.parametrize("metadata", [str, lambda text: {"prompt": text, "seed": 3}], ids=["texts", "metadata"])
+def test_a_list_of_prompts_follows_the_numbers_of_the_images(name, number, metadata, tmp_path):
     names = [name.format(i) for i in range(number)]
-    assert listed(tmp_path, names, facts) == {one: f"prompt {i}" for i, one in enumerate(names)}
+    assert listed(tmp_path, names, metadata) == {one: f"prompt {i}" for i, one in enumerate(names)}
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_two_prompts_for_one_image_are_refused(tmp_path):
 
 
 def test_facts_of_this_package_are_understood(tmp_path):
-    facts = {
+    metadata = {
         "prompt": "a V* on the beach",
         "concept_prompt": "a <new1> <new2> cat on the beach",
         "seed": 7,
         "index": 3,
         "auxiliary_prompt": "a plushy toy on the beach",
     }
-    (sample,) = read_samples(folder_of(tmp_path / "run", {"00000": facts}))
+    (sample,) = read_samples(folder_of(tmp_path / "run", {"00000": metadata}))
     assert (sample.prompt, sample.text, sample.noise) == ("a V* on the beach", "a cat on the beach", "7:3")
 
 
@@ -208,7 +208,7 @@ def test_other_mistakes_are_one_line(tmp_path, capfd):
         recorded_references(folder)
 
 
-def test_scores_are_what_the_judges_say(encoders, tmp_path):
+def test_scores_are_those_of_the_encoders(encoders, tmp_path):
     record = {f"{i:05}": {"prompt": p, "seed": 5, "index": i // 2} for i, p in enumerate(PROMPTS)}
     folder = folder_of(tmp_path / "run", record)
     scores = evaluate_folder(folder, REFERENCES, encoders, regularization=REFERENCES, scaled_text_score=True, resamples=99)
@@ -228,6 +228,37 @@ def test_scores_are_what_the_judges_say(encoders, tmp_path):
     assert scores.summary["place"].n == 2
     assert scores.metadata["resampled"] == {"prompt": 3, "seed": 2}  # two blanks are another wording
     assert scores.summary["kid"].mean > 0.1  # noise is not like cats
+
+
+def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path):
+    """Masks of every name beside references, samples and real images: the scores are those without them."""
+    run, references, real = folder_of(tmp_path / "run", PROMPTS), tmp_path / "references", tmp_path / "real"
+    for i, folder in enumerate((references, real)):
+        folder.mkdir()
+        for j in range(3):
+            noise = np.random.default_rng(10 * i + j).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(folder / f"{j}.png")
+    options = {"regularization": real, "resamples": 99}
+    expected = evaluate_folder(run, references, encoders, report=lambda line: pytest.fail(line), **options)
+    white = Image.new("L", (64, 64), 255)
+    masks = {
+        references: ("0.mask.png", "1-masklabel.PNG", "mask_2.png"),
+        real: ("0_mask.png",),
+        run: ("samples/mask-00001.jpg",),
+    }
+    for folder, names in masks.items():
+        for name in names:
+            white.save(folder / name)
+    (references / "0.txt").touch()
+    (references / "raw").mkdir()
+    said = []
+    found = evaluate_folder(run, references, encoders, report=said.append, **options)
+    assert found.summary == expected.summary and found.metadata["references"] == expected.metadata["references"]
+    assert said == [
+        f"Not used in {references}: 1 folder (raw), 1 caption (0.txt), 3 masks (0.mask.png, 1-masklabel.PNG, mask_2.png)",
+        f"Not used in {run / 'samples'}: 1 mask (mask-00001.jpg)",
+        f"Not used in {real}: 1 mask (0_mask.png)",
+    ]
 
 
 def test_an_evaluation_does_not_depend_on_its_cache_or_batches(encoders, tmp_path):

@@ -104,10 +104,10 @@ def published(dreambench, concepts):  # noqa: F811
     return {"dreambench": dreambench, "customconcept101": concepts, "customconcept101-pairs": concepts}
 
 
-OFFICIAL = ROOT / "tests/data/official/v1-inference.yaml"
+OFFICIAL = [ROOT / "tests/data/official" / name for name in ("v1-inference.yaml", "sd_xl_base.yaml")]
 
 
-@pytest.mark.parametrize("model", [None, OFFICIAL], ids=["own", "official"])
+@pytest.mark.parametrize("model", [None, *OFFICIAL], ids=["own", "v1", "xl"])
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("[es][vw]*/*.yaml")), ids=lambda file: file.stem)
 def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch, file, model):
     monkeypatch.setattr(costs, "cost", lambda config: costs.Cost(config.unet.model_channels, 1))  # is tested below

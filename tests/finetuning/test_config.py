@@ -193,3 +193,30 @@ def test_paths_are_relative_to_the_files_project(tmp_path, monkeypatch):
     assert read.model == str(tmp_path / "project/m.yaml")
     assert finetune_config(file, ["data.images=mine"]).data.images == str(tmp_path / "mine")
     assert config.project_root(tmp_path / "alone.yaml") == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training=3", "training=3: expected a section with options such as steps"),
+        ("training=[1]", "expected a section"),
+        ("training=steps", "expected a section"),
+        ("training.steps.x=3", "expected a value of type int"),
+        ("concepts={class_noun: cat}", "expected a list of sections"),
+        ("concepts=cat", "expected a list of sections"),
+        ("concepts=[cat]", "expected a list of sections"),
+        ("concept.initial_words=[[a]]", r"expected a value of type list\[str\]"),
+        ("concept.initial_words={a: b}", r"expected a value of type list\[str\]"),
+        ("validation.prompts=[{V*: dog}]", r"expected a value of type list\[str\]"),
+        ("loras=[[a, b]]", r"expected a value of type list\[str\]"),
+    ],
+)
+def test_a_value_in_place_of_a_section_or_a_list_is_refused(override, words):
+    with pytest.raises(UserError, match=f"the command line: .*{words}"):
+        config.build(FinetuneConfig, {}, [override])
+
+
+def test_validation_without_prompts_is_refused():
+    with pytest.raises(UserError, match="validation.prompts is empty"):
+        check(config.build(FinetuneConfig, {"concept": {"class_noun": "dog"}}, ["validation.prompts=[]"]))
+    check(config.build(FinetuneConfig, {"concept": {"class_noun": "dog"}}, ["validation.prompts=[]", "validation.every=0"]))

@@ -301,3 +301,30 @@ def test_what_a_folder_holds_and_is_not_used_gets_one_line(tmp_path):
     assert said == [f"Not used in {tmp_path}: 1 folder (raw), 1 caption (a.txt), 2 other files (clip.mp4, notes.txt)"]
     read_regularization(tmp_path, DataConfig(), 16, said.append)
     assert said[1:] == [f"Not used in {tmp_path}: 1 folder (raw), 1 mask (a.mask.png), 2 other files (clip.mp4, notes.txt)"]
+
+
+@pytest.mark.parametrize("kind", ["sampled", "lists"])
+def test_what_regularization_folders_hold_besides_gets_one_line_too(tmp_path, kind):
+    """Images that a record or a list names may lie in a folder of theirs, which is used then."""
+    place = tmp_path / ("samples" if kind == "sampled" else "images")
+    place.mkdir()
+    for name in ("00000.png", "00001.png"):
+        Image.new("RGB", (40, 40)).save(place / name)
+    if kind == "sampled":
+        (tmp_path / "prompts.json").write_text(json.dumps({"00000": "a dog", "00001": "a dog"}))
+        (place / "00000.txt").touch()
+        (place / "more").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / "grid.png")
+        expected = [
+            f"Not used in {place}: 1 folder (more), 1 caption (00000.txt)",
+            f"Not used in {tmp_path}: 1 other file (b.png)",
+        ]
+    else:
+        (tmp_path / "images.txt").write_text("images/00000.png\nimages/00001.png\n")
+        (tmp_path / "caption.txt").write_text("a dog\na dog\n")
+        (tmp_path / "notes.md").touch()
+        expected = [f"Not used in {tmp_path}: 2 other files (b.png, notes.md)"]
+    Image.new("RGB", (9, 9)).save(tmp_path / "b.png")
+    said = []
+    assert len(read_regularization(tmp_path, DataConfig(), 16, said.append)) == 2
+    assert said == expected

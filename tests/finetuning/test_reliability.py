@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from dci import files
 from dci.concept.concept_file import Concept
+from dci.finetuning import distributed
 from dci.finetuning.callbacks import MetricsLogger
 from dci.finetuning.checkpoints import Checkpoints, read_checkpoint
 from dci.finetuning.config import FinetuneConfig
@@ -141,7 +142,7 @@ def test_a_resumed_run_keeps_its_options_and_its_images(whole, tmp_path, capfd):
         checkpoint.write_bytes(content)
 
 
-@pytest.mark.parametrize("odd", ["moved", "it's #2: a=b, ${HOME} ~"])
+@pytest.mark.parametrize("odd", ["caf\udce9", "it's #2: a=b, ${HOME} ~"])
 def test_a_run_goes_on_where_its_images_and_its_model_have_moved(whole, tmp_path, capfd, odd):
     run_folder, images, model = tmp_path / odd / "run", tmp_path / odd / "images", tmp_path / odd / "model.yaml"
     shutil.copytree(whole, run_folder)
@@ -175,6 +176,37 @@ def test_a_run_goes_on_where_its_images_and_its_model_have_moved(whole, tmp_path
     assert Concept.load(run_folder / "concept.safetensors").config["data"]["images"] == str(images)
     # From now on the run knows where they are.
     run_main(*go_on, "training.steps=8")
+
+
+@pytest.mark.parametrize("options", [(), ("training.lora_rank=2",)])
+def test_any_seed_is_one_that_is_chosen_said_and_kept(tmp_path, capfd, options):
+    def run_folder():
+        train(tmp_path, "training.seed=-1", "training.steps=1", "resume=auto", *options)
+        said = re.search(r"Seed: (\d+)\n", capfd.readouterr().out)[1]
+        [folder] = tmp_path.iterdir()
+        return folder, int(said)
+
+    folder, seed = run_folder()
+    assert f"  seed: {seed}\n" in (folder / "configs/config.yaml").read_text()
+    assert Concept.load(folder / "concept.safetensors").config["training"]["seed"] == seed
+    assert run_folder() == (folder, seed)  # the command repeated goes on with it
+    content = (folder / "concept.safetensors").read_bytes()
+    train(tmp_path / "again", f"training.seed={seed}", "training.steps=1", *options)
+    [again] = (tmp_path / "again").iterdir()
+    assert (again / "concept.safetensors").read_bytes() == content
+    train(tmp_path / "other", "training.seed=-1", "training.steps=1", *options)
+    assert f"Seed: {seed}\n" not in capfd.readouterr().out
+
+
+def test_several_processes_share_the_seed_that_one_has_chosen(monkeypatch):
+    first = distributed.chosen_seed()
+    assert first != distributed.chosen_seed()  # of another run
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert distributed.chosen_seed() == distributed.chosen_seed()  # as it was inherited
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="training.seed=-1 would be another seed in each of the 2 processes"):
+        distributed.chosen_seed()
 
 
 def test_a_broken_checkpoint_is_passed_over(whole, tmp_path, capfd):

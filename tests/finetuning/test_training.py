@@ -149,7 +149,7 @@ def test_batches_are_half_and_half_and_go_through_all_images(tiny, tmp_path):
     others = images_folder(tmp_path / "class", 5, captions=True)
     dataset = dataset_of(tiny, references, others)
     assert dataset.moments.shape == (8, 2, 8, 16, 16)
-    steps = [[draw.item for draw in part] for (part,) in BatchOrder(3, 5, 6, range(10))]
+    steps = [[slot.item for slot in part] for (part,) in BatchOrder(3, 5, 6, range(10))]
     assert len(steps) == 10
     for items in steps:
         assert sorted(items[:3]) == [0, 1, 2]
@@ -167,7 +167,7 @@ def test_batches_are_half_and_half_and_go_through_all_images(tiny, tmp_path):
 def test_a_step_is_the_same_however_it_is_shared_out():
     """Micro-batches of a size are the same images in the same slots on 1, 2 and 4 processes."""
     whole = list(BatchOrder(5, 7, 16, range(3, 6), seed=1, micro_batches=8))
-    assert {draw for part in whole[0] for draw in part} == set(BatchOrder(5, 7, 16, range(9), seed=1).step(3))
+    assert {slot for part in whole[0] for slot in part} == set(BatchOrder(5, 7, 16, range(9), seed=1).step(3))
     for world in (2, 4):
         ranks = [list(BatchOrder(5, 7, 16, range(3, 6), 1, (rank, world), 8 // world)) for rank in range(world)]
         for step in range(3):

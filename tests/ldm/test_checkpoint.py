@@ -85,6 +85,9 @@ NESTS = {
     "model_state_dict": lambda state: {"model_state_dict": state, "optimizer": {"lr": 0.1}},
     "state_dict in model": lambda state: {"model": {"state_dict": state}, "global_step": 7},
     "every name wrapped": lambda state: {"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}},
+    "compiled": lambda state: {"module": {f"module._orig_mod.{name}": tensor for name, tensor in state.items()}},
+    "settings beside": lambda state: {"model": {"layers": 3, "model": {"width": 4}}, "module": state},
+    "settings around": lambda state: {"state_dict": {"version": 1}, "model": {"module": state}},
 }
 
 
@@ -94,6 +97,20 @@ def test_weights_are_found_wherever_a_trainer_puts_them(nest, tmp_path):
     torch.save(NESTS[nest](state), tmp_path / "a.ckpt")
     found, _ = read_file(tmp_path / "a.ckpt")
     assert found.keys() == state.keys()
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrapped_names_are_found_without_a_pickle_too(wrapper, tmp_path):
+    save_file({f"{wrapper}a.weight": torch.ones(2), f"{wrapper}b": torch.zeros(1)}, tmp_path / "a.safetensors")
+    assert read_file(tmp_path / "a.safetensors")[0].keys() == {"a.weight", "b"}
+
+
+def test_a_file_that_holds_itself_is_refused(tmp_path):
+    content = {"epoch": 1}
+    content["model"] = content["state_dict"] = content
+    torch.save(content, tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match="a.ckpt holds .* expected tensors"):
+        read_file(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize("form", ["alone", "in a whole model", "nested"])

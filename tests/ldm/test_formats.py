@@ -345,7 +345,7 @@ def test_a_folder_of_another_architecture_is_refused(file, tmp_path):
         load_model(folder)
 
 
-def test_a_damaged_configuration_of_a_folder_is_told_in_one_line(tmp_path):
+def test_a_damaged_configuration_of_a_folder_is_named_in_one_line(tmp_path):
     folder = tiny_models.save_folder(tiny_models.make(tiny_models.small_v1()), tmp_path / "folder")
     for file, key in (
         ("unet", "block_out_channels"),

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -275,6 +276,45 @@ def test_an_odd_exif_tag_does_not_keep_an_image_from_being_turned(tmp_path, odd,
 def test_an_exif_block_that_is_none_is_left_aside(tmp_path, block):
     Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=block)
     assert sorted(read_image(tmp_path / "a.jpg").size) == [20, 40]
+
+
+@pytest.mark.parametrize(
+    ("block", "told"),
+    [
+        (exif_block([ODD["beyond the end"]], marked=1), True),
+        (exif_block([ODD["EXIF that is none"]], marked=1), True),
+        (exif_block([])[:-9], True),
+        # It is turned as it says, and nobody needs to know; nor of what cannot concern the image.
+        (exif_block([ODD["EXIF that is none"]], marked=6), False),
+        (exif_block([ODD["fraction by zero"]], marked=1), False),
+    ],
+)
+def test_who_sees_a_damaged_exif_block(tmp_path, block, told):
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=block)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        read_image(tmp_path / "a.jpg")
+    said = [str(warning.message) for warning in caught]
+    assert [text.partition(" (")[0] for text in said] == [f"{tmp_path / 'a.jpg'}: its EXIF block is damaged"] * told
+
+
+@pytest.mark.parametrize(
+    ("warning", "told"),
+    [
+        ("Image size (100000000 pixels) exceeds limit of 89478485 pixels, could be decompression bomb DOS attack.", False),
+        ("Metadata Warning, tag 34853 had too many entries: 2, expected 1", False),
+        ("Something that this version of Pillow has learned to say", True),
+    ],
+)
+def test_what_the_library_warns_of_reaches_the_user_with_the_files_name(tmp_path, monkeypatch, warning, told):
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(
+        Image.Image, "load", lambda self, load=Image.Image.load: warnings.warn(warning, stacklevel=1) or load(self)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image_files.read_file(tmp_path / "a.png", lambda decoded: decoded.image)
+    assert [str(w.message) for w in caught] == [f"{tmp_path / 'a.png'}: {warning}"] * told
 
 
 @pytest.mark.parametrize("compressed", [False, True])

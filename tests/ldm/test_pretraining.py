@@ -1,4 +1,4 @@
-"""The small world and the training of the embedded model's parts, with made-up sprites."""
+"""The toy world and the training of the embedded model's parts, with made-up sprites."""
 
 import dataclasses
 import re
@@ -126,7 +126,7 @@ def test_preview_is_a_sheet(artwork):
     assert preview(artwork, 0, 16).size[0] > 8 * 3 * 64
 
 
-def test_demo_concepts_are_drawn(artwork, tmp_path):
+def test_demo_concepts_are_rendered(artwork, tmp_path):
     sprite = artwork.sprites["dog"][0]
     for part, extension in (("fluent/assets", "webp"), ("noto/img/google/64", "png")):
         (tmp_path / part).mkdir(parents=True)

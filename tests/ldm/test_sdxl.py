@@ -128,7 +128,7 @@ def test_a_trajectory_equals_diffusers(theirs, ours, negative):
     assert (pixels / 2 + 0.5 - expected).abs().max() < 1e-5
 
 
-def test_sizes_are_told_to_no_other_family(tiny_base):
+def test_sizes_condition_no_other_family(tiny_base):
     with pytest.raises(UserError, match="is not told an image's size"):
         text_to_image(tiny_base, "a dog", [0], SamplingOptions(2, height=64, width=64, crop=(0, 0)))
 

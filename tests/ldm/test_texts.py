@@ -81,8 +81,8 @@ def test_training_and_sampling_with_such_paths(tmp_path, capsys):
     (concept,) = logs.glob("*/concept.safetensors")
     run_main("sample_dci.py", "--concept", concept, "--prompt", "a V* dog", "--outdir", tmp_path / "out", "--steps", 1,
              "--n-samples", 1, "--device", "cpu")  # fmt: skip
-    facts = json.loads((tmp_path / "out/prompts.json").read_text(encoding="utf-8"))["00000"]
-    assert facts["concept"] == str(concept)
+    metadata = json.loads((tmp_path / "out/prompts.json").read_text(encoding="utf-8"))["00000"]
+    assert metadata["concept"] == str(concept)
     with Image.open(tmp_path / "out/samples/00000.png") as image:
         assert r"lo\udcfegs" in image.text["parameters"]
 

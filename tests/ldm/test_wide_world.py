@@ -128,7 +128,7 @@ def test_captions_of_the_wide_world(folder):
     assert np.array_equal(np.asarray(again.image), np.asarray(seen[7].image))
 
 
-def test_the_64_nouns_are_drawn_as_before(folder):
+def test_the_64_nouns_are_rendered_as_before(folder):
     """The narrow world has not changed: what the first two sittings saw, and data/tiny/held-out.webp, come out again."""
     narrow = load_artwork(folder)
     captions = [render(narrow, 1, i).caption for i in (2, 8, 14, 20, 26)]

@@ -38,6 +38,20 @@ def test_the_leaf_that_differs_is_named(there, here, words):
     assert str(first_difference(there, here)) == words
 
 
+@pytest.mark.parametrize("name", ["loras", "concept_files", "files"])
+def test_files_by_their_hashes_may_lie_elsewhere(name):
+    there = {name: {"style.safetensors:0.5": "x", "/a/b": "y"}}
+    assert first_difference(there, {name: {"./style.safetensors:0.5": "x", "b": "y"}}) is None
+    assert first_difference({name: {"a": "x"}}, {name: {"b:1": "x"}}) is None
+    for other in (
+        {"style.safetensors:0.6": "x", "/a/b": "y"},
+        {"style.safetensors:0.5": "z", "/a/b": "y"},
+        {"/a/b": "y"},
+        None,
+    ):
+        assert first_difference(there, {name: other}).name.startswith(name)
+
+
 def test_paths_are_what_they_point_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.safetensors").touch()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ok, run
 from PIL import Image
 
 
@@ -203,7 +204,7 @@ def pixels(folder):
 
 def test_an_array_of_shards_makes_the_images_of_one_process(slurm, tmp_path, prompts):
     trained = tmp_path / "trained"
-    output_of(sys.executable, "scripts/train_ico.py", *QUICK, "training.steps=1", "--logdir", trained)
+    ok(run("train_ico.py", *QUICK, "training.steps=1", "--logdir", trained))
     (file,) = trained.glob("*/concept.safetensors")
     options = (
         "--concept",
@@ -211,17 +212,17 @@ def test_an_array_of_shards_makes_the_images_of_one_process(slurm, tmp_path, pro
         "--from-file",
         prompts,
         "--n-samples",
-        8,
+        6,
         "--batch-size",
         2,
         "--steps",
-        25,
+        15,
         "--device",
         "cpu",
         "--outdir",
     )
     one, several, report = tmp_path / "one", tmp_path / "several", tmp_path / "report"
-    array = submit(tmp_path / "log-%a", "--array=1-4", "scripts/slurm/sample_dci.sbatch", *options, several)
+    array = submit(tmp_path / "log-%a", "--array=1-3", "scripts/slurm/sample_dci.sbatch", *options, several)
     evaluation = submit(
         tmp_path / "log-evaluate",
         f"--dependency=afterok:{array}",
@@ -237,15 +238,15 @@ def test_an_array_of_shards_makes_the_images_of_one_process(slurm, tmp_path, pro
     wait_for("pictures", lambda: list((several / "samples").glob("*.png")))
     output_of("scontrol", "requeue", f"{array}_1")
     start_now(f"{array}_1")
-    wait_for("the last shard", lambda: info(f"{array}_4", "JobState") == "RUNNING")
+    wait_for("the last shard", lambda: info(f"{array}_3", "JobState") == "RUNNING")
     time.sleep(1)  # its step has begun
     # scancel would repeat itself while the job is on its way back into the queue.
-    subprocess.run(["timeout", "2", "scancel", "--signal=USR1", f"{array}_4"], capture_output=True)
-    start_now(f"{array}_4")
+    subprocess.run(["timeout", "2", "scancel", "--signal=USR1", f"{array}_3"], capture_output=True)
+    start_now(f"{array}_3")
     wait_for("the end", lambda: set(states(array)) == {"COMPLETED"})
-    assert [info(f"{array}_{shard}", "Restarts") for shard in (1, 2, 3, 4)] == ["1", "0", "0", "1"]
-    output_of(sys.executable, "scripts/sample_dci.py", *options, one)
-    assert len(pixels(one)) == 24
+    assert [info(f"{array}_{shard}", "Restarts") for shard in (1, 2, 3)] == ["1", "0", "1"]
+    ok(run("sample_dci.py", *options, one))
+    assert len(pixels(one)) == 18
     assert pixels(several) == pixels(one)
     wait_for("the report", lambda: finished(evaluation))
     assert (report / "report.html").is_file()
@@ -267,11 +268,15 @@ def worker_of(training):
 
 def test_the_sweep_tiny_is_the_same_on_slurm_and_here(slurm, tmp_path):
     """On Slurm a worker is killed, the others go on, and a second call completes it."""
-    # One of the two seeds, for time; both: python -m pytest tests/slurm -k sweep with SWEEP_SEEDS=[0,1].
-    seeds = json.loads(os.environ.get("SWEEP_SEEDS", "[0]"))
+    # One of the two concepts and seeds, for time; all: python -m pytest tests/slurm -k sweep with SWEEP=whole.
+    whole = os.environ.get("SWEEP") == "whole"
+    names, seeds = ["cat", "car"] if whole else ["cat"], [0, 1] if whole else [0]
+    cells = 2 * len(names) * len(seeds)
+    concepts = ", ".join(f"{{class_noun: {name}, images: data/concepts/{name}}}" for name in names)
     options = (
         "--config",
         "configs/sweep/tiny.yaml",
+        f"concepts=[{concepts}]",
         f"seeds={seeds}",
         "workers=2",
         "slurm={gpus_per_node: 0, cpus_per_task: 1, mem: 2GB}",
@@ -288,14 +293,14 @@ def test_the_sweep_tiny_is_the_same_on_slurm_and_here(slurm, tmp_path):
         said = first.communicate(timeout=900)[1]
     assert first.returncode == 1
     assert f"failed: {place}/dci: the worker was killed; before: " in said
-    assert f"failed: 1 of {4 * len(seeds)} cells" in said
+    assert f"failed: 1 of {cells} cells" in said
     rows = tables["slurm"].read_text().splitlines()
-    assert len(rows) == 4 * len(seeds) and not any(row.startswith(f"cat,ico,{seeds[0]},") for row in rows)
+    assert len(rows) == cells and not any(row.startswith(f"cat,ico,{seeds[0]},") for row in rows)
     for command in commands.values():
         output_of(*command)
     assert tables["slurm"].read_bytes() == tables["local"].read_bytes()
-    assert len(tables["slurm"].read_text().splitlines()) == 1 + 4 * len(seeds)
+    assert len(tables["slurm"].read_text().splitlines()) == 1 + cells
     assert json.loads((tmp_path / "slurm/tiny/jobs.json").read_text()).keys() == {
-        f"{name}/{method}/{seed}" for name in ("cat", "car") for method in ("ico", "custom-diffusion") for seed in seeds
+        f"{name}/{method}/{seed}" for name in names for method in ("ico", "custom-diffusion") for seed in seeds
     }
     assert os.path.isfile(tmp_path / "slurm/tiny/report/report.html")

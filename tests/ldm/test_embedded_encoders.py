@@ -1,4 +1,4 @@
-"""The judges: loading without a network, their training, and the figures made with them."""
+"""The embedded encoders: loading without a network, their training, and the figures made with them."""
 
 import dataclasses
 import json
@@ -11,17 +11,17 @@ from helpers import ROOT, run_main
 from open_clip.loss import ClipLoss
 from PIL import Image
 
-from ldm.embedded_encoders import JUDGES, UNKNOWN, load_classifier, load_clip, load_instance_encoder
+from ldm.embedded_encoders import ENCODERS, UNKNOWN, load_classifier, load_clip, load_instance_encoder
 from ldm.errors import UserError
-from ldm.pretraining import evaluation, judges
+from ldm.pretraining import encoders, evaluation
 from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instance_accuracy
 from ldm.pretraining.artwork import HELD_OUT, NOUNS
 from ldm.pretraining.cache import RenderedWorld
 from ldm.pretraining.config import PretrainConfig
-from ldm.pretraining.evaluation import Question, draw_images, draw_questions, held_out_images, judge
+from ldm.pretraining.evaluation import LabelledPrompt, classify, generate_images, held_out_images, labelled_prompts
 from ldm.pretraining.instances import FigureDataset, artworks, repaint
 from ldm.pretraining.loop import fit
-from ldm.pretraining.run_judges import LabelledDataset, save_judge
+from ldm.pretraining.run_encoders import LabelledDataset, save_encoder
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.vae import psnr
 from ldm.text_to_image import SamplingOptions, text_to_image
@@ -36,9 +36,9 @@ def clip():
     return load_clip()
 
 
-def test_the_judges_are_at_most_20_mb_and_state_their_accuracy():
-    assert sum(file.stat().st_size for file in JUDGES.iterdir()) <= 20e6
-    stated = json.loads((JUDGES / "accuracy.json").read_text())
+def test_the_encoders_are_at_most_20_mb_and_state_their_accuracy():
+    assert sum(file.stat().st_size for file in ENCODERS.iterdir()) <= 20e6
+    stated = json.loads((ENCODERS / "accuracy.json").read_text())
     assert stated.keys() == {"clip", "classifier", "instance"}
     assert all(0.5 < stated["classifier"][key] <= 1 for key in ("noun", "place"))
 
@@ -53,8 +53,8 @@ def test_features_are_unit_vectors_of_any_image_size(load):
 
 def test_clip_is_a_model_that_open_clip_builds(clip):
     """open_clip itself, given the configuration and the weights, computes the same features."""
-    open_clip.add_model_config(JUDGES / "clip.json")
-    theirs = open_clip.create_model("clip", pretrained=str(JUDGES / "clip.safetensors")).eval()
+    open_clip.add_model_config(ENCODERS / "clip.json")
+    theirs = open_clip.create_model("clip", pretrained=str(ENCODERS / "clip.safetensors")).eval()
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     prompts = ["a dog on the beach", "a red car"]
     with torch.no_grad():
@@ -84,12 +84,12 @@ def test_demo_reference_images_are_named(clip):
         assert [classifier.places[i] for i in places.argmax(-1)].count(place) >= 4
 
 
-def test_missing_and_broken_judges(tmp_path):
+def test_missing_and_broken_encoders(tmp_path):
     with pytest.raises(UserError, match="clip.json"):
         load_clip(tmp_path)
     for name in ("instance.json", "instance.safetensors"):
-        (tmp_path / name).write_bytes((JUDGES / name.replace(".safetensors", ".safetensors")).read_bytes())
-    (tmp_path / "instance.safetensors").write_bytes((JUDGES / "classifier.safetensors").read_bytes())
+        (tmp_path / name).write_bytes((ENCODERS / name.replace(".safetensors", ".safetensors")).read_bytes())
+    (tmp_path / "instance.safetensors").write_bytes((ENCODERS / "classifier.safetensors").read_bytes())
     with pytest.raises(UserError, match="does not fit instance.json"):
         load_instance_encoder(tmp_path)
 
@@ -98,44 +98,70 @@ def test_contrastive_loss():
     """open_clip's own loss; and pairs that fit as well are not counted as wrong."""
     a, b = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1)
     scale = torch.tensor(7.0)
-    torch.testing.assert_close(judges.contrastive_loss(a, b, scale), ClipLoss()(a, b, scale))
+    torch.testing.assert_close(encoders.contrastive_loss(a, b, scale), ClipLoss()(a, b, scale))
     same = torch.eye(6, dtype=torch.bool)
     same[0, 1] = same[1, 0] = True
-    assert judges.contrastive_loss(a, b, scale, same) < judges.contrastive_loss(a, b, scale)
+    assert encoders.contrastive_loss(a, b, scale, same) < encoders.contrastive_loss(a, b, scale)
+
+
+def test_rows_without_a_label_count_for_nothing():
+    logits, labels = torch.randn(5, 4), torch.tensor([1, encoders.IGNORED, 3, encoders.IGNORED, 0])
+    expected = -logits.log_softmax(-1)[[0, 2, 4], [1, 3, 0]].mean()
+    torch.testing.assert_close(encoders.labelled_loss(logits, labels), expected)
+    assert encoders.labelled_loss(logits, torch.full((5,), encoders.IGNORED)) == 0
+
+
+def test_an_image_learns_its_noun_and_place_among_prompts():
+    """An image whose feature is the text's own: the probability of its noun is the softmax over the nouns' cosines."""
+    torch.manual_seed(0)
+    prompts = [["a dog on the beach", "a dog in the snow"], ["a cat on the beach", "a cat in the snow"]]
+    network = encoders.new_clip(sum(prompts, [])).eval()
+    classes = torch.stack([network.tokenize(row) for row in prompts])
+    scale = torch.tensor(5.0)
+    beach = encoders.CLIPTraining(network, OPTIONS, classes[:, :1])
+    dog, cat = network.text_features(["a dog on the beach", "a cat on the beach"])
+    noun, place = beach.class_losses(dog[None], scale, torch.tensor([0]), torch.tensor([0]))
+    torch.testing.assert_close(noun, torch.log1p(torch.exp(scale * (dog @ cat - 1))))
+    assert place == 0  # there is one place only
+    dogs = encoders.CLIPTraining(network, OPTIONS, classes[:1])
+    snow = network.text_features(["a dog in the snow"])[0]
+    noun, place = dogs.class_losses(dog[None], scale, torch.tensor([0]), torch.tensor([1]))
+    torch.testing.assert_close(place, torch.log1p(torch.exp(scale * (1 - dog @ snow))))
+    assert noun == 0
 
 
 def test_augmented_images_keep_their_shape_and_range():
     x = torch.zeros(5, 3, 64, 64)
-    y = judges.augmented(x)
+    y = encoders.augmented(x)
     assert y.shape == x.shape and 0 < y.abs().max() < 1
 
 
 @pytest.mark.parametrize("part", ["clip", "classifier", "instance"])
-def test_a_judge_is_trained_saved_and_loaded(part, tmp_path):
+def test_an_encoder_is_trained_saved_and_loaded(part, tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
     config = dataclasses.replace(OPTIONS, part=part)
     torch.manual_seed(0)
     if part == "clip":
-        network = judges.new_clip(["a dog", "a red cat"])
+        network = encoders.new_clip(["a dog", "a red cat"])
         ids = network.tokenize(["a dog", "a red cat"] * 4)
-        module, load = judges.CLIPTraining(network, config), load_clip
-        dataset = LabelledDataset(images, images[:4], ids)
+        module, load = encoders.CLIPTraining(network, config, ids[:2, None]), load_clip
+        dataset = LabelledDataset(images, images[:4], ids, torch.arange(8) % 2, torch.zeros(8, dtype=torch.long))
     elif part == "classifier":
-        network = judges.new_classifier()
-        noun, place = torch.tensor([0, 1, judges.IGNORED, 2] * 2), torch.arange(8)
-        module, load = judges.ClassifierTraining(network, config), load_classifier
+        network = encoders.new_classifier()
+        noun, place = torch.tensor([0, 1, encoders.IGNORED, 2] * 2), torch.arange(8)
+        module, load = encoders.ClassifierTraining(network, config), load_classifier
         dataset = LabelledDataset(images, images[:4], noun, place)
     else:
-        network = judges.new_instance_encoder()
-        module, load = judges.InstanceTraining(network, config), load_instance_encoder
+        network = encoders.new_instance_encoder()
+        module, load = encoders.InstanceTraining(network, config), load_instance_encoder
         dataset = FigureDataset(_sprites(8), seed=0, scenes=18)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     fit(module, dataset, tmp_path / "run")
     assert module.samples_seen == 12
     assert any(not torch.equal(before[name], value) for name, value in network.state_dict().items())
     trained = module.average.module.eval()
-    save_judge(trained, network.config, tmp_path / "judge", part)
-    loaded = load(tmp_path / "judge")
+    save_encoder(trained, network.config, tmp_path / "encoder", part)
+    loaded = load(tmp_path / "encoder")
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         of = (lambda j: torch.cat(j.logits(x), -1)) if part == "classifier" else (lambda j: j.image_features(x))
@@ -156,7 +182,7 @@ def _sprites(number):
     return [Image.fromarray(rng.integers(0, 255, (128, 90, 4), dtype=np.uint8), "RGBA") for _ in range(number)]
 
 
-def test_views_are_drawn_anew_and_the_same_for_a_seed():
+def test_views_are_rendered_anew_and_the_same_for_a_seed():
     """Each artwork gives its own figure and a repainted one, two different views of each; the seed decides."""
     dataset = FigureDataset(_sprites(3), seed=0, scenes=18)
     torch.manual_seed(5)
@@ -213,23 +239,23 @@ def _flat(red, green):
 
 
 def test_accuracy_counts_right_answers():
-    judge_ = ByColour()
+    network = ByColour()
     world = RenderedWorld(
         np.stack([_flat(0, 0), _flat(1, 1), _flat(5, 16), _flat(7, 3)]),
         ["", "", "", ""],
-        [judge_.nouns[0], judge_.nouns[2], None, judge_.nouns[7]],  # the second wrong, the third not asked
-        [judge_.places[0], judge_.places[1], None, judge_.places[4]],  # the last wrong
+        [network.nouns[0], network.nouns[2], None, network.nouns[7]],  # the second wrong, the third not asked
+        [network.places[0], network.places[1], None, network.places[4]],  # the last wrong
     )
-    found = classifier_accuracy(judge_, world)
+    found = classifier_accuracy(network, world)
     assert found["noun"] == pytest.approx(2 / 3) and found["place"] == pytest.approx(3 / 4)
 
     # Figures of distinct colours are found; those of one colour are not told apart.
     colours = np.array([[0, 40], [80, 120], [160, 200]], np.uint8)
     views = np.stack([[[_flat(c, 0)] * 3 for c in row] for row in colours])
-    assert instance_accuracy(judge_, views)["of_all"] == 1
+    assert instance_accuracy(network, views)["of_all"] == 1
     views[0, 1] = views[0, 0]
     views[0, 0, 1] = _flat(230, 0)  # a stray view
-    assert instance_accuracy(judge_, views)["of_100"] < 1
+    assert instance_accuracy(network, views)["of_100"] < 1
 
 
 def test_clip_accuracy_is_chance_for_an_unread_image(clip):
@@ -241,34 +267,37 @@ def test_clip_accuracy_is_chance_for_an_unread_image(clip):
     assert found["noun"] == 0.5 and found["place"] in (0, 0.5) and found["caption_of_100"] == pytest.approx(0.01, abs=0.02)
 
 
-def test_questions_are_different_pairs():
-    questions = draw_questions(200, 0)
-    assert len({q.prompt for q in questions}) == 200
-    assert draw_questions(200, 0) == questions != draw_questions(200, 1)
-    assert all(q.noun in q.prompt and PLACES[q.place][1][0] in q.prompt for q in questions)
-    counts = [[q.noun for q in draw_questions(number, 0)].count(noun) for number in (128, 200) for noun in NOUNS]
+def test_labelled_prompts_are_different_pairs():
+    labelled = labelled_prompts(200, 0)
+    assert len({q.prompt for q in labelled}) == 200
+    assert labelled_prompts(200, 0) == labelled != labelled_prompts(200, 1)
+    assert all(q.noun in q.prompt and PLACES[q.place][1][0] in q.prompt for q in labelled)
+    counts = [[q.noun for q in labelled_prompts(number, 0)].count(noun) for number in (128, 200) for noun in NOUNS]
     assert set(counts[:64]) == {2} and set(counts[64:]) == {3, 4}  # a noun's share is of as many prompts as another's
-    assert len({q.prompt for q in draw_questions(5000, 0)}) == 1024
+    assert len({q.prompt for q in labelled_prompts(5000, 0)}) == 1024
 
 
-def test_judgement_of_drawn_images():
-    judge_ = ByColour()
-    questions = [Question("p", judge_.nouns[3], judge_.places[2]), Question("q", judge_.nouns[4], judge_.places[1])]
-    drawn = np.stack([_flat(3, 2), _flat(3, 9), _flat(9, 1), _flat(9, 9)])
-    result = judge(judge_, questions, torch.from_numpy(drawn).permute(0, 3, 1, 2))
+def test_classification_of_generated_images():
+    network = ByColour()
+    labelled = [
+        LabelledPrompt("p", network.nouns[3], network.places[2]),
+        LabelledPrompt("q", network.nouns[4], network.places[1]),
+    ]
+    generated = np.stack([_flat(3, 2), _flat(3, 9), _flat(9, 1), _flat(9, 9)])
+    result = classify(network, labelled, torch.from_numpy(generated).permute(0, 3, 1, 2))
     assert (result["noun_right"], result["place_right"], result["both_right"]) == (0.5, 0.5, 0.25)
-    assert result["noun_right_by_noun"] == {judge_.nouns[3]: 1, judge_.nouns[4]: 0}
-    assert result["named"] == [judge_.nouns[3], judge_.nouns[9]]
+    assert result["noun_right_by_noun"] == {network.nouns[3]: 1, network.nouns[4]: 0}
+    assert result["named"] == [network.nouns[3], network.nouns[9]]
 
 
 def test_images_do_not_depend_on_the_batch(tiny_base):
     options = SamplingOptions(steps=2, scale=5, seed=3, height=64, width=64)
-    questions = draw_questions(2, 0)
-    prompts = [q.prompt for q in questions]
-    drawn = [draw_images(tiny_base, prompts, 2, options, size, lambda n: None).float() for size in (4, 3)]
-    assert (drawn[0] - drawn[1]).abs().max() <= 1
+    labelled = labelled_prompts(2, 0)
+    prompts = [q.prompt for q in labelled]
+    generated = [generate_images(tiny_base, prompts, 2, options, size, lambda n: None).float() for size in (4, 3)]
+    assert (generated[0] - generated[1]).abs().max() <= 1
     alone = text_to_image(tiny_base, prompts[1], [2, 3], options).clamp(-1, 1)
-    assert (drawn[0][2:] - (alone + 1) * 127.5).abs().max() <= 1.01
+    assert (generated[0][2:] - (alone + 1) * 127.5).abs().max() <= 1.01
 
 
 def test_psnr_of_a_known_error_and_of_the_held_out_images(tiny_base):
@@ -300,7 +329,7 @@ def test_the_base_model_is_evaluated(tmp_path):
     run_main("evaluate_base.py", *options)
     first = (tmp_path / "base-evaluation.json").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "text_to_image", None)  # the second time nothing is drawn
+        patch.setattr(evaluation, "text_to_image", None)  # the second time nothing is generated
         run_main("evaluate_base.py", *options)
     assert (tmp_path / "base-evaluation.json").read_text() == first
     result = json.loads((tmp_path / "base-evaluation.json").read_text())

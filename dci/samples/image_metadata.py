@@ -34,7 +34,7 @@ def precision_name(dtype: Any) -> str:
     return next(name for name, known in PRECISIONS.items() if str(dtype) == f"torch.{known}")
 
 
-def concept_facts(
+def concept_metadata(
     files: Sequence[str], strength: float = 1.0, class_noun: str | None = None, trigger: str | None = None
 ) -> dict:
     """Return what tells a concept, one or several files, and its strength."""
@@ -45,7 +45,7 @@ def concept_facts(
     return facts | ({"strength_concept": strength} if strength != 1 else {})
 
 
-def sampling_facts(base: LoadedModel, prepared: Any, init_image: str | None = None, mask: str | None = None) -> dict:
+def sampling_metadata(base: LoadedModel, prepared: Any, init_image: str | None = None, mask: str | None = None) -> dict:
     """Return what tells the base model and the sampler's options.
 
     Args:
@@ -67,16 +67,16 @@ def sampling_facts(base: LoadedModel, prepared: Any, init_image: str | None = No
         "mask": mask,
         "mask_hash": mask and file_hash(mask),
         "strength": prepared.init and prepared.init.strength,
-        **prepared.options.facts(),
+        **prepared.options.metadata(),
     }
 
 
 def with_concept(concept: dict, sampling: dict, prepared: Any) -> dict:
-    """Put a concept's facts, a sampler's and DCI's together."""
+    """Put a concept's metadata, a sampler's and DCI's together."""
     return {**concept, "version": __version__, **sampling, "dci": prepared.dual and dataclasses.asdict(prepared.dual)}
 
 
-def prompt_facts(prepared: Any) -> list[dict]:
+def prompt_metadata(prepared: Any) -> list[dict]:
     """Return what tells each prompt of a concept: as it was given, and as the branches read it."""
     read = zip(prepared.request.prompts, prepared.prompts, strict=True)
     return [{"prompt": text, "concept_prompt": p.concept, "auxiliary_prompt": p.auxiliary} for text, p in read]

@@ -1,6 +1,7 @@
-"""Train one judge, measure it on held-out images, and put both beside the embedded model."""
+"""Train one encoder, measure it on held-out images, and put both beside the embedded model."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,18 @@ from torch.utils.data import Dataset
 from ldm import checkpoint
 from ldm.autoencoder import AutoencoderKL
 from ldm.diffusion import LatentDiffusion
-from ldm.embedded_encoders import load_classifier, load_clip, load_instance_encoder, weights_of
-from ldm.pretraining import judges
+from ldm.embedded_encoders import WorldCLIP, load_classifier, load_clip, load_instance_encoder, weights_of
+from ldm.pretraining import encoders
 from ldm.pretraining.accuracy import classifier_accuracy, clip_accuracy, instance_accuracy, to_inputs
 from ldm.pretraining.artwork import NOUNS, load_sprite
 from ldm.pretraining.cache import HELD_OUT_SEED, RenderedWorld, held_out_world, world_digest
 from ldm.pretraining.config import PretrainConfig
 from ldm.pretraining.instances import FigureDataset, artworks, held_out_views
 from ldm.pretraining.loop import Finish
+from ldm.pretraining.scenes import PLACES
+from ldm.pretraining.world import with_article
 
-ROUND_TRIPS = 8_000  # images that the judges also see as the autoencoder gives them back
+ROUND_TRIPS = 8_000  # images that the encoders also see as the autoencoder gives them back
 
 
 class LabelledDataset(Dataset):
@@ -56,44 +59,48 @@ def round_trips(autoencoder: AutoencoderKL, images: np.ndarray, file: Path) -> n
     return np.load(file, mmap_mode="r")
 
 
-def pretrain_judge(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish) -> None:
-    """Train (or restore) the judge `config.part`, measure it, and write its files into `config.judges`."""
+def pretrain_encoder(
+    config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish
+) -> None:
+    """Train (or restore) the encoder `config.part`, measure it, and write its files into `config.judges`."""
     module, dataset, measure = {"clip": _clip, "classifier": _classifier, "instance": _instance}[config.part](
         config, model, world, root
     )
     if config.warm_start:
         warm_start(module.network, root / config.judges, config.part)
-        module.average.module.load_state_dict(module.network.state_dict())
+        module.averaged().load_state_dict(module.network.state_dict())
     finish(module, dataset, root / config.cache / config.name)
-    judge = module.average.module.eval().requires_grad_(False)
-    save_judge(judge, module.network.config, root / config.judges, config.part)
-    accuracy = measure(judge) | {"samples": module.samples_seen}
+    encoder = module.averaged().eval().requires_grad_(False)
+    save_encoder(encoder, module.network.config, root / config.judges, config.part)
+    accuracy = measure(encoder) | {"samples": module.samples_seen}
     file = root / config.judges / "accuracy.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     file.write_text(json.dumps(record | {config.part: accuracy}, indent=2) + "\n")
     print(f"{config.part} on held-out images: {accuracy}\nsaved {file.parent}")
 
 
-def warm_start(judge: nn.Module, folder: Path, name: str) -> None:
-    """Put the present weights of a judge into a new one; a CLIP of other words takes over those that both know.
+def warm_start(encoder: nn.Module, folder: Path, name: str) -> None:
+    """Put the present weights of an encoder into a new one; a CLIP of other words takes over those that both know.
 
     Raises:
-        UserError: the present judge is missing or does not fit.
+        UserError: the present encoder is missing or does not fit.
     """
-    present = {"clip": load_clip, "classifier": load_classifier, "instance": load_instance_encoder}[name](folder)
+    loaders: dict[str, Callable[[Path], nn.Module]]
+    loaders = {"clip": load_clip, "classifier": load_classifier, "instance": load_instance_encoder}
+    present = loaders[name](folder)
     state = weights_of(present).state_dict()
-    if name == "clip":
-        rows = judge.clip.token_embedding.weight.detach().clone()
-        known = [token for token in present.vocabulary if token in judge.compact]
-        rows[[judge.compact[t] for t in known]] = state["token_embedding.weight"][[present.compact[t] for t in known]]
+    if isinstance(present, WorldCLIP) and isinstance(encoder, WorldCLIP):
+        rows = encoder.clip.token_embedding.weight.detach().clone()
+        known = [token for token in present.vocabulary if token in encoder.compact]
+        rows[[encoder.compact[t] for t in known]] = state["token_embedding.weight"][[present.compact[t] for t in known]]
         state["token_embedding.weight"] = rows
-    weights_of(judge).load_state_dict(state)
+    weights_of(encoder).load_state_dict(state)
 
 
-def save_judge(judge: nn.Module, configs: dict[str, object], folder: Path, name: str) -> None:
+def save_encoder(encoder: nn.Module, configs: dict[str, object], folder: Path, name: str) -> None:
     """Write NAME.safetensors (fp16) and its JSON files."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save_weights(weights_of(judge).state_dict(), folder / f"{name}.safetensors")
+    checkpoint.save_weights(weights_of(encoder).state_dict(), folder / f"{name}.safetensors")
     for stem, content in configs.items():
         (folder / f"{stem}.json").write_text(json.dumps(content) + "\n")
 
@@ -105,22 +112,32 @@ def _decoded(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorl
 
 
 def _clip(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
-    judge = judges.new_clip(world.captions)
+    encoder = encoders.new_clip(world.captions)
     unique = {text: i for i, text in enumerate(dict.fromkeys(world.captions))}
-    rows = judge.tokenize(list(unique))
+    rows = encoder.tokenize(list(unique))
     ids = rows[torch.tensor([unique[text] for text in world.captions])]
-    dataset = LabelledDataset(world.images, _decoded(config, model, world, root), ids)
+    noun, place = _labels(world, list(NOUNS), list(PLACES))
+    phrases = [phrases[0] for _, phrases in PLACES.values()]
+    prompts = [f"a photo of {with_article(noun)} {phrase}" for noun in NOUNS for phrase in phrases]
+    classes = encoder.tokenize(prompts).unflatten(0, (len(NOUNS), len(PLACES)))
+    dataset = LabelledDataset(world.images, _decoded(config, model, world, root), ids, noun, place)
     measure = lambda trained: clip_accuracy(trained, held_out_world(config, root), list(NOUNS))  # noqa: E731
-    return judges.CLIPTraining(judge, config), dataset, measure
+    return encoders.CLIPTraining(encoder, config, classes), dataset, measure
+
+
+def _labels(world: RenderedWorld, nouns: list[str], places: list[str]) -> tuple[Tensor, Tensor]:
+    """Positions (n,) of each image's noun and place; IGNORED where it has none, or "plain" where that is a place."""
+    noun = torch.tensor([nouns.index(n) if n else encoders.IGNORED for n in world.nouns])
+    plain = places.index("plain") if "plain" in places else encoders.IGNORED
+    return noun, torch.tensor([places.index(p) if p else plain for p in world.places])
 
 
 def _classifier(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
-    judge = judges.new_classifier()
-    noun = torch.tensor([judge.nouns.index(n) if n else judges.IGNORED for n in world.nouns])
-    place = torch.tensor([judge.places.index(p or "plain") for p in world.places])
+    encoder = encoders.new_classifier()
+    noun, place = _labels(world, encoder.nouns, encoder.places)
     dataset = LabelledDataset(world.images, _decoded(config, model, world, root), noun, place)
     measure = lambda trained: classifier_accuracy(trained, held_out_world(config, root))  # noqa: E731
-    return judges.ClassifierTraining(judge, config), dataset, measure
+    return encoders.ClassifierTraining(encoder, config), dataset, measure
 
 
 def _instance(config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path) -> tuple:
@@ -128,4 +145,4 @@ def _instance(config: PretrainConfig, model: LatentDiffusion, world: RenderedWor
     held_out = held_out_views(HELD_OUT_SEED, cache, folder)
     dataset = FigureDataset([load_sprite(file) for file in artworks(folder)[0]], config.seed)
     measure = lambda trained: instance_accuracy(trained, held_out)  # noqa: E731
-    return judges.InstanceTraining(judges.new_instance_encoder(), config), dataset, measure
+    return encoders.InstanceTraining(encoders.new_instance_encoder(), config), dataset, measure

@@ -66,7 +66,7 @@ def test_a_plan_numbers_every_image_once():
     assert made.batches(7, 8) == []
 
 
-def test_a_folder_holds_images_and_facts(whole, tmp_path):
+def test_a_folder_holds_images_and_metadata(whole, tmp_path):
     record = json.loads(whole["prompts.json"])
     assert list(record) == [f"{n:05}" for n in range(18)]
     assert sorted(whole) == sorted(
@@ -224,7 +224,7 @@ def test_a_longer_file_adds_to_a_folder(whole, tmp_path):
     assert all(now[name] == content for name, content in whole.items() if name.startswith("samples"))
 
 
-def test_a_full_disk_loses_nothing_that_was_drawn(tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing_that_was_sampled(tmp_path, monkeypatch):
     from dci.samples import writer
 
     def write(path, content, write=writer.write_atomically):
@@ -263,7 +263,7 @@ PROMPTS = "\ufeffa {} on the beach\r\n\r\n  V* in a red street at night\r\na V* 
 
 
 @pytest.mark.slow
-def test_a_prompt_file_is_drawn_alike_by_shards(concept, tmp_path):
+def test_a_prompt_file_is_sampled_alike_by_shards(concept, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(PROMPTS.encode())
     common = (
         "--concept",
@@ -296,7 +296,7 @@ def test_a_prompt_file_is_drawn_alike_by_shards(concept, tmp_path):
 
 
 @pytest.mark.slow
-def test_repeated_with_every_option_set_nothing_is_drawn(concept, tmp_path, capfd, monkeypatch):
+def test_repeated_with_every_option_set_nothing_is_sampled(concept, tmp_path, capfd, monkeypatch):
     """Whatever an option's value is recorded as, it is known again; so are files by other paths."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.safetensors").write_bytes(concept.read_bytes())
@@ -322,7 +322,7 @@ def test_repeated_with_every_option_set_nothing_is_drawn(concept, tmp_path, capf
     again = (*again, "--init-image", "there/moved.png", "--mask", "./mask.png")
     capfd.readouterr()
     run_main("sample_dci.py", *again, *options)
-    assert "Batches: 0 drawn" in capfd.readouterr().out
+    assert "Batches: 0 sampled" in capfd.readouterr().out
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "o").rglob("*.png")}
     other = run_here(capfd, "sample_dci.py", *again, *options, "--dci-layers", "input,middle")
     assert '\'dci.layers[1]\' of 00000 is "output" there and "middle" here' in other.stderr

@@ -150,21 +150,20 @@ def evaluate(task: dict[str, Any]):
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-    from dci.evaluation.evaluate import evaluate_folder, load_encoders
+    from dci.evaluation.evaluate import Scoring, evaluate_folder, load_encoders
     from ldm.runtime.acceleration import pick_device
 
-    return evaluate_folder(
-        task["folder"],
-        task["references"],
-        load_encoders(options["clip"], options["instance"], options["kid"], pick_device(task["device"])),
-        regularization=options["regularization"],
-        class_nouns=options["class_noun"],
-        scaled_text_score=options["scaled_text_score"],
-        cache=Path(task["folder"]) / "features.sqlite",
-        batch_size=options["batch_size"],
-        resamples=options["resamples"],
-        seed=options["seed"],
+    encoders = load_encoders(options["clip"], options["instance"], options["kid"], pick_device(task["device"]))
+    scoring = Scoring(
+        options["regularization"],
+        options["class_noun"],
+        options["scaled_text_score"],
+        options["batch_size"],
+        options["resamples"],
+        options["seed"],
     )
+    cache = Path(task["folder"]) / "features.sqlite"
+    return evaluate_folder(task["folder"], task["references"], encoders, scoring, cache)
 
 
 def _load_model(options: SamplingConfig, concept, device: str):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dci.experiments.sampling import SamplingConfig, dual_settings, strength_of
-from dci.files import content_hash, file_hash
-from ldm.errors import UserError, reported_in_one_line
+from dci.files import content_hash, file_hash, read_prompts
+from ldm.errors import reported_in_one_line
 
 _PR_SET_PDEATHSIG = 1
 
@@ -126,22 +126,6 @@ def sample(task: dict[str, Any]) -> None:
 
     with SampleFolder(task["folder"], plan) as folder:
         sample_missing(folder, plan.batches(), sample_batch, lambda numbers, here: None)
-
-
-def read_prompts(file: str | Path) -> list[str]:
-    """Return the prompts of a UTF-8 file, one in each line.
-
-    Raises:
-        UserError: there are none, or it is no such file.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: expected a prompt in each line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{file} holds no prompts: expected one in each line")
-    return prompts
 
 
 def evaluate(task: dict[str, Any]):

@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT, refused, run_here, run_main
 from PIL import Image
 
-from dci.evaluation.evaluate import Scoring, evaluate_folder, load_encoders, recorded_references
+from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders, recorded_references
 from dci.evaluation.plots import fidelity_editability_plane, inline_svg
 from dci.evaluation.report import write_report
 from dci.evaluation.scores import ImageScore, RunScores, Scores, summarize
@@ -238,8 +238,8 @@ def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path
         for j in range(3):
             noise = np.random.default_rng(10 * i + j).integers(0, 256, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(noise).save(folder / f"{j}.png")
-    options = {"regularization": real, "resamples": 99}
-    expected = evaluate_folder(run, references, encoders, report=lambda line: pytest.fail(line), **options)
+    scoring = Scoring(real, resamples=99)
+    expected = evaluate_folder(run, references, encoders, scoring, observers=ScoringObservers(report=pytest.fail))
     white = Image.new("L", (64, 64), 255)
     masks = {
         references: ("0.mask.png", "1-masklabel.PNG", "mask_2.png"),
@@ -252,7 +252,7 @@ def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path
     (references / "0.txt").touch()
     (references / "raw").mkdir()
     said = []
-    found = evaluate_folder(run, references, encoders, report=said.append, **options)
+    found = evaluate_folder(run, references, encoders, scoring, observers=ScoringObservers(report=said.append))
     assert found.summary == expected.summary and found.metadata["references"] == expected.metadata["references"]
     assert said == [
         f"Not used in {references}: 1 folder (raw), 1 caption (0.txt), 3 masks (0.mask.png, 1-masklabel.PNG, mask_2.png)",

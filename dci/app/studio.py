@@ -11,13 +11,13 @@ from dci.concept.autoencoder import trained_vae
 from dci.concept.base_model import trained_base
 from dci.concept.concept_file import Concept
 from dci.concept.foreign.importing import import_concept, is_foreign
-from dci.concept.loras import add_loras
+from dci.concept.loras import add_trained_loras
 from dci.pipeline import Pipeline
 from dci.samples.image_metadata import LoadedModel, precision_name
 from ldm.checkpoint import fingerprint, load_model, model_config
 from ldm.diffusion import LatentDiffusion
 from ldm.runtime.acceleration import accelerate, fastest_precision
-from ldm.shipped import ROOT
+from ldm.shipped import ROOT, find
 
 TINY = ROOT / "configs/model/tiny.yaml"
 
@@ -51,16 +51,16 @@ class Studio:
         self._place: tuple = ()
         self._applied: tuple[str, Ready, Callable[[], None]] | None = None  # key of the concept, and how it is undone
 
-    def base(self, trained: dict | None = None) -> tuple[LatentDiffusion, LoadedModel]:
+    def base(self, concept: Concept | None = None) -> tuple[LatentDiffusion, LoadedModel]:
         """Return the base model, with a concept on it or not, loaded anew where it is another one.
 
         Args:
-            trained: the training configuration of the concept that it is for; None: whatever is loaded will do.
+            concept: that it is for; None: whatever is loaded will do.
         """
         with self._lock:
-            if trained is None and self._model is not None:
+            if concept is None and self._model is not None:
                 return self._model, self._loaded
-            trained, asked = trained or {}, self.weights
+            trained, asked = concept.config if concept else {}, self.weights
             if asked.model:
                 model, checkpoint = asked.model, asked.checkpoint
             else:
@@ -69,7 +69,8 @@ class Studio:
             vae = asked.vae or (trained_vae(trained) if own else None)
             loras = list(trained.get("loras") or [])
             if self._model is None or self._place != _place(model, checkpoint, vae, loras):
-                self._load(model, checkpoint, vae, loras)
+                self._load(model, checkpoint, vae, concept)
+                self._place = _place(model, checkpoint, vae, loras)
             # The same file may have another name, which the images' metadata tell as it was given.
             self._loaded = dataclasses.replace(self._loaded, model=model, checkpoint=checkpoint, vae=vae)
             return self._model, self._loaded
@@ -84,7 +85,7 @@ class Studio:
             UserError: the concept's base model is not there, or another one.
         """
         with self._lock:
-            model, loaded = self.base(concept.config)
+            model, loaded = self.base(concept)
             if self._applied is not None and self._applied[0] == key:
                 return self._applied[1]
             self._take_off()
@@ -112,18 +113,18 @@ class Studio:
             self._applied[2]()
             self._applied = None
 
-    def _load(self, model: str, checkpoint: str | None, vae: str | None, loras: list[str]) -> None:
+    def _load(self, model: str, checkpoint: str | None, vae: str | None, concept: Concept | None) -> None:
         self._model = self._loaded = self._applied = None  # before the next one takes its memory
         device = self.weights.device
         loaded = load_model(model, checkpoint, dtype=partial(fastest_precision, device=device), vae=vae)
         accelerate(loaded, device)
-        add_loras(loaded, loras)
+        if concept is not None:
+            add_trained_loras(loaded, concept)
         known = LoadedModel(model, checkpoint, fingerprint(loaded), precision_name(loaded.dtype), vae=vae)
-        self._model, self._loaded, self._place = loaded.to(device), known, _place(model, checkpoint, vae, loras)
+        self._model, self._loaded = loaded.to(device), known
 
 
 def _place(model: str, checkpoint: str | None, vae: str | None, loras: list[str]) -> tuple:
     """What tells a base model from another, however its files are named."""
-    return *(
-        str(Path(name).resolve()) if name and Path(name).exists() else name for name in (model, checkpoint, vae)
-    ), *loras
+    given = (find(name) if name else None for name in (model, checkpoint, vae))
+    return *(str(path.resolve()) if path and path.exists() else str(path) for path in given), *loras

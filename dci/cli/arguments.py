@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from dci.files import read_prompts
 from dci.samples.image_metadata import PRECISIONS
 from ldm.errors import UserError, reported_in_one_line
 from ldm.shipped import find
@@ -21,7 +22,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         # Not argparse's own idea of it, which tells `python -m dci` apart from `dci`.
-        super().__init__(**{"prog": Path(sys.argv[0]).name, **options})
+        described = re.sub(r"python scripts/\w+\.py", "%(prog)s", options.pop("description", ""))
+        super().__init__(**{"prog": Path(sys.argv[0]).name, "description": described, **options})
         # argparse takes -2 for a value but -1e6 for an unknown option.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
@@ -64,9 +66,11 @@ _OPTIONS = {
     **{name: name.replace("_", "-") for name in (
         "agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights", "auxiliary_noun",
         "steps", "scale", "eta", "solver", "spacing", "seed", "zero_terminal_snr", "vae_tile", "vae_batch", "init_image",
-        "mask", "strength", "batch_size", "model", "checkpoint", "original_size", "crop", "clip")},
+        "mask", "strength", "batch_size", "model", "checkpoint", "vae", "ema", "original_size", "crop", "clip", "shard",
+        "concept", "class_noun", "trigger", "strength_concept", "rank", "energy", "bundle")},
+    "loras": "lora", "which": "weights", "words": "name", "as_folder": "folder", "most_megabytes": "max-mb",
 }  # fmt: skip
-"""Options of the sampling programs, by their names in Python."""
+"""Options of the programs, by their names in Python."""
 
 
 def as_options(message: str) -> str:
@@ -75,7 +79,9 @@ def as_options(message: str) -> str:
     The library writes `name value: ...` at the beginning, and `name=` where it says what to give.
     """
     names = "|".join(sorted(_OPTIONS, key=len, reverse=True))
-    message = re.sub(rf"^((?:note: |warning: )?)({names})(?= \S+: |: )", lambda m: f"{m[1]}--{_OPTIONS[m[2]]}", message)
+    message = re.sub(
+        rf"^((?:note: |warning: )?)({names})(?= \S+: |: | '[^']*': )", lambda m: f"{m[1]}--{_OPTIONS[m[2]]}", message
+    )
     return re.sub(rf"(?<![\w.-])({names})=(?=[\s,;:)]|$)", lambda m: f"--{_OPTIONS[m[1]]}", message)
 
 
@@ -245,12 +251,4 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
         raise UserError("give either --prompt TEXT or --from-file FILE, and not both")
     if args.prompt is not None:
         return [args.prompt]
-    try:
-        # Not splitlines: a prompt may hold characters that it would split at, such as U+2028.
-        lines = find(args.from_file).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--from-file {args.from_file} is not UTF-8 text: expected a prompt in each line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--from-file {args.from_file} holds no prompts: expected one in each line")
-    return prompts
+    return read_prompts(find(args.from_file), f"--from-file {args.from_file}")

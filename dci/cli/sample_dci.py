@@ -32,7 +32,7 @@ def main() -> None:
     check_sharing(args)
     texts = prompts_of(args)
 
-    from dci.concept.loras import add_loras, on_loras
+    from dci.concept.loras import add_trained_loras, on_loras
     from dci.concept.prompts import parse_prompt
     from dci.dual_branch.recorder import BranchRecorder
     from dci.dual_branch.sampling import Observers
@@ -46,7 +46,7 @@ def main() -> None:
     base, checkpoint = base_model(args, concept.config)
     args.vae = base_vae(args, concept.config)
     model = load_base(args, base, checkpoint)
-    add_loras(model, concept.config.get("loras") or [])
+    add_trained_loras(model, concept, args.lora)
     model_hash = fingerprint(model)
     concept = on_loras(concept, model, args.lora, args.strength_concept)
     model.to(pick_device(args.device))

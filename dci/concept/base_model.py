@@ -1,10 +1,10 @@
 """The base model that a concept was trained on, as far as its file leads there."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ldm.formats.hub import is_hub_id
+from ldm.shipped import find
 
 
 def trained_base(config: Mapping[str, Any], checkpoint: str | None, embedded: str) -> tuple[str, str | None]:
@@ -16,6 +16,6 @@ def trained_base(config: Mapping[str, Any], checkpoint: str | None, embedded: st
         embedded: the model where neither leads anywhere.
     """
     own = config.get("model")
-    if isinstance(own, str) and (Path(own).exists() or is_hub_id(own)):
+    if isinstance(own, str) and (find(own).exists() or is_hub_id(own)):
         return own, checkpoint or config.get("checkpoint")
     return (checkpoint, None) if checkpoint else (embedded, None)

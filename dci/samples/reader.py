@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from ldm.errors import UserError
 from ldm.images import is_image, list_images, report_not_used
+from ldm.shipped import find
 
 RECORD = "prompts.json"
 _NAMES = ("file", "file_name", "filename", "image", "name", "path")  # in lists of metadata
@@ -42,7 +43,7 @@ def read_samples(folder: str | Path, class_nouns: Sequence[str] = ()) -> list[Sa
     Raises:
         UserError: the folder, its images or `prompts.json` are missing or broken, or an image has no prompt.
     """
-    folder = Path(folder)
+    folder = find(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give one that holds samples/ and {RECORD}")
     images = folder / "samples" if (folder / "samples").is_dir() else folder
@@ -71,7 +72,7 @@ def report_unused(folder: str | Path, used: Iterable[Path], report: Callable[[st
         folder: see `read_samples`.
         used: its images.
     """
-    folder, used = Path(folder), list(used)
+    folder, used = find(folder), list(used)
     inside = folder / "samples"
     if inside.is_dir():
         report_not_used(inside, used, report)
@@ -85,7 +86,7 @@ def read_record(folder: str | Path) -> dict | list:
     Raises:
         UserError: it is missing, or holds something else than a dictionary or a list.
     """
-    file = Path(folder) / RECORD
+    file = find(folder) / RECORD
     if not file.is_file():
         raise UserError(f'no {file}: expected the images\' prompts, {{"00000": "photo of a <new1> cat", ...}}')
     content = file.read_bytes()

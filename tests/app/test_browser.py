@@ -26,6 +26,12 @@ DEMOS = sorted(file.stem for file in (ROOT / "data/demo").glob("*.safetensors"))
 CAT = sorted(str(file) for file in (ROOT / "data/concepts/cat").glob("*.png"))
 
 
+def arguments(line):
+    """The arguments of a printed command, whichever way the program is started."""
+    words = shlex.split(line)
+    return words[words.index("--concept") :]
+
+
 @pytest.fixture(scope="module")
 def logdir(tmp_path_factory):
     return tmp_path_factory.mktemp("served") / "logs"
@@ -91,7 +97,7 @@ def test_each_demo_concept_draws_what_the_printed_command_does(visit, name, tmp_
         monkeypatch.chdir(ROOT)
         for side, box in (("dci", "command"), ("plain", "command-plain")):
             line = visit.page.locator(f"#{box} textarea").input_value()
-            run_main("sample_dci.py", *shlex.split(line)[2:], "--outdir", tmp_path / side)
+            run_main("sample_dci.py", *arguments(line), "--outdir", tmp_path / side)
             [made] = (tmp_path / side / "samples").glob("*.png")
             assert visit.files()[f"{side}-seed0-00000.png"] == made.read_bytes()
 

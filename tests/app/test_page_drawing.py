@@ -21,6 +21,12 @@ def wanted(agg_time=0.5, n=2, steps=4, noun="kitten"):
     return Wanted.of(PROMPT, agg_time, 1.0, noun, 3, steps, "ddim", 5, n)
 
 
+def arguments(line):
+    """The arguments of a printed command, whichever way the program is started."""
+    words = shlex.split(line)
+    return words[words.index("--concept") :]
+
+
 @pytest.fixture(scope="module")
 def entry(studio, concept_file):
     from dci.app.shelf import Shelf
@@ -43,7 +49,7 @@ def drawn(ready, entry):
 def test_the_files_are_those_of_the_printed_command_byte_for_byte(drawn, entry, side, tmp_path, monkeypatch):
     line = command(wanted(), entry, Weights(), dci=side == "dci")
     monkeypatch.chdir(ROOT)
-    run_main("sample_dci.py", *shlex.split(line)[2:], "--outdir", tmp_path)
+    run_main("sample_dci.py", *arguments(line), "--outdir", tmp_path)
     written = [file.read_bytes() for file in sorted((tmp_path / "samples").glob("*.png"))]
     assert written == drawn.sides[side].files and len(written) == 2
 

@@ -28,6 +28,7 @@ class CompareTab:
     def __init__(self, studio: Studio, shelf: Shelf, encoders: tuple[str, str]):
         self.studio, self.shelf, self.running = studio, shelf, Running()
         self.judges = functools.lru_cache(maxsize=1)(lambda model: Judges.load(encoders, model, studio.weights.device))
+        self.pressed = gr.Number(visible=False)  # the browser sends along which press it was
         choices = shelf.choices()
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
@@ -50,19 +51,35 @@ class CompareTab:
     def connect(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
         outputs = [self.progress, self.sheet, self.plane, self.press, self.cancel]
-        inputs = [self.concept, self.prompt, self.times, self.lambdas, self.steps, self.seed]
-        event = self.press.click(waits, outputs=[self.progress, self.cancel], **at_once())
-        sampling = event.then(self._compare, inputs, outputs, **private(concurrency_id="sampling", concurrency_limit=1))
+        inputs = [self.pressed, self.concept, self.prompt, self.times, self.lambdas, self.steps, self.seed]
+        waiting = [self.pressed, self.progress, self.cancel]
+        event = self.press.click(lambda: waits(self.running), outputs=waiting, **at_once())
+        queue = {"concurrency_id": "sampling", "concurrency_limit": 1, "trigger_mode": "multiple"}
+        event.then(self._compare, inputs, outputs, **private(**queue))
         stopping = [self.progress, self.press, self.cancel]
-        self.cancel.click(self._cancel, outputs=stopping, cancels=[sampling], **at_once())
+        self.cancel.click(self._cancel, outputs=stopping, **at_once())
         blocks.load(self._refresh, self.concept, self.concept, **at_once())
         blocks.unload(self._leave)
 
     def _compare(
-        self, request: gr.Request, key: str, prompt: str, times: str, lambdas: str, steps: Any, seed: Any
+        self,
+        request: gr.Request,
+        press: float | None,
+        key: str,
+        prompt: str,
+        times: str,
+        lambdas: str,
+        steps: Any,
+        seed: Any,
     ) -> Iterator[tuple]:
         client = str(request.session_hash)
-        stop = self.running.begin(client)
+
+        def stopped() -> bool:
+            return self.running.stopped(client, press)
+
+        if stopped():  # while it waited
+            yield (gr.skip(),) * 5
+            return
         idle = gr.update(interactive=True), gr.update(interactive=False)
         try:
             axes = values(times, "T_a", 0, 1), values(lambdas, "lambda", -5, 5)
@@ -72,7 +89,7 @@ class CompareTab:
             entry = self.shelf.find(key)
             ready = self.studio.use(f"{entry.file} {self.shelf.stamp(entry)}", self.shelf.load(entry))
             grid = None
-            for grid in sample_grid(ready, wanted, *axes, stop.is_set):
+            for grid in sample_grid(ready, wanted, *axes, stopped):
                 bar = markup.progress(grid.done, grid.calls, f"{len(grid.images)} of {len(axes[0]) * len(axes[1])} images")
                 yield bar, show(grid), "", gr.update(interactive=False), gr.update(interactive=True)
             if grid is None or not grid.finished:
@@ -88,8 +105,6 @@ class CompareTab:
             yield markup.error(str(error)), gr.skip(), "", *idle
         except (OSError, RuntimeError, ValueError, MemoryError) as error:  # a full disk, a device without memory
             yield markup.error(failed(error)), gr.skip(), "", *idle
-        finally:
-            self.running.end(client, stop)
 
     def _plane(self, grid: Grid, wanted: Wanted, ready: Any) -> str:
         try:

@@ -1,6 +1,8 @@
 """The Draw tab: a concept, a prompt, and what plain sampling and DCI make of them."""
 
+import itertools
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -38,30 +40,30 @@ _TO_RESULTS = """
 
 
 class Running:
-    """Which clients are drawing, so that they can be stopped."""
+    """Who does not want any more what was asked for: presses of a button have rising numbers, and so has giving up.
 
-    def __init__(self):
-        self._lock, self._stops = threading.Lock(), dict[str, threading.Event]()
+    Gradio's own way ends whatever the same client has running by the time that it gets there, the next press included.
+    """
 
-    def begin(self, client: str) -> threading.Event:
-        """Note that a client draws; the event says when to stop."""
+    def __init__(self, most: int = 256):
+        self._most, self._numbers, self._lock = most, itertools.count(1), threading.Lock()
+        self._given_up = OrderedDict[str, int]()
+
+    def press(self) -> int:
+        """Return the number of a press."""
+        return next(self._numbers)
+
+    def stop(self, client: str) -> None:
+        """Note that a client gives up what it has pressed so far."""
         with self._lock:
-            self._stops[client] = threading.Event()
-            return self._stops[client]
+            self._given_up[client] = next(self._numbers)
+            self._given_up.move_to_end(client)
+            while len(self._given_up) > self._most:
+                self._given_up.popitem(last=False)
 
-    def end(self, client: str, event: threading.Event) -> None:
-        """Note that it does not any more."""
-        with self._lock:
-            if self._stops.get(client) is event:
-                del self._stops[client]
-
-    def stop(self, client: str) -> bool:
-        """Ask a client's drawing to stop; False where there is none."""
-        with self._lock:
-            event = self._stops.get(client)
-        if event is not None:
-            event.set()
-        return event is not None
+    def stopped(self, client: str, press: float | None) -> bool:
+        """Whether a client has given up since a press."""
+        return press is not None and press < self._given_up.get(client, 0)
 
 
 class DrawTab:
@@ -72,6 +74,7 @@ class DrawTab:
         self.drawings, self.running = Drawings(), Running()
         self.uploads, self.drawn = gr.State([]), gr.State(None)  # keys of a client's uploads, and of its last drawing
         self.number = gr.State(0)  # of the image that is looked into
+        self.pressed = gr.Number(visible=False)  # the browser sends along which press it was
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self._concept()
@@ -160,14 +163,15 @@ class DrawTab:
         )
         outputs = [self.progress, self.images, self.viewer, self.how, self.command, self.plain, self.python, self.drawn]
         outputs += [self.press, self.cancel]
-        event = self.press.click(waits, outputs=[self.progress, self.cancel], js=_TO_RESULTS, **at_once())
-        drawing = event.then(
+        waiting = [self.pressed, self.progress, self.cancel]
+        event = self.press.click(lambda: waits(self.running), outputs=waiting, js=_TO_RESULTS, **at_once())
+        event.then(
             self._draw,
-            [self.concept, self.drawn, *self.fields],
+            [self.pressed, self.concept, self.drawn, *self.fields],
             outputs,
-            **private(concurrency_id="sampling", concurrency_limit=1),
+            **private(concurrency_id="sampling", concurrency_limit=1, trigger_mode="multiple"),
         )
-        self.cancel.click(self._cancel, outputs=[self.progress, self.press, self.cancel], cancels=[drawing], **at_once())
+        self.cancel.click(self._cancel, outputs=[self.progress, self.press, self.cancel], **at_once())
         looking = [self.drawn, self.number, self.step, self.layer]
         self.images.select(self._pick, self.drawn, [self.number, self.viewer, self.step, self.layer, self.seen], **at_once())
         for slider in (self.step, self.layer):
@@ -233,14 +237,20 @@ class DrawTab:
             self._reading(entry.key, prompt, ""),
         )
 
-    def _draw(self, request: gr.Request, key: str, before: str | None, *fields: Any) -> Iterator[tuple]:
+    def _draw(self, request: gr.Request, press: float | None, key: str, before: str | None, *fields: Any) -> Iterator[tuple]:
         client = str(request.session_hash)
-        stop = self.running.begin(client)
+
+        def stopped() -> bool:
+            return self.running.stopped(client, press)
+
+        if stopped():  # while it waited
+            yield (gr.skip(),) * 10
+            return
         try:
             wanted = Wanted.of(*fields)
             entry = self.shelf.find(key)
             ready = self.studio.use(f"{entry.file} {self.shelf.stamp(entry)}", self.shelf.load(entry))
-            for drawing in draw(ready, entry, wanted, stop.is_set):
+            for drawing in draw(ready, entry, wanted, stopped):
                 if not drawing.finished:
                     yield self._partly(drawing)
                     continue
@@ -256,8 +266,6 @@ class DrawTab:
             yield (markup.error(str(error)), *[gr.skip()] * 7, *_idle())
         except (OSError, RuntimeError, ValueError, MemoryError) as error:  # a full disk, a device without memory
             yield (markup.error(failed(error)), *[gr.skip()] * 7, *_idle())
-        finally:
-            self.running.end(client, stop)
 
     def _partly(self, drawing: Drawing) -> tuple:
         bar = markup.progress(drawing.done, drawing.calls, f"Step {drawing.done // 2} of {drawing.calls // 2}")
@@ -297,9 +305,10 @@ class DrawTab:
             return markup.error(str(error))
 
 
-def waits() -> tuple[str, Any]:
+def waits(running: Running) -> tuple[int, str, Any]:
     """What the page says until a client's turn comes, and that it may give up waiting."""
-    return markup.note("Waiting for its turn; one client samples at a time, and few may wait."), gr.update(interactive=True)
+    text = "Waiting for its turn; one client samples at a time, and few may wait."
+    return running.press(), markup.note(text), gr.update(interactive=True)
 
 
 def failed(error: BaseException) -> str:

@@ -337,8 +337,8 @@ def test_an_upload_stays_in_its_folder_whatever_its_name(served):
 
 def test_twenty_clients_press_draw_and_the_queue_holds(served, config):
     server, address = served
-    [number] = [d["id"] for d in config["dependencies"] if d["outputs"] and len(d["inputs"]) == 11]
-    data = [f"demo:{DEMOS[0]}", None, "a V* on the beach", 0.3, 0, "", 6, 2, "ddim", 0, 1]
+    [number] = [d["id"] for d in config["dependencies"] if d["outputs"] and len(d["inputs"]) == 12]
+    data = [None, f"demo:{DEMOS[0]}", None, "a V* on the beach", 0.3, 0, "", 6, 2, "ddim", 0, 1]
     press(address, "warm", number, data)
     answers(address, "warm")
     before = memory(server.pid)

@@ -160,3 +160,17 @@ def test_closing_the_server_leaves_a_checkpoint(jobs):
     jobs.close()
     assert (job.state, job.process.returncode) == ("stopped", 143)
     assert Path(job.folder, "checkpoints/step-000001.ckpt").exists()
+
+
+def test_giving_up_ends_what_was_pressed_before_and_nothing_after():
+    from dci.app.draw_tab import Running
+
+    running = Running(most=2)
+    first, second = running.press(), running.press()
+    running.stop("me")
+    third = running.press()
+    assert [running.stopped("me", press) for press in (first, second, third, None)] == [True, True, False, False]
+    assert not running.stopped("somebody else", first)
+    for name in "abc":
+        running.stop(name)
+    assert not running.stopped("me", first)  # so many clients are remembered, and no more

@@ -1,14 +1,17 @@
 """Suites: from a configuration or a data set's folder to cells, an estimate, and a report."""
 
 import json
+import os
+import sys
 
 import pytest
 import torch
 import yaml
-from helpers import ROOT, refused, run_here, run_main
+from helpers import ROOT, as_a_program, refused, run_here, run_main
 from test_benchmarks import concepts, dreambench  # noqa: F401
 
 from dci.evaluation.scores import ImageScore, RunScores, Scores, summarize
+from dci.experiments import cell, runner
 from dci.experiments import cost as costs
 from dci.experiments.comparison import verdict
 from dci.experiments.cost import cost, describe, estimate
@@ -169,8 +172,32 @@ def test_a_verdict_follows_the_paired_differences():
     assert "no difference shown" in verdict(plain, plain)
 
 
+class Fork:
+    """A stage in a fork of this process, which spares the imports; as much of a Popen as a worker needs."""
+
+    def __init__(self, command, stdout, env, **_):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ |= env
+            os._exit(as_a_program(lambda: cell.main(list(command[-2:])), ROOT, stdout.fileno(), stdout.fileno()))
+
+    def wait(self):
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
+@pytest.fixture
+def scoring_forked(monkeypatch):
+    """Training is a process as the worker starts it; scoring, of which there is more, begins with this one's imports."""
+    if sys.platform == "linux":
+        popen = runner.subprocess.Popen
+        start = lambda command, **options: (Fork if "score" in command else popen)(command, **options)  # noqa: E731
+        monkeypatch.setattr(runner.subprocess, "Popen", start)
+
+
 @pytest.mark.slow
-def test_a_suite_from_training_to_report(dreambench, tmp_path, capfd):  # noqa: F811
+def test_a_suite_from_training_to_report(dreambench, scoring_forked, tmp_path, capfd):  # noqa: F811
     """From the published folder; repeated, nothing is done again."""
     from PIL import Image
 

@@ -69,8 +69,9 @@ def list_images(folder: str | Path) -> list[Path]:
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file has an image's name, of an unsupported format too, and is not hidden."""
-    return file.suffix.lower() in EXTENSIONS + UNSUPPORTED and not file.name.startswith(".") and not file.is_dir()
+    """Whether a file has an image's name, of an unsupported format too, and is not hidden; no folder, no pipe."""
+    named = file.suffix.lower() in EXTENSIONS + UNSUPPORTED and not file.name.startswith(".")
+    return named and (file.is_file() or not file.exists())
 
 
 def not_used(folder: str | Path, used: Iterable[str | Path]) -> str:

@@ -16,7 +16,7 @@ from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval
 from dci.evaluation.encoders import INCEPTION, TINY, Encoder, inception_file, load_encoder
 from dci.evaluation.feature_cache import FeatureStore
 from dci.evaluation.scores import ImageScore, Scores, columns, resampled, summarize
-from dci.samples.reader import SampledImage, concept_files, read_samples, report_unused
+from dci.samples.reader import SampledImage, concept_files, read_samples, report_content
 from ldm.errors import UserError
 from ldm.images import list_images, report_not_used
 from ldm.pretraining.scenes import PLACES
@@ -109,7 +109,7 @@ def evaluate_folder(
     folders = [references] if isinstance(references, (str, Path)) else list(references)
     groups = [_references(one, report) for one in folders]
     files = [sample.file for sample in samples]
-    report_unused(folder, files, report)
+    report_content(folder, files, report)
     real = _real_images(regularization, report)
     store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
 
@@ -217,5 +217,5 @@ def _real_images(folder: str | Path | None, report: Callable[[str], None]) -> li
         return files
     own = folder / "samples"
     files = list_images(own if own.is_dir() else folder)
-    report_unused(folder, files, report)
+    report_content(folder, files, report)
     return files

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dci.experiments.sampling import SamplingConfig, dual_settings, strength_of
+from dci.experiments.sampling import SamplingConfig, dual_settings, solver_settings, strength_of
 from dci.files import content_hash, file_hash
 from ldm.errors import UserError, reported_in_one_line
 
@@ -216,10 +216,6 @@ def _noun(options: SamplingConfig, model, concept, prompts: list[str]) -> str | 
     return scores[0].noun
 
 
-_SAMPLING = ("steps", "scale", "eta", "solver", "spacing", "zero_terminal_snr", "height", "width", "vae_tile", "vae_batch",
-             "seed")  # fmt: skip
-
-
 def _request(options: SamplingConfig, prompts: list[str], noun: str | None):
     """Return what a point is to be sampled with, as the pipeline takes it."""
     from dci.pipeline import Request
@@ -228,8 +224,7 @@ def _request(options: SamplingConfig, prompts: list[str], noun: str | None):
 
     image = read_image(options.init_image) if options.init_image else None
     mask = read_mask(options.mask, image, options.init_image) if options.mask else None
-    settings = {name: getattr(options, name) for name in _SAMPLING} | dual_settings(vars(options))
-    settings |= {name: tuple(sides) for name in ("original_size", "crop") if (sides := getattr(options, name))}
+    settings = solver_settings(options) | dual_settings(vars(options))
     return Request(prompts, options.n_samples, dci=not options.no_dci, negative=options.negative_prompt, auxiliary_noun=noun,
                    init_image=image, mask=mask, strength=options.strength, batch_size=options.batch_size,
                    settings=settings)  # fmt: skip

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from dci.experiments.sampling import SamplingConfig, anchor, check_auto_noun, check_sampling, contents, varies
+from dci.experiments.cell import read_prompts
+from dci.experiments.sampling import (
+    SamplingConfig,
+    anchor,
+    check_auto_noun,
+    check_on_model,
+    check_prompts,
+    check_sampling,
+    contents,
+    varies,
+)
 from dci.files import file_hash
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
 from ldm import config as configuration
@@ -101,6 +111,7 @@ class Training:
     command: tuple[str, ...]  # begins the run, and goes on with it
     task: dict[str, Any]  # what it is to do: config, options, logdir, device
     recipe: dict[str, Any]  # what its result depends on
+    names: tuple[Any, ...]  # what prompts call the concepts, `dci.concept.modifier_tokens.ConceptName`
 
     @property
     def concept_file(self) -> Path:
@@ -174,9 +185,12 @@ def grid_points(config: GridConfig) -> list[GridPoint]:
     evaluation = _filled(EvaluationConfig, config.evaluation, "evaluation")
     points, read = [], functools.cache(_training_config)  # a file and its options are read once, not for each concept
     settings = [_checked_setting(config, setting) for setting in config.settings]
+    check = functools.cache(lambda i, *place: _check_point(settings[i], *place))  # once for all seeds
     for place in itertools.product(config.concepts, config.methods, config.seeds):
         training = _training(config, *place, read)
-        points += [_point(config, *place, training, setting, evaluation) for setting in settings]
+        for i, setting in enumerate(settings):
+            check(i, training.recipe["training"]["model"], place[0].prompts, training.names)
+            points.append(_point(config, *place, training, setting, evaluation))
     return points
 
 
@@ -207,6 +221,8 @@ def _training_config(file: str, options: tuple[str, ...], concepts: int) -> Fine
 
 
 def _training(config: GridConfig, concept: GridConcept, method: MethodEntry, seed: int, read: Callable) -> Training:
+    from dci.concept.modifier_tokens import ConceptName, modifier_names
+    from dci.finetuning.config import concepts_of
     from dci.finetuning.config_files import check
     from dci.finetuning.run_folder import what_a_run_keeps
 
@@ -221,7 +237,9 @@ def _training(config: GridConfig, concept: GridConcept, method: MethodEntry, see
     folder = grid_folder(config) / "trainings" / name
     task = {"config": method.config, "options": options, "logdir": str(folder), "device": config.device}
     recipe = {"training": what_a_run_keeps(resolved), "threads": config.threads}
-    return Training(name, folder, _command("train", task), task, recipe)
+    tokens = modifier_names([len(entry.initial_words) for entry in concepts_of(resolved)])
+    names = tuple(ConceptName(own, e.class_noun) for own, e in zip(tokens, concepts_of(resolved), strict=True))
+    return Training(name, folder, _command("train", task), task, recipe, names)
 
 
 class _Setting(NamedTuple):
@@ -246,6 +264,13 @@ def _checked_setting(config: GridConfig, setting: SettingEntry) -> _Setting:
     return found._replace(files=contents(options))
 
 
+def _check_point(setting: _Setting, model: str, prompts: str, names: tuple[Any, ...]) -> None:
+    """Raise UserError for what a point could not be sampled with once it is trained."""
+    check_auto_noun(setting.options, model, len(names), setting.source)
+    check_on_model(setting.options, model, setting.source)
+    check_prompts(setting.options, read_prompts(prompts), names, setting.source)
+
+
 def _point(
     config: GridConfig,
     concept: GridConcept,
@@ -256,7 +281,6 @@ def _point(
     evaluation: EvaluationConfig,
 ) -> GridPoint:
     folder = grid_folder(config) / "cells" / training.name / setting.name
-    check_auto_noun(setting.options, training.recipe["training"]["model"], len(concept.concepts), setting.source)
     sampling = dataclasses.asdict(setting.options) | ({} if setting.seeded else {"seed": seed})
     task = {
         "place": {"concept": concept.name, "method": method.name, "seed": seed, "setting": setting.name},

@@ -185,11 +185,15 @@ def grid_points(config: GridConfig) -> list[GridPoint]:
     evaluation = _filled(EvaluationConfig, config.evaluation, "evaluation")
     points, read = [], functools.cache(_training_config)  # a file and its options are read once, not for each concept
     settings = [_checked_setting(config, setting) for setting in config.settings]
-    check = functools.cache(lambda i, *place: _check_point(settings[i], *place))  # once for all seeds
+    # Once for all seeds, and a model once for all concepts.
+    check_model = functools.cache(lambda i, model: check_on_model(settings[i].options, model, settings[i].source))
+    check_texts = functools.cache(lambda i, file, names: _check_texts(settings[i], file, names))
     for place in itertools.product(config.concepts, config.methods, config.seeds):
         training = _training(config, *place, read)
         for i, setting in enumerate(settings):
-            check(i, training.recipe["training"]["model"], place[0].prompts, training.names)
+            check_model(i, training.recipe["training"]["model"])
+            check_texts(i, place[0].prompts, training.names)
+            check_auto_noun(setting.options, training.recipe["training"]["model"], len(training.names), setting.source)
             points.append(_point(config, *place, training, setting, evaluation))
     return points
 
@@ -264,11 +268,8 @@ def _checked_setting(config: GridConfig, setting: SettingEntry) -> _Setting:
     return found._replace(files=contents(options))
 
 
-def _check_point(setting: _Setting, model: str, prompts: str, names: tuple[Any, ...]) -> None:
-    """Raise UserError for what a point could not be sampled with once it is trained."""
-    check_auto_noun(setting.options, model, len(names), setting.source)
-    check_on_model(setting.options, model, setting.source)
-    check_prompts(setting.options, read_prompts(prompts), names, setting.source)
+def _check_texts(setting: _Setting, file: str, names: tuple[Any, ...]) -> None:
+    check_prompts(setting.options, read_prompts(file), names, setting.source)
 
 
 def _point(

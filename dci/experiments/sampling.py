@@ -123,6 +123,8 @@ def anchor(options: dict[str, Any], root: Path, source: str) -> dict[str, Any]:
     def whole(value: Any, change: Any) -> Any:
         if isinstance(value, list):
             return [whole(entry, change) for entry in value]
+        if value == "":
+            raise UserError(f"{source}: a file's name is empty: give it, or leave the option out")
         return change(value) if isinstance(value, str) else value
 
     for name in _WEIGHTS:

@@ -1,6 +1,7 @@
 """Suites: from a configuration or a data set's folder to cells, an estimate, and a report."""
 
 import json
+import multiprocessing
 import os
 import sys
 
@@ -191,7 +192,8 @@ class Fork:
 def scoring_forked(monkeypatch):
     """Training is a process as the worker starts it; scoring, of which there is more, begins with this one's imports."""
     if sys.platform == "linux":
-        popen = runner.subprocess.Popen
+        popen, context = runner.subprocess.Popen, multiprocessing.get_context
+        monkeypatch.setattr(multiprocessing, "get_context", lambda _: context("fork"))  # of workers, which see the other
         start = lambda command, **options: (Fork if "score" in command else popen)(command, **options)  # noqa: E731
         monkeypatch.setattr(runner.subprocess, "Popen", start)
 

@@ -172,6 +172,8 @@ def test_lists_of_values_and_values_that_are_lists(files, tmp_path):
         ("sampling={init_image: none.png}", "none.png: no such file"),
         ("sampling={vae: none.safetensors}", "none.safetensors: no such file"),
         ("sampling={loras: [none.safetensors:0.5]}", "no LoRA"),
+        ("sampling={loras: ['']}", "sampling: a file's name is empty"),
+        ("sampling={vae: ''}", "sampling: a file's name is empty"),
         ("sampling={strength_concept: 2}", "a concept's strength of 2: expected 0"),
         ("sampling={seeds: '0-3'}", "sampling: seeds is no option of a grid's sampling: they are the grid's"),
         ("settings=[{name: a, sampling: {outdir: here}}]", "sampling of 'a': outdir is no option of a grid's sampling"),

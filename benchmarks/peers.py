@@ -151,8 +151,12 @@ def transformers_text(config: TextEncoderConfig, vocabulary: int | None = None) 
     )
 
 
-def diffusers_scheduler():
-    """Return diffusers' DDIM as Stable Diffusion is sampled with."""
+def diffusers_scheduler(**options):
+    """Return diffusers' DDIM as Stable Diffusion is sampled with.
+
+    Args:
+        options: further ones, such as prediction_type.
+    """
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
@@ -162,4 +166,5 @@ def diffusers_scheduler():
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        **options,
     )

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside, flushed to the disk, renamed. And locks on folders."""
+"""Files that are whole or not there: written beside, flushed, renamed; locks on folders; lists of prompts."""
 
 import hashlib
 import itertools
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import filelock
+
+from ldm.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,3 +93,23 @@ def safetensors_bytes(tensors: "dict[str, Tensor]", metadata: dict[str, str]) ->
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text + content[end:]
+
+
+def read_prompts(file: str | Path, name: str | None = None) -> list[str]:
+    """Return the prompts of a UTF-8 file, one in each line; blank lines do not count.
+
+    Args:
+        name: of the file in messages; None: its path.
+
+    Raises:
+        UserError: there are none, or it is not UTF-8.
+    """
+    try:
+        # Not splitlines: a prompt may hold characters that it would split at, such as U+2028.
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name or file} is not UTF-8 text: expected a prompt in each line") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{name or file} holds no prompts: expected one in each line")
+    return prompts

@@ -8,7 +8,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, learned_concept
 
 
 def pytest_addoption(parser):
@@ -54,18 +54,8 @@ def finetuned(tiny_base):
     """A model with a concept that differs from its base, and the concept."""
     import copy
 
-    from dci.finetuning.config import ConceptConfig, FinetuneConfig
-    from dci.finetuning.module import ICOTraining
-
     model = copy.deepcopy(tiny_base)
-    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="cat")), images=1)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    concept = module.concept()
-    model.requires_grad_(False)
-    return model, concept
+    return model, learned_concept(model, "cat", 0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import diffusers
 import torch
+from helpers import learned_concept
 from tiny_models import make, small_v1, small_v2
 from transformers import CLIPTokenizer
 
 from dci.concept.concept_file import Concept
 from dci.diffusers import DCIPipeline
-from dci.finetuning.config import ConceptConfig, FinetuneConfig
-from dci.finetuning.module import ICOTraining
 from ldm.checkpoint import load_weights
 from ldm.diffusion import LatentDiffusion
 from ldm.formats.diffusers_export import write_tokenizer
@@ -67,12 +66,7 @@ class World:
 def learned(model):
     """A concept that differs from its base, and the model with it applied."""
     model = copy.deepcopy(model)
-    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), images=1)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return module.concept(), model.requires_grad_(False)
+    return learned_concept(model, "dog", 0.05), model
 
 
 def save(theirs, tokenizer, folder):

@@ -17,6 +17,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork, signals, a shell or symbolic links")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -114,3 +116,20 @@ def sample_images(model, concept, prompts, indices, options, dual=None, callback
     from dci.dual_branch.sampling import Observers, SampleRequest, sample
 
     return sample(model, concept, SampleRequest(prompts, indices, options, dual, **more), Observers(callback, maps))
+
+
+def learned_concept(model, class_noun, change):
+    """A concept as a training leaves it, N(0, change^2) away from the model, which has it applied."""
+    import torch
+
+    from dci.finetuning.config import ConceptConfig, FinetuneConfig
+    from dci.finetuning.module import ICOTraining
+
+    module = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun=class_noun)), images=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data += change * torch.randn(parameter.shape, generator=generator)
+    concept = module.concept()
+    model.requires_grad_(False)
+    return concept

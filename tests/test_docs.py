@@ -16,6 +16,7 @@ from dci.cli.main import PROGRAMS
 from dci.finetuning.config_files import finetune_config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += sorted((ROOT / "data").glob("*/README.md"))
 FOREIGN = [
     "tensorboard",
     "git",
@@ -67,9 +68,11 @@ def test_the_readme_is_short():
 
 
 def commands(page):
-    """The commands of a page: lines of its bash blocks, and what it has as code within its text if that has arguments."""
+    """The commands of a page: lines of its blocks, and what it has as code within its text if that has arguments."""
     text = page.read_text(encoding="utf-8")
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    blocks = [content for language, content in blocks if language in ("", "bash", "sh")]
+    blocks += re.findall(r"^ {4}((?:dci|python|bash|sbatch|pip) .*)$", text, re.M)
     inline = re.findall(r"(?<!`)`([^`]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.S))
     ours = r"(?:\w+=\S+ )*(?:dci|python|bash|sbatch|pip) .*"
     lines = [" ".join(code.split()) for code in inline if re.fullmatch(ours, code, re.S)]

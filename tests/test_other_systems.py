@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ENVIRONMENT, ROOT
+from helpers import ENVIRONMENT, POSIX, ROOT
 
 from dci.experiments.cell import end_with_parent
 from dci.samples import file_locks
@@ -58,6 +58,7 @@ def test_every_module_imports_without_what_other_systems_lack(tmp_path):
 
 
 @pytest.mark.parametrize("system", ["fcntl", "none"])
+@POSIX
 def test_locks_are_exclusive_until_their_process_ends(tmp_path, monkeypatch, system):
     if system == "none":
         monkeypatch.setattr(file_locks, "fcntl", None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
@@ -16,7 +16,15 @@ from diffusers.loaders.single_file_utils import (
 from open_clip.transformer import TextTransformer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from benchmarks.peers import ROOT, diffusers_unet, diffusers_vae, empty, random_weight, transformers_text
+from benchmarks.peers import (
+    ROOT,
+    diffusers_scheduler,
+    diffusers_unet,
+    diffusers_vae,
+    empty,
+    random_weight,
+    transformers_text,
+)
 from ldm import config as configuration
 from ldm import tokenizer
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
@@ -183,15 +191,7 @@ def save_folder(theirs, folder, variant=None, shard="10GB", safe=True):
         options = {} if safe else {"safe_serialization": False}
         part.save_pretrained(folder / name, variant=variant, max_shard_size=shard, **options)
     kind = "v_prediction" if theirs.config.schedule.parameterization == "v" else "epsilon"
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=kind,
-    )
+    scheduler = diffusers_scheduler(prediction_type=kind)
     scheduler.save_pretrained(folder / "scheduler")
     (folder / "tokenizer").mkdir()
     tokens = {"pad_token": "!" if v2 else "<|endoftext|>"}

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from dci.files import read_prompts
 from ldm.errors import UserError, reported_in_one_line
 from ldm.shipped import find
 
@@ -248,12 +249,4 @@ def prompts_of(args: argparse.Namespace) -> list[str]:
         raise UserError("give either --prompt TEXT or --from-file FILE, and not both")
     if args.prompt is not None:
         return [args.prompt]
-    try:
-        # Not splitlines: a prompt may hold characters that it would split at, such as U+2028.
-        lines = find(args.from_file).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--from-file {args.from_file} is not UTF-8 text: expected a prompt in each line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--from-file {args.from_file} holds no prompts: expected one in each line")
-    return prompts
+    return read_prompts(find(args.from_file), f"--from-file {args.from_file}")

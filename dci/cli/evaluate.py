@@ -71,7 +71,7 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from dci.evaluation.evaluate import evaluate_folder, load_encoders
+    from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders
     from dci.evaluation.feature_cache import FeatureStore
     from dci.evaluation.report import TEXT, write_report
     from dci.evaluation.scores import RunScores
@@ -87,23 +87,19 @@ def main() -> None:
         printed[line] = None
 
     encoders = load_encoders(args.clip, args.instance, args.kid, pick_device(args.device))
+    scoring = Scoring(
+        args.regularization,
+        args.class_noun,
+        getattr(args, "clip_t_w2.5"),
+        args.batch_size,
+        args.resamples,
+        args.seed,
+    )
     store, runs = FeatureStore(args.cache or Path(args.out) / "features.sqlite"), []
     for name, folder in folders.items():
         with tqdm(desc=name, unit=" features") as bar:
-            scores = evaluate_folder(
-                folder,
-                args.references,
-                encoders,
-                regularization=args.regularization,
-                class_nouns=args.class_noun,
-                scaled_text_score=getattr(args, "clip_t_w2.5"),
-                cache=store,
-                batch_size=args.batch_size,
-                resamples=args.resamples,
-                seed=args.seed,
-                progress=bar.update,
-                report=report,
-            )
+            observers = ScoringObservers(bar.update, report)
+            scores = evaluate_folder(folder, args.references, encoders, scoring, store, observers)
         runs.append(RunScores(name, scores))
     page = write_report(args.out, runs, args.title)
     print((Path(args.out) / TEXT).read_text(encoding="utf-8"))

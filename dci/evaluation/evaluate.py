@@ -73,52 +73,60 @@ def recorded_references(folder: str | Path) -> list[Path]:
     return folders
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """Which scores a folder gets, and how they are computed."""
+
+    regularization: str | Path | None = None  # folder of real images of the class, for KID; None: no KID
+    class_nouns: Sequence[str] = ()  # see `read_samples`
+    scaled_text_score: bool = False  # add Custom Diffusion's 2.5 max(cos, 0) as `clip_t_w2.5`
+    batch_size: int = 32  # images that an encoder takes at a time
+    resamples: int = RESAMPLES  # of the bootstrap
+    seed: int = 0  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class ScoringObservers:
+    """What is called while a folder is scored."""
+
+    progress: Callable[[int], None] = lambda number: None  # gets how many more images an encoder has seen
+    report: Callable[[str], None] = print  # gets a line on what the folders hold besides the images that are used
+
+
 def evaluate_folder(
     folder: str | Path,
     references: str | Path | Sequence[str | Path] | None,
     encoders: Encoders,
-    *,
-    regularization: str | Path | None = None,
-    class_nouns: Sequence[str] = (),
-    scaled_text_score: bool = False,
+    scoring: Scoring | None = None,
     cache: str | Path | FeatureStore | None = None,
-    batch_size: int = 32,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-    progress: Callable[[int], None] = lambda number: None,
-    report: Callable[[str], None] = print,
+    observers: ScoringObservers | None = None,
 ) -> Scores:
     """Score the images of a folder in the layout of `dci.samples.reader`.
 
     Args:
         references: folder of the concept's images; of several concepts in one image a folder each, and
             the image scores are the mean over the concepts; None: as the concept file records.
-        regularization: folder of real images of the class, for KID; None: no KID.
-        class_nouns: see `read_samples`.
-        scaled_text_score: add Custom Diffusion's 2.5 max(cos, 0) as `clip_t_w2.5`.
         cache: file of features from earlier evaluations, or a store; None: nothing is kept.
-        resamples, seed: of the bootstrap.
-        progress: called with how many more images an encoder has seen.
-        report: called with a line on what the folders of samples, references and real images hold besides them.
 
     Raises:
         UserError: a folder or file is missing or cannot be used.
     """
-    samples = read_samples(folder, class_nouns)
+    scoring, observers = scoring or Scoring(), observers or ScoringObservers()
+    samples = read_samples(folder, scoring.class_nouns)
     references = recorded_references(folder) if references is None else references
     folders = [references] if isinstance(references, (str, Path)) else list(references)
-    groups = [_references(one, report) for one in folders]
+    groups = [_references(one, observers.report) for one in folders]
     files = [sample.file for sample in samples]
-    report_content(folder, files, report)
-    real = _real_images(regularization, report)
+    report_content(folder, files, observers.report)
+    real = _real_images(scoring.regularization, observers.report)
     store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
 
     def features(encoder: Encoder, files: Sequence[Path]) -> Tensor:
-        return store.features(encoder, files, batch_size, progress)
+        return store.features(encoder, files, scoring.batch_size, observers.progress)
 
     images = features(encoders.clip, files)
-    values = {metrics.CLIP_T: metrics.text_scores(images, _text_features(encoders.clip, samples, batch_size))}
-    if scaled_text_score:
+    values = {metrics.CLIP_T: metrics.text_scores(images, _text_features(encoders.clip, samples, scoring.batch_size))}
+    if scoring.scaled_text_score:
         values[metrics.CLIP_T_SCALED] = metrics.scaled_text_scores(values[metrics.CLIP_T])
     for name, encoder in ((metrics.CLIP_I, encoders.clip), (metrics.DINO_I, encoders.instance)):
         seen = features(encoder, files)
@@ -127,16 +135,16 @@ def evaluate_folder(
     if encoders.classifier:
         add_labels(rows, samples, encoders.classifier, features(encoders.classifier, files))
     rows = tuple(ImageScore(str(s.file), s.prompt, s.text, s.noise, row) for s, row in zip(samples, rows, strict=True))
-    summary, metadata = summarize(rows, resamples, seed), describe(folder, rows, groups, encoders, resamples, seed)
+    summary, metadata = summarize(rows, scoring.resamples, scoring.seed), describe(folder, rows, groups, encoders, scoring)
     if real:
         sets = (scale_for_kid(features(encoders.kid, part), encoders.kid) for part in (real, files))
-        summary[metrics.KID], metadata["kid"] = _kid(*sets, rows, resamples, seed)
-        metadata["kid"] |= {"features": encoders.kid.name, "regularization": str(regularization)}
+        summary[metrics.KID], metadata["kid"] = _kid(*sets, rows, scoring.resamples, scoring.seed)
+        metadata["kid"] |= {"features": encoders.kid.name, "regularization": str(scoring.regularization)}
     return Scores(rows, summary, metadata)
 
 
 def describe(
-    folder: str | Path, rows: Sequence[ImageScore], groups: list[list[Path]], encoders: Encoders, resamples: int, seed: int
+    folder: str | Path, rows: Sequence[ImageScore], groups: list[list[Path]], encoders: Encoders, scoring: Scoring
 ) -> dict:
     """Return what a report states about how scores were made."""
     return {
@@ -145,7 +153,7 @@ def describe(
         "references": [str(file) for group in groups for file in group],
         "encoders": {role: getattr(encoders, role).name for role in ("clip", "instance", "kid")},
         "preprocessing": {role: getattr(encoders, role).preprocessing for role in ("clip", "instance", "kid")},
-        "interval": {"level": LEVEL, "resamples": resamples, "seed": seed},
+        "interval": {"level": LEVEL, "resamples": scoring.resamples, "seed": scoring.seed},
         "resampled": resampled(rows),
     }
 

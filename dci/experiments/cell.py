@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from dci.experiments.sampling import SamplingConfig, dual_settings, solver_settings, strength_of
-from dci.files import content_hash, file_hash
-from ldm.errors import UserError, reported_in_one_line
+from dci.files import content_hash, file_hash, read_prompts
+from ldm.errors import reported_in_one_line
 
 _PR_SET_PDEATHSIG = 1
 
@@ -128,43 +128,26 @@ def sample(task: dict[str, Any]) -> None:
         sample_missing(folder, plan.batches(), sample_batch, lambda numbers, here: None)
 
 
-def read_prompts(file: str | Path) -> list[str]:
-    """Return the prompts of a UTF-8 file, one in each line.
-
-    Raises:
-        UserError: there are none, or it is no such file.
-    """
-    try:
-        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: expected a prompt in each line") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"{file} holds no prompts: expected one in each line")
-    return prompts
-
-
 def evaluate(task: dict[str, Any]):
     """Return the scores of a point's images."""
     options = task["evaluation"]
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
-    from dci.evaluation.evaluate import evaluate_folder, load_encoders
+    from dci.evaluation.evaluate import Scoring, evaluate_folder, load_encoders
     from ldm.runtime.acceleration import pick_device
 
-    return evaluate_folder(
-        task["folder"],
-        task["references"],
-        load_encoders(options["clip"], options["instance"], options["kid"], pick_device(task["device"])),
-        regularization=options["regularization"],
-        class_nouns=options["class_noun"],
-        scaled_text_score=options["scaled_text_score"],
-        cache=Path(task["folder"]) / "features.sqlite",
-        batch_size=options["batch_size"],
-        resamples=options["resamples"],
-        seed=options["seed"],
+    encoders = load_encoders(options["clip"], options["instance"], options["kid"], pick_device(task["device"]))
+    scoring = Scoring(
+        options["regularization"],
+        options["class_noun"],
+        options["scaled_text_score"],
+        options["batch_size"],
+        options["resamples"],
+        options["seed"],
     )
+    cache = Path(task["folder"]) / "features.sqlite"
+    return evaluate_folder(task["folder"], task["references"], encoders, scoring, cache)
 
 
 def _load_model(options: SamplingConfig, concept, device: str):

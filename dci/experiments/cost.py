@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dci.experiments.cell import read_prompts
 from dci.experiments.grid import GridPoint, Training
+from dci.files import read_prompts
 from dci.finetuning.config import FinetuneConfig
 from dci.finetuning.config_files import finetune_config
 from ldm.checkpoint import model_config

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from dci.experiments.cell import read_prompts
 from dci.experiments.sampling import (
     SamplingConfig,
     anchor,
@@ -24,7 +23,7 @@ from dci.experiments.sampling import (
     contents,
     varies,
 )
-from dci.files import file_hash
+from dci.files import file_hash, read_prompts
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
 from ldm import config as configuration
 from ldm.errors import UserError

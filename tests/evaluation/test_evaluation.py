@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT, refused, run_here, run_main
 from PIL import Image
 
-from dci.evaluation.evaluate import evaluate_folder, load_encoders, recorded_references
+from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders, recorded_references
 from dci.evaluation.plots import fidelity_editability_plane, inline_svg
 from dci.evaluation.report import write_report
 from dci.evaluation.scores import ImageScore, RunScores, Scores, summarize
@@ -211,7 +211,7 @@ def test_other_mistakes_are_one_line(tmp_path, capfd):
 def test_scores_are_those_of_the_encoders(encoders, tmp_path):
     record = {f"{i:05}": {"prompt": p, "seed": 5, "index": i // 2} for i, p in enumerate(PROMPTS)}
     folder = folder_of(tmp_path / "run", record)
-    scores = evaluate_folder(folder, REFERENCES, encoders, regularization=REFERENCES, scaled_text_score=True, resamples=99)
+    scores = evaluate_folder(folder, REFERENCES, encoders, Scoring(REFERENCES, scaled_text_score=True, resamples=99))
     files = sorted((folder / "samples").iterdir())
     images = torch.stack([to_tensor(read_image(file)) for file in files])
     references = torch.stack([to_tensor(read_image(file)) for file in sorted(REFERENCES.glob("*.png"))])
@@ -233,7 +233,7 @@ def test_scores_are_those_of_the_encoders(encoders, tmp_path):
 def test_images_that_the_record_names_and_that_are_missing_are_told(encoders, tmp_path):
     """An evaluation of a folder that is not complete is one of fewer images, and says so."""
     run, lines = folder_of(tmp_path / "run", {f"{i:05}": p for i, p in enumerate(PROMPTS)}, number=2), []
-    evaluate_folder(run, REFERENCES, encoders, resamples=9, report=lines.append)
+    evaluate_folder(run, REFERENCES, encoders, Scoring(resamples=9), observers=ScoringObservers(report=lines.append))
     assert lines == [f"Missing in {run}: 2 of the 4 images that prompts.json names (00002, 00003)"]
 
 
@@ -254,8 +254,8 @@ def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path
         for j in range(3):
             noise = np.random.default_rng(10 * i + j).integers(0, 256, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(noise).save(folder / f"{j}.png")
-    options = {"regularization": real, "resamples": 99}
-    expected = evaluate_folder(run, references, encoders, report=lambda line: pytest.fail(line), **options)
+    scoring = Scoring(real, resamples=99)
+    expected = evaluate_folder(run, references, encoders, scoring, observers=ScoringObservers(report=pytest.fail))
     white = Image.new("L", (64, 64), 255)
     masks = {
         references: ("0.mask.png", "1-masklabel.PNG", "mask_2.png"),
@@ -268,7 +268,7 @@ def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path
     (references / "0.txt").touch()
     (references / "raw").mkdir()
     said = []
-    found = evaluate_folder(run, references, encoders, report=said.append, **options)
+    found = evaluate_folder(run, references, encoders, scoring, observers=ScoringObservers(report=said.append))
     assert found.summary == expected.summary and found.metadata["references"] == expected.metadata["references"]
     assert said == [
         f"Not used in {references}: 1 folder (raw), 1 caption (0.txt), 3 masks (0.mask.png, 1-masklabel.PNG, mask_2.png)",
@@ -279,16 +279,18 @@ def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path
 
 def test_an_evaluation_does_not_depend_on_its_cache_or_batches(encoders, tmp_path):
     folder = folder_of(tmp_path / "run", PROMPTS)
-    plain = evaluate_folder(folder, REFERENCES, encoders, resamples=99)
+    plain = evaluate_folder(folder, REFERENCES, encoders, Scoring(resamples=99))
     for _ in range(2):
-        again = evaluate_folder(folder, [REFERENCES], encoders, cache=tmp_path / "c.sqlite", batch_size=1, resamples=99)
+        again = evaluate_folder(folder, [REFERENCES], encoders, Scoring(batch_size=1, resamples=99), tmp_path / "c.sqlite")
         assert [r.values for r in again.rows] == [pytest.approx(r.values, abs=1e-5) for r in plain.rows]
 
 
 def test_several_concepts_count_alike(encoders, tmp_path):
     folder = folder_of(tmp_path / "run", PROMPTS)
-    cat, car = (evaluate_folder(folder, ROOT / f"data/concepts/{name}", encoders, resamples=9) for name in ("cat", "car"))
-    both = evaluate_folder(folder, [ROOT / "data/concepts/cat", ROOT / "data/concepts/car"], encoders, resamples=9)
+    cat, car = (
+        evaluate_folder(folder, ROOT / f"data/concepts/{name}", encoders, Scoring(resamples=9)) for name in ("cat", "car")
+    )
+    both = evaluate_folder(folder, [ROOT / "data/concepts/cat", ROOT / "data/concepts/car"], encoders, Scoring(resamples=9))
     mean = (cat.summary["dino_i"].mean + car.summary["dino_i"].mean) / 2
     assert both.summary["dino_i"].mean == pytest.approx(mean, abs=1e-6)
 

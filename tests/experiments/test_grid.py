@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers import ROOT, refused, run_here, run_main
+from helpers import LINUX, ROOT, refused, run_here, run_main
 from test_benchmarks import concepts  # noqa: F401
 
 from dci.experiments import grid
@@ -192,6 +192,7 @@ def assert_ended(process, seconds=20):
         time.sleep(0.1)
 
 
+@LINUX
 def test_a_killed_worker_takes_its_process_along_and_a_second_call_completes(config, tmp_path, capfd):
     hold = tmp_path / "hold"
     hold.mkdir()

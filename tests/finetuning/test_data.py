@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import POSIX
 from PIL import Image
 
 from dci.captions import captioned_files
@@ -259,6 +260,7 @@ def test_regularization_images_are_made_once_and_the_missing_ones_again(tiny_bas
     assert generate(tiny_base, config, "cat", tmp_path) != folder
 
 
+@POSIX
 def test_processes_share_regularization_images_and_take_over_from_a_killed_one(tiny_base, tmp_path, monkeypatch):
     """They hold the locks of sampling: what another process is making is waited for, what it leaves behind is made."""
     from dci.samples.file_locks import FileLocks

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, ok, refused, run, run_here, run_main
+from helpers import POSIX, ROOT, ok, refused, run, run_here, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -27,7 +27,7 @@ from ldm import config
 from ldm.config import ModelConfig
 from ldm.errors import UserError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, POSIX]
 
 CONFIG = ROOT / "configs/train/ico-tiny.yaml"
 SHORT = (
@@ -72,8 +72,9 @@ def send_at(step, number):
     return on_train_batch_end
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
-def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_exactly(whole, tmp_path, capfd, monkeypatch, number):
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM", "SIGINT"])  # by name: Windows has no SIGUSR1
+def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on_exactly(whole, tmp_path, capfd, monkeypatch, name):
+    number = getattr(signal, name)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(MetricsLogger, "on_train_batch_end", send_at(3, number))
         train(tmp_path)

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import tiny_models
 import torch
-from helpers import ROOT
+from helpers import LINUX, ROOT
 from safetensors.torch import load_file, save_file
 
 from ldm import checkpoint
@@ -411,6 +411,7 @@ def test_names_that_are_no_hub_ids(tmp_path):
         load_model("/nothing")
 
 
+@LINUX
 def test_half_precision_is_not_copied(small):
     """Loading in the file's precision maps the file: no tensor has memory of its own."""
     yaml, state, file = small

@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refused, run_here, run_main
+from helpers import POSIX, ROOT, refused, run_here, run_main
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -20,6 +20,7 @@ from ldm.texts import plotted, readable, shell_words
 WORDS = [os.fsdecode(b"caf\xe9 #2"), os.fsdecode(b"it's\xff\\n"), "it's", "a b", "", "~", "${HOME}", "naïve \U0001f436"]
 
 
+@POSIX
 def test_a_shell_reads_back_the_bytes():
     command = "printf '%s\\0' " + shell_words(WORDS)
     seen = subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout

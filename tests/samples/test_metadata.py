@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import POSIX
 
 from dci.dual_branch.integration import DualBranch
 from dci.samples.metadata import first_difference, normal_form
@@ -52,6 +53,7 @@ def test_files_by_their_hashes_may_lie_elsewhere(name):
         assert first_difference(there, {name: other}).name.startswith(name)
 
 
+@POSIX
 def test_paths_are_what_they_point_to(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.safetensors").touch()

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, pixels, refused, run_here, run_main
+from helpers import POSIX, ROOT, pixels, refused, run_here, run_main
 from PIL import Image
 
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
@@ -119,6 +119,7 @@ def killed_in_the_third_batch(folder):
     fill(folder, plan(), sample=sample)
 
 
+@POSIX
 def test_a_killed_worker_damages_nothing_and_blocks_nobody(whole, tmp_path):
     folder = tmp_path / "killed"
     process = in_process(killed_in_the_third_batch, folder)
@@ -146,6 +147,7 @@ def slow_worker(folder, log, gate, shard):
 
 
 @pytest.mark.parametrize("shards", [[(1, 1)] * 3, [(1, 2), (2, 2), (1, 1)]])
+@POSIX
 def test_workers_at_once_share_the_work(tmp_path, shards):
     fill(tmp_path / "alone", plan(batch_size=1))
     gate = multiprocessing.get_context("fork").Barrier(len(shards))
@@ -158,6 +160,7 @@ def test_workers_at_once_share_the_work(tmp_path, shards):
     assert len(drawn) == len(set(drawn)) == 18
 
 
+@POSIX
 def test_a_claim_is_exclusive_until_its_process_ends(tmp_path):
     def claim(ready, end):
         assert FileLocks(tmp_path / "locks").acquire(range(4, 8))

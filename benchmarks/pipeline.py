@@ -51,7 +51,7 @@ def dci_pipeline(model: LatentDiffusion):
     concept = ICOTraining(model, FinetuneConfig(concept=ConceptConfig(class_noun="dog")), images=1).concept()
     theirs = peers.with_weights_of(model.requires_grad_(False))
     with tempfile.TemporaryDirectory() as folder:
-        write_tokenizer(Path(folder), model.config)
+        write_tokenizer(Path(folder), model.config.text_encoder)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
     theirs.vae.register_to_config(scaling_factor=model.config.latent_scale)
     pipe = StableDiffusionPipeline(

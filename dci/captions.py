@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ldm.errors import UserError
 from ldm.images import list_images
+from ldm.shipped import find
 
 _LISTS = (("images.txt", "caption.txt"), ("images.txt", "captions.txt"))
 LISTS = ("images.txt", "caption.txt", "captions.txt")
@@ -20,7 +21,7 @@ def captioned_files(folder: str | Path) -> dict[Path, str]:
     Raises:
         UserError: a caption or a listed image is missing, or the lists differ in length.
     """
-    folder = Path(folder)
+    folder = find(folder)
     for names, texts in _LISTS:
         if (folder / names).is_file() and (folder / texts).is_file():
             return _listed(folder, _lines(folder / names), _lines(folder / texts), texts)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import filelock
 
 from ldm.errors import UserError
+from ldm.shipped import find
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,12 +68,12 @@ def make_new_folder(parent: Path, name: str) -> Path:
 
 def file_hash(path: str | Path) -> str:
     """Return 16 hex digits that tell contents of files apart."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(find(path).read_bytes()).hexdigest()[:16]
 
 
 def content_hash(path: str | Path) -> str:
     """Return 16 hex digits that tell contents apart: a file's, or those of all files in a folder."""
-    path = Path(path)
+    path = find(path)
     if path.is_file():
         return file_hash(path)
     inside = sorted(file for file in path.rglob("*") if file.is_file())

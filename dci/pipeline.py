@@ -19,7 +19,7 @@ from torch import Tensor
 from dci.concept.autoencoder import trained_vae
 from dci.concept.concept_file import Concept
 from dci.concept.foreign.importing import import_concept, is_foreign
-from dci.concept.loras import add_loras, on_loras
+from dci.concept.loras import add_trained_loras, on_loras
 from dci.concept.prompts import MARK, BranchPrompts, negative_ids, parse_prompt
 from dci.dual_branch.attention_maps import MapsCallback
 from dci.dual_branch.integration import DualBranch
@@ -36,7 +36,7 @@ from ldm.option_types import checked, names_of, refuse_unknown
 from ldm.prompt_notes import option_notes, prompt_notes
 from ldm.runtime.acceleration import accelerate, fastest_precision, pick_device
 from ldm.sampling_loop import Callback
-from ldm.shipped import ROOT
+from ldm.shipped import ROOT, find
 from ldm.text_to_image import SamplingOptions, make_solver, text_to_image
 
 _TINY = ROOT / "configs/model/tiny.yaml"
@@ -198,7 +198,7 @@ class Pipeline:
             checkpoint = checkpoint or trained
         device = pick_device("auto" if device is None else str(device))
         loaded = load_model(model, checkpoint, dtype=dtype or partial(fastest_precision, device=device), vae=vae)
-        add_loras(loaded, found.config.get("loras") or [])
+        add_trained_loras(loaded, found, loras)
         found = on_loras(found, loaded, loras, strength_concept)
         accelerate(loaded, device)
         return Pipeline.of(loaded.to(device), found)
@@ -322,7 +322,7 @@ def _read(
 def _trained_on(concept: Concept) -> tuple[str, str | None]:
     """Return the model that a concept was learned on, and its checkpoint."""
     model, checkpoint = concept.config.get("model"), concept.config.get("checkpoint")
-    if model and (Path(model).exists() or is_hub_id(model)):
+    if model and (find(model).exists() or is_hub_id(model)):
         return model, checkpoint
     if concept.base_name == "tiny" and _TINY.is_file():
         return str(_TINY), None

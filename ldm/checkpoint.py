@@ -61,7 +61,8 @@ def load_model(
         ema: use the averaged weights (`model_ema.*`) of a training checkpoint for the UNet.
         clip_skip: layers of the text encoder to stop before the end, counted from 1 (none left out).
         vae: file or folder of an autoencoder that takes the place of the weights' own; None: what a YAML file of
-            ours names as `vae:`, if anything.
+            ours names as `vae:`, if anything. Its own configuration, or else the model's, says
+            whether it may compute in fp16.
 
     Raises:
         UserError: the configuration or the weights are missing, broken, hostile, or do not fit.
@@ -77,17 +78,15 @@ def load_model(
         if checkpoint is None and config.checkpoint is not None:
             checkpoint = hub.anchored(config.checkpoint, root)
         if vae is None and config.vae is not None:
-            vae = root / config.vae
+            vae = find(config.vae, root)
     if checkpoint is not None:
         weights = open_weights(checkpoint, half)
     if weights is None:
-        raise UserError(f"{path} names no checkpoint: give one with --checkpoint FILE")
+        raise UserError(f"{path} names no checkpoint: give one as checkpoint=")
     if clip_skip is not None:
         config = _with_clip_skip(config, clip_skip)
     if vae is not None:
-        kept = {name: tensor for name, tensor in weights.state.items() if not name.startswith(separate_vae.PREFIX)}
-        state = kept | separate_vae.read_vae(vae, config.autoencoder)
-        weights = dataclasses.replace(weights, state=state, source=f"{weights.source} with {vae}")
+        config, weights = _with_vae(config, weights, vae)
     return _fill(config, weights, dtype(config) if callable(dtype) else dtype, ema)
 
 
@@ -98,6 +97,16 @@ def model_config(path: str | Path) -> ModelConfig:
         UserError: it is missing or broken, or does not tell its architecture.
     """
     return open_weights(path).config() if are_weights(path) else read_config(path)
+
+
+def _with_vae(config: ModelConfig, weights: Weights, vae: str | Path) -> tuple[ModelConfig, Weights]:
+    """Put another autoencoder in the place of the weights' own, and what it says of fp16 in the place of the model's."""
+    kept = {name: tensor for name, tensor in weights.state.items() if not name.startswith(separate_vae.PREFIX)}
+    state = kept | separate_vae.read_vae(vae, config.autoencoder)
+    upcast = separate_vae.overflows_in_fp16(vae)
+    own = config.autoencoder if upcast is None else dataclasses.replace(config.autoencoder, force_upcast=upcast)
+    weights = dataclasses.replace(weights, state=state, source=f"{weights.source} with {vae}")
+    return dataclasses.replace(config, autoencoder=own), weights
 
 
 def _with_clip_skip(config: ModelConfig, clip_skip: int) -> ModelConfig:
@@ -200,7 +209,7 @@ def _check_keys(config: ModelConfig, state: dict[str, Tensor], expected: dict[st
     extra = [k for k in state if not _tolerated(k) and k.replace(spare, first) not in expected]
     fit = f"is it a checkpoint for '{config.name}'?"
     if missing and all(k.startswith(separate_vae.PREFIX) for k in missing):
-        fit = "it has no autoencoder: give one with --vae FILE (in training: vae=FILE)"
+        fit = "it has no autoencoder: give one as vae="
     computable = "expected fp16, bf16 or fp32: fetch the model in one of these"
     for problem, keys, advice in (
         ("lacks", missing, fit),
@@ -232,7 +241,7 @@ def _averaged(state: dict[str, Tensor], expected: dict[str, Tensor], source: str
     names = {k: EMA + k.removeprefix("model.").replace(".", "") for k in expected if k.startswith("model.")}
     lacking = [name for name in names.values() if name not in state]
     if lacking:
-        raise UserError(f"{source} has no averaged weights {lacking[0]}: load it without --ema")
+        raise UserError(f"{source} has no averaged weights {lacking[0]}: load it without ema=")
     return {**state, **{k: state[name] for k, name in names.items()}}
 
 

@@ -40,13 +40,15 @@ class LatentDiffusion(nn.Module):
     def _apply(self, *args, **kwargs):
         """Move or cast the networks; the schedule moves along but keeps its precision, which steps depend on.
 
-        An autoencoder that overflows in fp16 is not left in it.
+        Nor is an autoencoder cast to fp16 that overflows in it.
         """
         exact = self.alphas_cumprod
+        before = {name: weight.data for name, weight in self.autoencoder.named_parameters()}
         super()._apply(*args, **kwargs)
         self.alphas_cumprod = exact.to(self.alphas_cumprod.device)
         if self.config.autoencoder.force_upcast and self.vae_dtype == torch.float16:
-            self.autoencoder.float()
+            for name, weight in self.autoencoder.named_parameters():
+                weight.data = before[name].to(weight.device, torch.float32)
         return self
 
     @property
@@ -92,7 +94,7 @@ class LatentDiffusion(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images (b, 3, H, W) in [-1, 1] -> scaled latents (b, c, h, w), sampled from the posterior."""
-        return self.config.latent_scale * self.autoencoder.encode(images).sample(noise)
+        return self.config.latent_scale * self.posterior(images).sample(noise)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (b, c, h, w) -> images (b, 3, H, W) in [-1, 1]."""

@@ -16,6 +16,7 @@ from ldm import adobe_rgb
 from ldm.colour import to_srgb
 from ldm.errors import UserError
 from ldm.library_warnings import warnings_of
+from ldm.shipped import find
 
 _PHONES = (".heic", ".heif", ".hif", ".avif")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_PHONES)
@@ -77,7 +78,7 @@ def read_file(file: str | Path, convert: Callable[[Decoded], T]) -> T:
     Raises:
         UserError: the file is not an image, a broken one, or of a format that is not read; it is named.
     """
-    file = Path(file)
+    file = find(file)
     if file.suffix.lower() in UNSUPPORTED:
         raise UserError(f"{file} is not of a supported format ({', '.join(EXTENSIONS)}): convert it or take it out")
     try:
@@ -118,7 +119,7 @@ def orientation(image: Image.Image) -> int:
 
 def orientation_of(file: str | Path) -> int:
     """Return the EXIF orientation of an image file that can be read."""
-    with _open(Path(file)) as image:
+    with _open(find(file)) as image:
         return orientation(image)
 
 

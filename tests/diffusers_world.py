@@ -92,7 +92,7 @@ def world(name):
     base = LatentDiffusion(theirs.config)
     load_weights(base, theirs.state, "random weights")
     base.eval().requires_grad_(False)
-    write_tokenizer(folder / "tokenizer", theirs.config)
+    write_tokenizer(folder / "tokenizer", theirs.config.text_encoder)
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     prediction = save(theirs, tokenizer, folder / "model")
     concept, model = learned(base)

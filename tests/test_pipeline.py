@@ -193,6 +193,8 @@ class Layered:
         ("sd-v2-v", {}, 1125),
         ("sd-v2-v", {"height": 512, "width": 512}, 500),
         ("sdxl", {}, 500),
+        ("sdxl", {"height": 832, "width": 1216}, 500 * 52 * 76 / 4096),
+        ("sdxl", {"height": 512, "width": 512}, 125),
         ("tiny", {}, 31),
         ("tiny", {"height": 128, "width": 128}, 124),
         ("tiny", {"width": 128}, 62),

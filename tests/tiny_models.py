@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import open_clip
@@ -33,6 +34,7 @@ from ldm.formats import presets
 
 PROMPTS = ["a photo of a dog on the beach", ""]
 SIZE_WIDTH = 16  # of the sinusoids of an image's size, in the small SDXL
+SMALL = 2**20  # numbers of a weight that may be kept in two precisions
 SMALL_VAE = AutoencoderConfig(ch=32, ch_mult=[1, 2], num_res_blocks=1)
 
 
@@ -84,6 +86,53 @@ def random_state(config):
     with torch.device("meta"):
         keys = LatentDiffusion(config).state_dict()
     return {name: random_weight(key.shape) for name, key in keys.items()}
+
+
+def mapped_weights(network, file):
+    """Random weights of a network in fp16, in a file that is mapped into memory and takes none.
+
+    They are cut out of one long row of numbers at random places: billions of new ones would take minutes.
+    """
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    sizes = [shape.numel() for shape in shapes.values()]
+    whole, state = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=torch.float16), {}
+    row = torch.randn(2**23)
+    for (name, shape), part in zip(shapes.items(), whole.split(sizes), strict=True):
+        state[name] = part.view(shape)
+        if len(shape) < 2:
+            state[name].copy_(random_weight(shape))
+            continue
+        scaled = 0.5 * shape[1:].numel() ** -0.5 * row.roll(int(torch.randint(len(row), ())))
+        for piece in part.split(len(row)):
+            piece.copy_(scaled[: len(piece)])
+    return state
+
+
+@contextmanager
+def computing_in(network, dtype):
+    """Let a network compute in another precision than its weights': a layer has them in it while it runs."""
+    stored = {parameter: parameter.data for parameter in network.parameters()}
+    hooks = []
+
+    def cast(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+
+    def put_back(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data if parameter.numel() < SMALL else stored[parameter]
+
+    for module in network.modules():
+        hooks += [module.register_forward_pre_hook(cast), module.register_forward_hook(put_back)]
+        if all(parameter.numel() < SMALL for parameter in module.parameters(recurse=False)):
+            cast(module)  # networks look at the precision of their smaller parts
+    try:
+        yield network
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, data in stored.items():
+            parameter.data = data
 
 
 def randomized(module):

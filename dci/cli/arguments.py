@@ -21,7 +21,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         # Not argparse's own idea of it, which tells `python -m dci` apart from `dci`.
-        super().__init__(**{"prog": Path(sys.argv[0]).name, **options})
+        described = re.sub(r"python scripts/\w+\.py", "%(prog)s", options.pop("description", ""))
+        super().__init__(**{"prog": Path(sys.argv[0]).name, "description": described, **options})
         # argparse takes -2 for a value but -1e6 for an unknown option.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
@@ -64,9 +65,11 @@ _OPTIONS = {
     **{name: name.replace("_", "-") for name in (
         "agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights", "auxiliary_noun",
         "steps", "scale", "eta", "solver", "spacing", "seed", "zero_terminal_snr", "vae_tile", "vae_batch", "init_image",
-        "mask", "strength", "batch_size", "model", "checkpoint", "original_size", "crop", "clip")},
+        "mask", "strength", "batch_size", "model", "checkpoint", "vae", "ema", "original_size", "crop", "clip", "shard",
+        "concept", "class_noun", "trigger", "strength_concept", "rank", "energy", "bundle")},
+    "loras": "lora", "which": "weights", "words": "name", "as_folder": "folder", "most_megabytes": "max-mb",
 }  # fmt: skip
-"""Options of the sampling programs, by their names in Python."""
+"""Options of the programs, by their names in Python."""
 
 
 def as_options(message: str) -> str:
@@ -75,7 +78,9 @@ def as_options(message: str) -> str:
     The library writes `name value: ...` at the beginning, and `name=` where it says what to give.
     """
     names = "|".join(sorted(_OPTIONS, key=len, reverse=True))
-    message = re.sub(rf"^((?:note: |warning: )?)({names})(?= \S+: |: )", lambda m: f"{m[1]}--{_OPTIONS[m[2]]}", message)
+    message = re.sub(
+        rf"^((?:note: |warning: )?)({names})(?= \S+: |: | '[^']*': )", lambda m: f"{m[1]}--{_OPTIONS[m[2]]}", message
+    )
     return re.sub(rf"(?<![\w.-])({names})=(?=[\s,;:)]|$)", lambda m: f"--{_OPTIONS[m[1]]}", message)
 
 

@@ -42,7 +42,7 @@ def main() -> None:
         raise UserError(f"--vae is for --to checkpoint: --to {args.to} writes no autoencoder, leave it out")
     concept = Concept.load(args.concept)
     words = [word.strip() for word in args.name.split(",")] if args.name else None
-    model = load_concept_base(args, concept, base_vae(args, concept.config) if whole else None)
+    model = load_concept_base(args, concept, base_vae(args, concept.config) if whole else None, mapped=True)
     folder = Path(args.out or f"{args.name or 'my' + concept.class_noun.replace(' ', '')}-{args.to}")
     done = export(concept, model, args.to, folder, words, args.rank, args.bundle, args.folder)
     for line in done.said:
@@ -52,4 +52,4 @@ def main() -> None:
         size = sum(part.stat().st_size for part in inside if part.is_file())
         print(f"{file}: {size / 1e6:.2f} MB" if size > 1e5 else f"{file}: {size / 1e3:.1f} kB")
     print(f"In prompts: {done.prompt}; {done.files[-1]} says where the files go")
-    print("Not carried: the contexts, and a check of the base model")
+    print(f"Not carried: the contexts{'' if whole else ', and a check of the base model'}")

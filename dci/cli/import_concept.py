@@ -8,9 +8,9 @@ Several files make one concept: a LoRA and the embedding of its token, or an emb
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 from dci.cli.arguments import Parser
+from ldm.shipped import find
 
 
 def main() -> None:
@@ -48,4 +48,4 @@ def main() -> None:
 
 def _absolute(name: str | None) -> str | None:
     """A file's whole path; hub ids stay as they are."""
-    return str(Path(name).resolve()) if name and Path(name).exists() else name
+    return str(find(name).resolve()) if name and find(name).exists() else name

@@ -7,7 +7,7 @@ from pathlib import Path
 from dci.cli.arguments import PRECISIONS, Parser, number, sampling_arguments
 from dci.files import content_hash
 from ldm.errors import UserError
-from ldm.shipped import ROOT
+from ldm.shipped import ROOT, find
 
 TINY = ROOT / "configs/model/tiny.yaml"
 
@@ -33,7 +33,7 @@ def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[s
     if args.model:
         return args.model, args.checkpoint
     own = (trained or {}).get("model")
-    if isinstance(own, str) and (Path(own).exists() or is_hub_id(own)):
+    if isinstance(own, str) and (find(own).exists() or is_hub_id(own)):
         return own, args.checkpoint or trained.get("checkpoint")
     # The weights alone give their architecture.
     return (args.checkpoint, None) if args.checkpoint else (str(TINY), None)
@@ -56,16 +56,26 @@ def base_vae(args: argparse.Namespace, trained: dict) -> str | None:
     return args.vae if args.vae or args.model or not own_model else trained_vae(trained)
 
 
-def load_concept_base(args: argparse.Namespace, concept, vae: str | None = None):
-    """Load the base model of a concept, with the LoRAs that it was trained on, in fp32 on the CPU."""
-    from dci.concept.loras import load_with_loras
+def load_concept_base(args: argparse.Namespace, concept, vae: str | None = None, mapped: bool = False):
+    """Load the base model of a concept, with the LoRAs that it was trained on, in fp32 on the CPU.
 
-    return load_with_loras(*base_model(args, concept.config), concept.config.get("loras") or [], vae)
+    Args:
+        mapped: leave it in the file's precision, in which it takes no memory; LoRAs need fp32.
+    """
+    import torch
+
+    from dci.concept.loras import add_trained_loras
+    from ldm.checkpoint import load_model
+
+    whole = not mapped or concept.config.get("loras")
+    model = load_model(*base_model(args, concept.config), dtype=torch.float32 if whole else None, vae=vae)
+    add_trained_loras(model, concept)
+    return model
 
 
 def add_concept_options(parser: Parser) -> None:
     """Add the options that say which concept to sample."""
-    file = "the concept.safetensors that train_ico.py wrote, or another program's files (docs/formats.md)"
+    file = "the concept.safetensors that training wrote, or another program's files (docs/formats.md)"
     parser.add_argument("--concept", required=True, nargs="+", action="extend", metavar="FILE", help=file)
     parser.add_argument("--class-noun", help="of another program's files: the ordinary word for the concept, such as dog")
     parser.add_argument("--trigger", metavar="WORD", help="of another program's files: the words for it, where no token was "

@@ -3,11 +3,9 @@
 python scripts/merge_concepts.py A.safetensors B.safetensors --out C.safetensors
 """
 
-from pathlib import Path
-
 from dci.cli.arguments import Parser
 from dci.cli.loading import load_concept_base
-from ldm.shipped import ROOT
+from ldm.shipped import find
 
 
 def main() -> None:
@@ -16,7 +14,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the merged concept's file")
     parser.add_argument(
         "--captions",
-        default=str(ROOT / "data/captions.txt"),
+        default="data/captions.txt",
         help="captions whose keys and values should change least, one in each line",
     )
     parser.add_argument("--prompt", default="photo of a {}", help="the prompt in which target words keep theirs")
@@ -29,9 +27,10 @@ def main() -> None:
     from ldm.errors import UserError
 
     concepts = [Concept.load(file) for file in args.concepts]
-    if not Path(args.captions).is_file():
+    file = find(args.captions)
+    if not file.is_file():
         raise UserError(f"no file {args.captions}: give one with a caption in each line")
-    text = Path(args.captions).read_text(encoding="utf-8-sig", errors="replace")
+    text = file.read_text(encoding="utf-8-sig", errors="replace")
     captions = [line.strip() for line in text.splitlines() if line.strip()]
     model = load_concept_base(args, concepts[0])
     merged = merge(concepts, model, captions, args.prompt, print)

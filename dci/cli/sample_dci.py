@@ -35,7 +35,7 @@ def main() -> None:
     texts = prompts_of(args)
 
     from dci import __version__
-    from dci.concept.loras import add_loras, on_loras
+    from dci.concept.loras import add_trained_loras, on_loras
     from dci.concept.prompts import parse_prompt
     from dci.dual_branch.recorder import BranchRecorder
     from dci.dual_branch.sampling import Observers
@@ -48,7 +48,7 @@ def main() -> None:
     base, checkpoint = base_model(args, concept.config)
     args.vae = base_vae(args, concept.config)
     model = load_base(args, base, checkpoint)
-    add_loras(model, concept.config.get("loras") or [])
+    add_trained_loras(model, concept, args.lora)
     model_hash = fingerprint(model)
     concept = on_loras(concept, model, args.lora, args.strength_concept)
     model.to(pick_device(args.device))

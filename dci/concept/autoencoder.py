@@ -1,10 +1,10 @@
 """The autoencoder that a concept was trained with, where that was not its model's own."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.shipped import find
 
 
 def trained_vae(config: Mapping[str, Any]) -> str | None:
@@ -17,9 +17,9 @@ def trained_vae(config: Mapping[str, Any]) -> str | None:
         UserError: it is not there any more.
     """
     vae = config.get("vae")
-    if vae is not None and not Path(vae).exists():
+    if vae is not None and not find(vae).exists():
         raise UserError(
             f"the autoencoder {vae} that this concept was trained with is not there: "
-            "name it with --vae FILE (in Python: vae=FILE), or name the model"
+            "name it as vae=, or name the model as model="
         )
     return vae

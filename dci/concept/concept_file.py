@@ -196,7 +196,7 @@ class Concept:
         if wrong and not self.base:
             raise UserError(
                 f"this concept does not fit the model '{model.config.name}': {', '.join(wrong[:3])}: its file does not tell "
-                "the base model: give the one that it was made on with --model"
+                "the base model: give the one that it was made on as model="
             )
         if wrong:
             raise UserError(

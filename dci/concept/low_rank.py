@@ -86,7 +86,7 @@ def compress(
         asked = f"rank {rank}" if rank is not None else f"energy {energy}"
         raise UserError(
             f"{asked} takes {megabytes:.1f} MB, over the limit of {most_megabytes:g} MB: give a smaller one, "
-            "or a higher --max-mb"
+            "or a higher most_megabytes="
         )
     low_rank = {n: LowRank(*(f.half() for f in factors(changes[n], r))) for n, r in ranks.items()}
     squares = {n: ((changes[n] - f.product()).square().sum(), changes[n].square().sum()) for n, f in low_rank.items()}

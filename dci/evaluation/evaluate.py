@@ -20,6 +20,7 @@ from dci.samples.reader import SampledImage, concept_files, read_samples, report
 from ldm.errors import UserError
 from ldm.images import list_images, report_not_used
 from ldm.pretraining.scenes import PLACES
+from ldm.shipped import find
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def recorded_references(folder: str | Path) -> list[Path]:
         UserError: `prompts.json` does not lead there.
     """
     files, folders = concept_files(folder), []
-    for file in filter(lambda file: Path(file).is_file(), files):
+    for file in filter(lambda file: find(file).is_file(), files):
         config = Concept.load(file).config
         subjects = config.get("concepts") or [config.get("data", {})]
         folders += [Path(subject["images"]) for subject in subjects if subject.get("images")]
@@ -218,7 +219,7 @@ def _real_images(folder: str | Path | None, report: Callable[[str], None]) -> li
     """Return the images of a folder of real ones: listed ones, those that the base model made, or all of them."""
     if folder is None:
         return []
-    folder = Path(folder)
+    folder = find(folder)
     if (folder / "images.txt").is_file():
         files = list(captioned_files(folder))
         report_not_used(folder, [*files, *LISTS], report)

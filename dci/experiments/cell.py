@@ -155,7 +155,7 @@ def _load_model(options: SamplingConfig, concept, device: str):
     import functools
 
     from dci.concept.autoencoder import trained_vae
-    from dci.concept.loras import add_loras, on_loras, parse_lora
+    from dci.concept.loras import add_trained_loras, on_loras, parse_lora
     from ldm.checkpoint import fingerprint, load_model
     from ldm.runtime.acceleration import PRECISIONS, accelerate, fastest_precision, pick_device
 
@@ -168,7 +168,7 @@ def _load_model(options: SamplingConfig, concept, device: str):
     loaded = load_model(model, checkpoint, dtype=dtype, ema=options.ema, clip_skip=options.clip_skip, vae=vae)
     precision = next(name for name, dtype in PRECISIONS.items() if dtype == loaded.dtype)
     accelerate(loaded, device, options.channels_last, options.compile)
-    add_loras(loaded, concept.config.get("loras") or [])
+    add_trained_loras(loaded, concept, options.loras or [])
     given = {
         "model": model,
         "checkpoint": checkpoint,

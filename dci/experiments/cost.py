@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +15,7 @@ from ldm.checkpoint import model_config
 from ldm.config import ModelConfig
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
+from ldm.shipped import find
 
 UTILISATION = {"cpu": 0.5, "cuda": 0.4}
 """Assumed share of the device's matrix-product rate that a network reaches; small ones reach less."""
@@ -118,7 +118,7 @@ def _config_of(training: Training) -> FinetuneConfig:
 
 
 def _model_of(path: str) -> ModelConfig:
-    if not Path(path).exists():
+    if not find(path).exists():
         raise UserError(f"no estimate: the shape of {path} is in its weights; give a configuration and checkpoint=")
     return model_config(path)
 

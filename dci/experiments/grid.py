@@ -27,6 +27,7 @@ from dci.files import file_hash, read_prompts
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
 from ldm import config as configuration
 from ldm.errors import UserError
+from ldm.shipped import find
 
 CELL = (sys.executable, "-m", "dci.experiments.cell")
 """Begins the command of a stage; `dci.experiments.cell` documents what follows."""
@@ -157,12 +158,12 @@ def prepare(config: GridConfig, root: Path) -> None:
         UserError: an option that no grid could use.
     """
     config.outdir = str(Path(config.outdir).resolve())
-    config.prompts = str(root / config.prompts)
+    config.prompts = str(find(config.prompts, root))
     for concept in config.concepts:
         _prepare_concept(concept, root)
-        concept.prompts = str(root / concept.prompts) if concept.prompts else config.prompts
+        concept.prompts = str(find(concept.prompts, root)) if concept.prompts else config.prompts
     for method in config.methods:
-        method.config = str(root / method.config)
+        method.config = str(find(method.config, root))
     config.sampling = anchor(config.sampling, root, "sampling")
     for entry in config.settings:
         entry.sampling = anchor(entry.sampling, root, f"sampling of '{entry.name}'")
@@ -211,7 +212,7 @@ def _prepare_concept(concept: GridConcept, root: Path) -> None:
     if short:
         concept.concepts = [ConceptConfig(class_noun=concept.class_noun, images=concept.images)]
     for part in concept.concepts:
-        part.images = str(root / part.images)
+        part.images = str(find(part.images, root))
     concept.name = concept.name or "+".join(part.class_noun for part in concept.concepts)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from dci.files import content_hash
 from ldm.errors import UserError
 from ldm.formats.hub import anchored, is_hub_id
+from ldm.shipped import find
 
 
 @dataclass
@@ -132,7 +133,7 @@ def anchor(options: dict[str, Any], root: Path, source: str) -> dict[str, Any]:
             found[name] = whole(found[name], lambda path: anchored(path, root))
     for name in (*_FILES, "loras"):
         if name in found:
-            found[name] = whole(found[name], lambda path: str(root / path))
+            found[name] = whole(found[name], lambda path: str(find(path, root)))
     if isinstance(found.get("loras"), str):
         found["loras"] = [found["loras"]]
     return found

@@ -11,6 +11,7 @@ from dci.files import write_atomically
 from dci.finetuning.config import ConceptConfig
 from ldm import config as configuration
 from ldm.errors import UserError
+from ldm.shipped import find
 
 _READERS = {
     "dreambench": read_dreambench,
@@ -81,7 +82,7 @@ def _subjects(config: SuiteConfig) -> list[DatasetConcept]:
         value = getattr(dataset, name)
         if value is not None and value < 1:
             raise UserError(f"dataset.{name}={value}: expected 1 or more, or null for all")
-    subjects = _READERS[dataset.kind](Path(dataset.folder).resolve())
+    subjects = _READERS[dataset.kind](find(dataset.folder).resolve())
     known = [subject.name for subject in subjects]
     for name in dataset.subjects:
         if name not in known:

@@ -32,9 +32,9 @@ def finetune_config(path: str | Path, overrides: list[str] = (), name: str | Non
     content = _given(configuration.read_yaml(path))
     root = configuration.project_root(path)
     content.setdefault("model", FinetuneConfig.model)
-    map_paths(content, lambda key, value: anchored(value, root) if key in _WEIGHTS else str(root / value))
+    map_paths(content, lambda key, value: anchored(value, root) if key in _WEIGHTS else str(find(value, root)))
     if isinstance(content.get("loras"), list):
-        content["loras"] = [str(root / lora) for lora in content["loras"]]
+        content["loras"] = [str(find(lora, root)) for lora in content["loras"]]
     # The model's checkpoint goes by this name too.
     overrides = [re.sub(r"^model\.checkpoint=", "checkpoint=", override) for override in overrides]
     config = configuration.build(FinetuneConfig, content, overrides, source=str(path))

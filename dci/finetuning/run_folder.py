@@ -158,7 +158,7 @@ def run_folder_of(path: str | Path) -> Path:
     path = Path(path)
     folder = path.parent.parent if path.suffix == ".ckpt" else path
     if not (folder / CONFIG_FILE).is_file():
-        raise UserError(f"no run at {path}: give a run folder that train_ico.py made, such as logs/DATE_NAME")
+        raise UserError(f"no run at {path}: give a run folder that training made, such as logs/DATE_NAME")
     return folder
 
 

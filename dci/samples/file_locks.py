@@ -97,7 +97,7 @@ class FileLocks:
                 raise
             if not self._warned:
                 warnings.warn(
-                    f"the file system of {self.file} has no locks: workers on one folder need --shard", stacklevel=2
+                    f"the file system of {self.file} has no locks: workers on one folder need shard= each", stacklevel=2
                 )
             self._warned = True
         return True

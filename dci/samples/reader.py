@@ -15,6 +15,7 @@ from typing import Any
 
 from ldm.errors import UserError
 from ldm.images import is_image, list_images, report_not_used
+from ldm.shipped import find
 
 RECORD = "prompts.json"
 _NAMES = ("file", "file_name", "filename", "image", "name", "path")  # in lists of metadata
@@ -43,7 +44,7 @@ def read_samples(folder: str | Path, class_nouns: Sequence[str] = ()) -> list[Sa
     Raises:
         UserError: the folder, its images or `prompts.json` are missing or broken, or an image has no prompt.
     """
-    folder = Path(folder)
+    folder = find(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: give one that holds samples/ and {RECORD}")
     images = folder / "samples" if (folder / "samples").is_dir() else folder
@@ -86,7 +87,7 @@ def report_content(folder: str | Path, used: Iterable[Path], report: Callable[[s
         folder: see `read_samples`.
         used: its images.
     """
-    folder, used = Path(folder), list(used)
+    folder, used = find(folder), list(used)
     inside = folder / "samples"
     if inside.is_dir():
         report_not_used(inside, used, report)
@@ -105,7 +106,7 @@ def read_record(folder: str | Path) -> dict | list:
     Raises:
         UserError: it is missing, or holds something else than a dictionary or a list.
     """
-    file = Path(folder) / RECORD
+    file = find(folder) / RECORD
     if not file.is_file():
         raise UserError(f'no {file}: expected the images\' prompts, {{"00000": "photo of a <new1> cat", ...}}')
     content = file.read_bytes()

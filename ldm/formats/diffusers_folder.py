@@ -54,7 +54,9 @@ def read_config(folder: Path) -> ModelConfig:
 
 def _read_config(folder: Path) -> ModelConfig:
     index = folder / "model_index.json"
-    pipeline = _read(index).get("_class_name", "pipeline without a name") if index.is_file() else "StableDiffusionPipeline"
+    pipeline = (
+        read_json(index).get("_class_name", "pipeline without a name") if index.is_file() else "StableDiffusionPipeline"
+    )
     if not str(pipeline).startswith("StableDiffusion") or str(pipeline).startswith("StableDiffusion3"):
         raise UserError(f"{folder} holds a {pipeline}: expected Stable Diffusion 1.x, 2.x or XL")
     if (folder / SECOND).is_dir() and not (folder / "text_encoder").is_dir():
@@ -87,10 +89,10 @@ def _read_config(folder: Path) -> ModelConfig:
 def _with_second(folder: Path, config: ModelConfig) -> ModelConfig:
     """Add what SDXL has besides: a second text encoder, and both of them read before their last layer."""
     index = folder / "model_index.json"
-    zeros = _read(index).get("force_zeros_for_empty_prompt", True) if index.is_file() else True
-    upcast = _read(folder / "vae" / "config.json").get("force_upcast", True)
+    zeros = read_json(index).get("force_zeros_for_empty_prompt", True) if index.is_file() else True
+    upcast = read_json(folder / "vae" / "config.json").get("force_upcast", True)
     file = folder / SECOND / "config.json"
-    second = dataclasses.replace(_text_encoder(folder, "_2"), projection=_get(file, _read(file), "projection_dim"))
+    second = dataclasses.replace(_text_encoder(folder, "_2"), projection=_get(file, read_json(file), "projection_dim"))
     return dataclasses.replace(
         config,
         name="sdxl",
@@ -147,7 +149,7 @@ def find_weights(folder: Path, half: bool = False) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    content = _read(index).get("weight_map")
+    content = read_json(index).get("weight_map")
     listed = sorted(set(content.values())) if isinstance(content, dict) else []
     for name in listed:
         if Path(name).name != name or not (index.parent / name).is_file():
@@ -157,7 +159,12 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in listed]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the mapping in a configuration's file.
+
+    Raises:
+        UserError: it is missing, or holds something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -191,7 +198,7 @@ def _same(file: Path, key: str, value: Any) -> Any:
 
 def _unet(file: Path) -> tuple[UNetConfig, int]:
     """The UNet's configuration, and the latent cells along the side that it was trained at."""
-    content = _read(file)
+    content = read_json(file)
     _require(file, content, _UNET)
     channels = _get(file, content, "in_channels")
     if channels != 4:
@@ -241,7 +248,7 @@ def _vector_width(file: Path, content: dict[str, Any]) -> int | None:
 
 def _autoencoder(file: Path) -> tuple[AutoencoderConfig, float]:
     """The autoencoder's configuration, and the scale of the latents."""
-    content = _read(file)
+    content = read_json(file)
     _require(file, content, _VAE)
     widths = _get(file, content, "block_out_channels")
     channels = content.get("latent_channels", 4)
@@ -260,7 +267,7 @@ def _autoencoder(file: Path) -> tuple[AutoencoderConfig, float]:
 
 def _text_encoder(folder: Path, suffix: str = "") -> TextEncoderConfig:
     file = folder / f"text_encoder{suffix}" / "config.json"
-    content = _read(file)
+    content = read_json(file)
     _require(file, content, _TEXT)
     activation = content.get("hidden_act", "quick_gelu")
     if activation not in ("gelu", "quick_gelu"):
@@ -287,7 +294,7 @@ def _check_tokenizer(folder: Path, pad: str) -> None:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
             continue
-        found = _read(folder / name).get("pad_token")
+        found = read_json(folder / name).get("pad_token")
         found = found.get("content") if isinstance(found, dict) else found
         if found not in (None, pad):
             raise UserError(f"{folder / name}: pad_token={found}: expected {pad} with this text encoder")
@@ -295,7 +302,7 @@ def _check_tokenizer(folder: Path, pad: str) -> None:
 
 def _schedule(file: Path) -> tuple[ScheduleConfig, dict[str, str]]:
     """The schedule, and what it asks of the samplers."""
-    content = _read(file)
+    content = read_json(file)
     _require(file, content, _SCHEDULER)
     kinds = {"epsilon": "eps", "v_prediction": "v"}
     kind = content.get("prediction_type", "epsilon")

@@ -230,6 +230,9 @@ def to_text(state: State, config: TextEncoderConfig) -> State:
     renamed = {}
     for name, tensor in state.items():
         name = name.removeprefix("model.")
+        if name == "text_projection":  # see `_openclip`
+            renamed["text_projection.weight"] = tensor.T
+            continue
         layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
         if not layer:
             renamed["text_model." + _prefix(name, outer)] = tensor

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ldm.errors import UserError
+from ldm.shipped import find
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FILES = (".yaml", ".yml", ".ckpt", ".safetensors", ".pt", ".pth", ".bin")
@@ -12,12 +13,12 @@ _FILES = (".yaml", ".yml", ".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name can only be an id on the hub: "owner/name", and no such file or folder."""
     text = str(name)
-    return bool(_ID.fullmatch(text)) and not text.lower().endswith(_FILES) and not Path(text).exists()
+    return bool(_ID.fullmatch(text)) and not text.lower().endswith(_FILES) and not find(text).exists()
 
 
 def anchored(name: str | Path, root: Path) -> str:
     """Return a model's or checkpoint's name as an absolute path, relative ones seen from `root`; hub ids stay."""
-    path = root / name
+    path = find(name, root)
     return str(name) if is_hub_id(name) and not path.exists() else str(path)
 
 

@@ -14,7 +14,7 @@ _XL_CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2
 _CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 _EPS_STEPS = 110000  # training steps of the published 2.1-base, by which diffusers tells it as well
-_HINT = "give its YAML file with --model and the weights with --checkpoint"
+_HINT = "give its YAML file as model= and the weights as checkpoint="
 
 _FOREIGN = (
     (("conditioner.embedders.0.model.",), "the SDXL refiner, which refines images of the base model"),
@@ -68,7 +68,7 @@ def recognise(state: dict[str, Tensor], source: str | Path, global_step: int | N
             return presets.sd_v2("eps")
         warnings.warn(
             f"{source} does not say what its UNet predicts; taken to be v (2.x at 768 px): for a 512 px base model give "
-            "--model configs/model/sd-v2.yaml and the file with --checkpoint",
+            "configs/model/sd-v2.yaml as model= and the file as checkpoint=",
             stacklevel=2,
         )
         return presets.sd_v2("v")

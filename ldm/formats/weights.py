@@ -13,6 +13,7 @@ from ldm.errors import UserError
 from ldm.formats import diffusers_folder, hub
 from ldm.formats.pickled import read_pickled
 from ldm.formats.recognise import recognise, refuse_foreign
+from ldm.shipped import find
 from ldm.texts import openable
 
 PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -30,7 +31,7 @@ class Weights:
 
 def are_weights(name: str | Path) -> bool:
     """Whether a name stands for weights, rather than for a YAML file."""
-    return Path(name).is_dir() or str(name).lower().endswith(SUFFIXES) or hub.is_hub_id(name)
+    return find(name).is_dir() or str(name).lower().endswith(SUFFIXES) or hub.is_hub_id(name)
 
 
 def open_weights(name: str | Path, half: bool = False) -> Weights:
@@ -43,7 +44,7 @@ def open_weights(name: str | Path, half: bool = False) -> Weights:
     Raises:
         UserError: nothing there, a broken or hostile file, or a model of another kind.
     """
-    path = hub.snapshot(str(name), half) if hub.is_hub_id(name) else Path(name)
+    path = hub.snapshot(str(name), half) if hub.is_hub_id(name) else find(name)
     if path.is_dir() and diffusers_folder.is_diffusers_folder(path):
         config = diffusers_folder.read_config(path)
         state = diffusers_folder.read_state(path, config, half, lambda file: read_file(file)[0])
@@ -59,7 +60,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: nothing there, or a file is broken.
     """
-    path = Path(path)
+    path = find(path)
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
         raise UserError(
@@ -90,7 +91,7 @@ def read_content(file: str | Path) -> tuple[Any, dict[str, str] | None]:
     Raises:
         UserError: the file is missing, broken, hostile, or neither a .safetensors nor a pickled file.
     """
-    file = Path(file)
+    file = find(file)
     if not file.is_file():
         raise UserError(f"no file {file}: expected a .ckpt or .safetensors file")
     with open(file, "rb") as stream:
@@ -112,7 +113,8 @@ def read_safetensors(file: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     Raises:
         UserError: the file is missing, or is not a whole .safetensors file.
     """
-    if not Path(file).is_file():
+    file = find(file)
+    if not file.is_file():
         raise UserError(f"no file {file}: expected a .safetensors file")
     try:
         with openable(file) as path, safe_open(path, framework="pt") as content:

@@ -67,8 +67,8 @@ def within_memory(
         how = f"tiles of {tile} px" if tile else f"{batch} of {images} images at a time"
         warnings.warn(
             f"decoding in {how}: all {images} of {width}x{height} px together would take about "
-            f"{images * each / 2**30:.1f} GiB, too much for what is free on {model.device}; --vae-batch and "
-            "--vae-tile (vae_batch, vae_tile) decide otherwise",
+            f"{images * each / 2**30:.1f} GiB, too much for what is free on {model.device}; vae_batch= and "
+            "vae_tile= decide otherwise",
             stacklevel=3,
         )
     return min(batch, images), tile

@@ -1,8 +1,15 @@
 """The programs for other programs' files: exit code 2 and one line for what cannot be used."""
 
+import numpy as np
 import pytest
 import torch
-from helpers import refused, run_here
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from helpers import pixels, refused, run_here, run_main
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+
+from dci.concept.concept_file import Concept
+from ldm.formats.diffusers_export import write_folder
 
 TINY = ("--model", "configs/model/tiny.yaml")
 
@@ -25,3 +32,98 @@ def test_options_that_do_not_go_together(capfd, tmp_path):
             "none.safetensors")  # fmt: skip
     refused(run_here(capfd, "export_concept.py", tmp_path / "none.safetensors", "--to", "lora"), "none.safetensors")
     refused(run_here(capfd, "export_concept.py", tmp_path / "c.safetensors", "--to", "png"), "png")
+
+
+@pytest.mark.slow
+def test_the_error_of_a_rank_is_printed_as_compress_concept_does(finetuned, tmp_path, capfd):
+    finetuned[1].save(tmp_path / "c.safetensors")
+    run_main("export_concept.py", tmp_path / "c.safetensors", "--to", "lora", "--rank", 2, "--out", tmp_path / "out", *TINY)
+    exported = capfd.readouterr().out
+    run_main("compress_concept.py", tmp_path / "c.safetensors", "--rank", 2, "--out", tmp_path / "small.safetensors", *TINY)
+    compressed = capfd.readouterr().out
+    (line,) = [line for line in exported.splitlines() if "reconstruction error" in line]
+    assert line.lower() in compressed.lower()
+    (file,) = [line for line in compressed.splitlines() if "reconstruction error" in line]
+    assert float(file.split("reconstruction error ")[1].split()[0]) > 0
+
+
+def test_dora_is_refused_by_name(tiny_base, tmp_path, capfd):
+    """As PEFT makes it of diffusers' UNet, and as kohya's scripts name its scale."""
+    write_folder(tiny_base.state_dict(), tiny_base.config, tmp_path / "base")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "base/unet")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], use_dora=True))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(unet))
+    place = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    save_file({f"{place}.dora_scale": torch.ones(64, 1), f"{place}.lora_down.weight": torch.ones(2, 64),
+               f"{place}.lora_up.weight": torch.ones(64, 2)}, tmp_path / "kohya.safetensors")  # fmt: skip
+    for file in (tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors"):
+        result = run_here(
+            capfd, "import_concept.py", file, "--class-noun", "cat", "--out", tmp_path / "c.safetensors", *TINY
+        )
+        refused(result, "is a DoRA", "give a plain LoRA")
+
+
+@pytest.fixture
+def icos_file(tiny_base, tmp_path):
+    """What DCI_ICO writes beside a checkpoint: keys and values without a prefix, and the whole token table."""
+    table = torch.cat([tiny_base.text_encoder.token_table, 0.1 * torch.randn(2, 128)])
+    prefix, ending = "model.diffusion_model.", (".attn2.to_k.weight", ".attn2.to_v.weight")
+    state = {name.removeprefix(prefix): torch.nn.Parameter(1.5 * weight)
+             for name, weight in tiny_base.state_dict().items() if name.endswith(ending)}  # fmt: skip
+    state["transformer.text_model.embeddings.token_embedding.weight"] = table
+    torch.save({"state_dict": state}, tmp_path / "embeddings_gs-899.ckpt")
+    return tmp_path / "embeddings_gs-899.ckpt"
+
+
+@pytest.mark.slow
+def test_dci_icos_file_is_imported_or_sampled_directly(icos_file, tmp_path, capfd):
+    noun = ("--class-noun", "cat", *TINY)
+    run_main("import_concept.py", icos_file, *noun, "--out", tmp_path / "c.safetensors")
+    out = capfd.readouterr().out
+    assert "DCI_ICO's embeddings" in out and "2 learned tokens" in out and "the last 2 rows are taken" in out
+    images = []
+    for name, concept in (("a", [icos_file, *noun]), ("b", [tmp_path / "c.safetensors"])):
+        run_main("sample_dci.py", "--concept", *concept, "--prompt", "a V* cat", "--steps", 2, "--n-samples", 1, "--device",
+                 "cpu", "--outdir", tmp_path / name)  # fmt: skip
+        images.append(pixels(tmp_path / name / "samples/00000.png"))
+    assert np.array_equal(*images)
+
+
+@pytest.mark.slow
+def test_a_tuned_model_is_imported_as_a_whole_or_by_its_cross_attention(tiny_base, tmp_path, capfd):
+    state = {name: weight.clone() for name, weight in tiny_base.state_dict().items()}
+    conv, query = ("middle_block.0.in_layers.2.weight", "middle_block.1.transformer_blocks.0.attn2.to_q.weight")
+    for name in (conv, query):
+        state["model.diffusion_model." + name] += 0.01
+    save_file({name: weight.contiguous() for name, weight in state.items()}, tmp_path / "dreambooth.safetensors")
+    for which, expected in (("all", {conv, query}), ("cross-attention", {query})):
+        run_main("import_concept.py", tmp_path / "dreambooth.safetensors", "--class-noun", "cat", "--trigger", "sks",
+                 "--weights", which, *TINY, "--out", tmp_path / "c.safetensors")  # fmt: skip
+        concept = Concept.load(tmp_path / "c.safetensors")
+        assert {name.removeprefix("model.diffusion_model.") for name in concept.changed} == expected
+        assert f"{len(expected)} of {len(state)} weights differ" in capfd.readouterr().out
+    result = run_here(capfd, "import_concept.py", tmp_path / "dreambooth.safetensors", "--class-noun", "cat", "--trigger",
+                      "sks", "--out", tmp_path / "d.safetensors")  # fmt: skip
+    refused(result, "--model")
+
+
+def test_what_is_missing_is_asked_for_by_the_programs_options(tiny_base, tmp_path, capfd):
+    """The library names options as Python knows them."""
+    place = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    rows, columns = tiny_base.state_dict()[
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    ].shape
+    save_file({f"{place}.lora_down.weight": torch.ones(2, columns), f"{place}.lora_up.weight": torch.ones(rows, 2)},
+              tmp_path / "lora.safetensors")  # fmt: skip
+    save_file({"mycat": torch.ones(1, 128)}, tmp_path / "mycat.safetensors")
+
+    def call(*options, files=("lora",)):
+        files = [tmp_path / f"{name}.safetensors" for name in files]
+        return run_here(capfd, "import_concept.py", *files, "--out", tmp_path / "c.safetensors", *options)
+
+    refused(call(*TINY), "for it as --class-noun, such as dog")
+    refused(call("--class-noun", "cat", *TINY), "in prompts as --trigger, such as sks")
+    refused(call("--class-noun", "cat", "--trigger", "sks"), "made for as --model")
+    both = call("--class-noun", "cat", "--trigger", "my cat", *TINY, files=("lora", "mycat"))
+    refused(both, "--trigger 'my cat': the files bring 1 learned tokens")
+    refused(call("--class-noun", "cat,", *TINY), "--class-noun 'cat,': expected an ordinary word")

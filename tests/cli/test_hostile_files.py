@@ -276,7 +276,7 @@ def test_rows_of_a_token_table_that_do_not_go_with_their_ids(tmp_path):
 
 def test_a_single_component_or_a_small_model_names_what_to_give(state, tmp_path):
     save_file(state, tmp_path / "small.safetensors")
-    with pytest.raises(UserError, match="a text context 64 wide, expected 768 .* or 1024 .* with --model and the weights"):
+    with pytest.raises(UserError, match="a text context 64 wide, expected 768 .* or 1024 .* as model= and the weights"):
         load_model(tmp_path / "small.safetensors")
     save_file({n: t for n, t in state.items() if n.startswith("first_stage_model.")}, tmp_path / "vae.safetensors")
     with pytest.raises(UserError, match="holds no model under Stable Diffusion's names"):

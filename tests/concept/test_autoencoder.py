@@ -76,10 +76,10 @@ def test_images_record_its_content(trained, tmp_path):
 def test_a_missing_one_is_said_and_not_replaced(trained, tmp_path, capfd):
     file, own, _ = trained
     (tmp_path / "trained.safetensors").unlink()
-    with pytest.raises(UserError, match="autoencoder .*trained.safetensors .* is not there: name it with --vae"):
+    with pytest.raises(UserError, match="autoencoder .*trained.safetensors .* is not there: name it as vae="):
         Pipeline.load(file, device="cpu")
     result = run_here(capfd, "sample_dci.py", "--concept", file, "--prompt", "a V* cat", "--outdir", tmp_path / "out")
-    refused(result, own, "--vae FILE")
+    refused(result, own, "name it as --vae, or name the model as --model")
 
 
 @pytest.mark.parametrize("place", ["relative", "absolute", "folder"])

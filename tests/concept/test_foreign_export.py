@@ -252,9 +252,9 @@ REFUSED = {
     "a rank belongs to the format lora": {"to": "diff", "rank": 2},
     "tokens can be bundled into the formats lora and diff": {"to": "adobe", "bundle": True},
     "a diffusers folder is a form of the format checkpoint": {"to": "lora", "as_folder": True},
-    "--name dog: an ordinary word": {"to": "lora", "words": ["dog"]},
-    "--name a,b: expected 1 different names": {"to": "lora", "words": ["a", "b"]},
-    "--name ../x: expected letters": {"to": "lora", "words": ["../x"]},
+    "words 'dog': an ordinary word": {"to": "lora", "words": ["dog"]},
+    "words 'a,b': expected 1 different names": {"to": "lora", "words": ["a", "b"]},
+    "words '../x': expected letters": {"to": "lora", "words": ["../x"]},
 }
 
 

@@ -309,7 +309,7 @@ def test_a_tuned_model_against_its_base(small, tmp_path):
     assert all(relative(after[n], tuned[n]) < 1e-3 for n in changed)
     less = imported([tmp_path / "dreambooth.safetensors"], small, "cat", "sks", which="cross-attention")
     assert set(less.concept.keys_values) == {changed[2]}
-    with pytest.raises(UserError, match="give the base model that it was tuned from with --model"):
+    with pytest.raises(UserError, match="give the base model that it was tuned from as model="):
         import_concept([tmp_path / "dreambooth.safetensors"], "cat", "sks", small.config)
 
 
@@ -325,21 +325,21 @@ def lora_file(small, tmp_path, **more):
 
 def test_what_is_missing_is_asked_for(small, tmp_path):
     file = lora_file(small, tmp_path)
-    with pytest.raises(UserError, match="give the ordinary word for it with --class-noun"):
+    with pytest.raises(UserError, match="give the ordinary word for it as class_noun="):
         imported([file], small)
-    with pytest.raises(UserError, match="give the words that stand for it in prompts with --trigger"):
+    with pytest.raises(UserError, match="give the words that stand for it in prompts as trigger="):
         imported([file], small, "cat")
-    with pytest.raises(UserError, match="has a text context 64 wide: give the model that it was made for with --model"):
+    with pytest.raises(UserError, match="has a text context 64 wide: give the model that it was made for as model="):
         import_concept([file], "cat", "sks")
     found = import_concept([file], "cat", "sks", small.config)
-    assert "give it with --model" in found.said[-1]
+    assert "give it as model=" in found.said[-1]
     assert found.concept.base == ""
     prompt = parse_prompt("a V* on the sofa", found.concept.names)
     assert prompt.concept == "a sks cat on the sofa"
     assert prompt.concept_ids == parse_prompt("a sks cat on the sofa", found.concept.names).concept_ids
     assert len(prompt.concept_positions) == len(parse_prompt("a V* on the sofa", found.concept.names).concept_positions)
     save_file({"mycat": tokens_of(small, 1)}, tmp_path / "mycat.safetensors")
-    with pytest.raises(UserError, match="--trigger sks: the files bring 1 learned tokens"):
+    with pytest.raises(UserError, match="trigger 'sks': the files bring 1 learned tokens"):
         imported([file, tmp_path / "mycat.safetensors"], small, "cat", "sks")
 
 
@@ -489,7 +489,7 @@ def test_what_cannot_be_put_on_the_base(fresh, small, tmp_path):
     concept = concept_of(small)
     concept.save(tmp_path / "c.safetensors")
     export(concept, small, "adobe", tmp_path)
-    for file, words in (("c.safetensors", "is a concept file: give it with --concept"), ("delta.ckpt", "expected a LoRA"),
+    for file, words in (("c.safetensors", "is a concept file: give it as concept="), ("delta.ckpt", "expected a LoRA"),
                         ("none.safetensors:0.5", "no LoRA .*none.safetensors: expected")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             add_loras(fresh, [str(tmp_path / file)])

@@ -1,18 +1,28 @@
 """SDXL's concepts in other programs' files: pairs of embeddings, two text encoders, diffusers' own loader."""
 
+import dataclasses
+
+import foreign_models
 import pytest
 import tiny_models
 import torch
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
+from tiny_models import relative_error
 
 from dci.concept.foreign.export import export
 from dci.concept.foreign.importing import import_concept
 from dci.concept.foreign.layers import Layers
+from dci.concept.prompts import parse_prompt
+from dci.dual_branch.options import sampling_options
+from dci.dual_branch.sampling import BranchContexts, sample_latents
 from dci.finetuning.config import ConceptConfig, FinetuneConfig, TrainingConfig
 from dci.finetuning.module import ICOTraining
-from ldm.checkpoint import load_weights
+from ldm.checkpoint import load_model, load_weights
+from ldm.conditioning import ImageSize
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
+from ldm.formats.diffusers_export import write_folder
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +51,6 @@ def concept(model):
 
 @torch.no_grad()
 def test_diffusers_draws_what_we_draw_from_a_lora(concept, model, theirs, tmp_path):
-    from diffusers import StableDiffusionXLPipeline
-
     done = export(concept, model, "lora", tmp_path)
     (file,) = [f for f in done.files if f.name.endswith("lora.safetensors")]
     pipeline = StableDiffusionXLPipeline(theirs.vae, theirs.text, theirs.text_2, None, None, theirs.unet, None)
@@ -56,8 +64,8 @@ def test_diffusers_draws_what_we_draw_from_a_lora(concept, model, theirs, tmp_pa
     undo = concept.apply(model)
     expected = model.unet(x, t, context, vector=model.text_encoder.vector(pooled, sizes))
     undo()
-    assert tiny_models.relative_error(found, expected) < 2e-3  # the file is fp16
-    assert tiny_models.relative_error(before, expected) > 0.01
+    assert relative_error(found, expected) < 2e-3  # the file is fp16
+    assert relative_error(before, expected) > 0.01
 
 
 @pytest.mark.parametrize("to", ["lora", "diff", "adobe"])
@@ -81,6 +89,108 @@ def test_tokens_are_written_in_two_halves_and_bundled(concept, model, tmp_path):
     bundled = load_file(next(f for f in done.files if f.name.endswith("lora.safetensors")))
     names = {name for name in bundled if name.startswith("bundle_emb.")}
     assert names == {f"bundle_emb.{done.words[0]}.{half}" for half in ("clip_l", "clip_g")}
+
+
+def test_custom_diffusions_delta_has_a_list_of_two_vectors(concept, model, tmp_path):
+    """As its scripts for SDXL write and read it; and a text encoder that was trained as a whole comes along."""
+    export(concept, model, "adobe", tmp_path)
+    delta = torch.load(tmp_path / "delta.bin", weights_only=True)
+    for token, row in zip(concept.modifier_tokens, concept.modifiers, strict=True):
+        first, second = delta["modifier_token"][token]
+        assert (first.shape, second.shape) == ((32,), (64,))
+        torch.testing.assert_close(torch.cat([first, second]), row)
+    assert "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight" in delta["unet"]
+    theirs, expected = tiny_models.make(model.config), {}
+    for part, network, prefix in (
+        ("text_encoder", theirs.text, "0.transformer"),
+        ("text_encoder_2", theirs.text_2, "1.model"),
+    ):
+        delta[part] = network.state_dict()
+        expected |= {n: t for n, t in theirs.state.items() if n.startswith(f"conditioner.embedders.{prefix}.")}
+    torch.save(delta, tmp_path / "text.bin")
+    found = import_concept([tmp_path / "text.bin"], "dog", config=model.config, load=lambda: model).concept
+    weights = found.weights(model)
+    expected = {name: tensor for name, tensor in expected.items() if not name.endswith("logit_scale")}
+    assert expected.keys() == {name for name in weights if name.startswith("conditioner.")}
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A model with weights that fp16 holds, a concept, first noise, and latents of it."""
+    torch.manual_seed(5)
+    model = foreign_models.model_of(tiny_models.small_xl())
+    concept, noise = foreign_models.concept_of(model), foreign_models.first_noise(model)
+    before, undo = our_latents(model, concept, noise), concept.apply(model)
+    latents = our_latents(model, concept, noise)
+    undo()
+    assert relative_error(before, latents) > 1e-2
+    return model, concept, noise, latents
+
+
+@torch.no_grad()
+def our_latents(model, concept, noise):
+    prompt, size = parse_prompt("photo of a V* cat", concept.names), ImageSize((32, 32), (0, 0), (32, 32)).row()
+    options = sampling_options(model, steps=3, scale=5.0, eta=0.0, solver="ddim")
+    contexts = BranchContexts.of(model, concept, [prompt], "", size)
+    return sample_latents(model, contexts, None, None, options, (lambda: noise, None))
+
+
+def their_latents(pipeline, noise, card):
+    """Latents of diffusers with what a card says to load: its code is run, but for the last line, which samples."""
+    *load, last = card.split("```python\n")[1].split("```")[0].strip().splitlines()
+    names = {"pipe": pipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+    exec("\n".join(load), names)
+    pipeline = names["pipe"]
+    pipeline.set_progress_bar_config(disable=True)
+    assert last == 'pipe("photo of mycat cat on the beach")'
+    sizes = {"height": 32, "width": 32, "num_inference_steps": 3, "guidance_scale": 5.0}
+    return pipeline("photo of a mycat cat", latents=noise, output_type="latent", **sizes).images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("to", "options"), [("lora", {}), ("checkpoint", {"as_folder": True})])
+def test_what_the_card_says_makes_our_latents_in_diffusers(exact, to, options, tmp_path, monkeypatch):
+    model, concept, noise, latents = exact
+    write_folder(model.state_dict(), model.config, tmp_path / "base")
+    export(concept, model, to, tmp_path / "out", **options)
+    monkeypatch.chdir(tmp_path / "out")
+    base = None if options else StableDiffusionXLPipeline.from_pretrained(tmp_path / "base")
+    found = their_latents(base, noise, (tmp_path / "out/README.md").read_text())
+    assert relative_error(found, latents) < 1e-4
+
+
+@torch.no_grad()
+def test_a_folder_of_ours_is_read_by_diffusers_and_by_us(exact, tmp_path):
+    model = exact[0]
+    write_folder(model.state_dict(), model.config, tmp_path)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(tmp_path)
+    x, t, context, pooled = torch.randn(1, 4, 16, 16), torch.tensor([500]), torch.randn(1, 77, 96), torch.randn(1, 48)
+    sizes = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+    theirs = pipeline.unet(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample
+    ours = model.unet(x, t, context, vector=model.text_encoder.vector(pooled, sizes))
+    assert relative_error(ours, theirs) < 1e-5
+    context, _, pooled, _ = pipeline.encode_prompt("a dog on the beach", do_classifier_free_guidance=False)
+    found = model.text_encoder.condition(model.text_encoder.tokenize(["a dog on the beach"]), None, sizes)
+    assert relative_error(found.tensor, context) < 1e-5
+    assert relative_error(found.vector[:, :48], pooled) < 1e-5
+    assert pipeline.vae.config.force_upcast and pipeline.config.force_zeros_for_empty_prompt
+    again = load_model(tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert again.config == dataclasses.replace(model.config, checkpoint=None)
+
+
+def test_a_single_file_has_the_published_names(exact, theirs, tmp_path):
+    """Those that diffusers' own converter takes (`tiny_models.make` is made by it), and open_clip's."""
+    model, concept, noise, latents = exact
+    export(concept, model, "checkpoint", tmp_path)
+    state = load_file(tmp_path / "mycat-checkpoint.safetensors")
+    assert state.keys() == theirs.state.keys() - {"conditioner.embedders.1.model.logit_scale"}
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()}.items() <= {
+        name: tuple(tensor.shape) for name, tensor in theirs.state.items()}.items()  # fmt: skip
+    merged = load_model(tiny_models.write_yaml(model.config, tmp_path / "m.yaml"), tmp_path / "mycat-checkpoint.safetensors")
+    assert relative_error(our_latents(merged, concept, noise), latents) < 1e-4
 
 
 def test_half_an_embedding_is_refused(model, tmp_path):

@@ -2,10 +2,14 @@
 
 import dataclasses
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
-from helpers import ROOT, ok, refused, run, run_here, run_main
+from helpers import ENVIRONMENT, ROOT, ok, refused, run, run_here, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import KEYS_VALUES, batch, config, gradients
@@ -124,9 +128,13 @@ SHORT = ("--device", "cpu", "validation.every=0", "logging.every=1", "logging.te
          "training.gradient_sum=fp32", "data.crop=bucket", "concept.class_noun=cat")  # fmt: skip
 
 
+def command_of(logdir, weights, images):
+    return ("--config", ROOT / "configs/train/ico-sdxl.yaml", "--logdir", logdir, "--model", YAML, "--checkpoint", weights,
+            f"data.images={images}", f"data.regularization={images}", *SHORT)  # fmt: skip
+
+
 def train(logdir, weights, images, *args):
-    run_main("train_ico.py", "--config", ROOT / "configs/train/ico-sdxl.yaml", "--logdir", logdir, "--model", YAML,
-             "--checkpoint", weights, f"data.images={images}", f"data.regularization={images}", *SHORT, *args)  # fmt: skip
+    run_main("train_ico.py", *command_of(logdir, weights, images), *args)
     (folder,) = logdir.iterdir()
     return folder
 
@@ -156,6 +164,23 @@ def test_a_run_goes_on_bitwise(run_folder, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bitwise(run_folder, weights, images, tmp_path):
+    """Killed for good in the middle of its work, as soon as there is a checkpoint; the same command goes on."""
+    command = [sys.executable, str(ROOT / "scripts/train_ico.py"), *map(str, command_of(tmp_path, weights, images)),
+               "training.checkpoint_every=1", "resume=auto"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+    while process.poll() is None and not [*tmp_path.glob("*/checkpoints/*.ckpt")]:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not [*tmp_path.glob("*/concept.safetensors")]
+    subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
+    (resumed,) = tmp_path.glob("*/concept.safetensors")
+    ours, theirs = load_file(resumed), load_file(run_folder / "concept.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_a_concept_is_low_rank_and_samples_with_the_programs(run_folder, weights, tmp_path):
     concept = Concept.load(run_folder / "concept.safetensors")
     assert not concept.keys_values and {c.u.shape[1] for c in concept.low_rank.values()} == {2}
@@ -169,6 +194,29 @@ def test_a_concept_is_low_rank_and_samples_with_the_programs(run_folder, weights
     shapes = [Image.open(next((tmp_path / name / "samples").glob("*.png"))).size for name in ("dci", "plain")]
     assert shapes == [(32, 32), (64, 16)]
     assert '"crop": [\n   2,\n   4' in (tmp_path / "dci/prompts.json").read_text().replace("    ", " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["custom-diffusion", "textual-inversion"])
+def test_the_other_methods_train_too(method, weights, images, tmp_path):
+    """With the configurations as they are, but for what belongs to a machine, and one step."""
+    own = ("--device", "cpu", "--model", YAML, "--checkpoint", weights, "--logdir", tmp_path, "concept.class_noun=cat",
+           f"data.images={images}", f"data.regularization={images}", "training.steps=1", "training.precision=fp32",
+           "validation.every=0", "logging.tensorboard=false")  # fmt: skip
+    run_main("train_ico.py", "--config", ROOT / f"configs/train/{method}-sdxl.yaml", *own)
+    (file,) = tmp_path.glob("*/concept.safetensors")
+    concept = Concept.load(file)
+    assert bool(concept.changed) == (method == "custom-diffusion")
+    assert concept.modifiers.shape[1] == 96 and not len(concept.prefixes)
+
+
+@pytest.mark.slow
+def test_aspect_ratios_are_kept_in_every_family(images, tmp_path, capfd):
+    """Images of three shapes, on the embedded model of Stable Diffusion 1.x's shape."""
+    run_main("train_ico.py", "--config", ROOT / "configs/train/ico-tiny.yaml", "--device", "cpu", "--logdir", tmp_path,
+             f"data.images={images}", "data.crop=bucket", "training.steps=1", "training.batch_size=3", "validation.every=0",
+             "logging.tensorboard=false")  # fmt: skip
+    assert [*tmp_path.glob("*/concept.safetensors")]
 
 
 def test_sizes_on_the_command_line_that_are_none(capfd):

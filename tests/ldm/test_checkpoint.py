@@ -118,7 +118,7 @@ def test_an_autoencoder_of_its_own_takes_the_place_of_the_models(tiny_base, tmp_
     state = {name: tensor.clone() for name, tensor in tiny_base.state_dict().items()}
     bare = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}
     torch.save({"state_dict": bare}, tmp_path / "bare.ckpt")
-    with pytest.raises(UserError, match="lacks first_stage_model.* no autoencoder: give one with --vae FILE"):
+    with pytest.raises(UserError, match="lacks first_stage_model.* no autoencoder: give one as vae="):
         load_model(TINY, tmp_path / "bare.ckpt")
     vae = {name.removeprefix(PREFIX): tensor + 0.125 for name, tensor in state.items() if name.startswith(PREFIX)}
     vae = {PREFIX + name: tensor for name, tensor in vae.items()} | bare if form == "in a whole model" else vae

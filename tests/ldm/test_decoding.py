@@ -49,7 +49,7 @@ def test_short_memory_slices_the_batch_and_says_so(tiny_base, monkeypatch):
     monkeypatch.setattr(tiny_base, "decode", lambda part: rows.append(len(part)) or plain(part))
     two = 2 * decoding_bytes(tiny_base.config.autoencoder, 32, 32, 4)
     monkeypatch.setattr(decoding, "free_memory", lambda device: 3 * two)  # half of it, but in powers of two
-    with pytest.warns(UserWarning, match="2 of 5 images at a time.*--vae-batch"):
+    with pytest.warns(UserWarning, match="2 of 5 images at a time.*vae_batch="):
         sliced = decode(tiny_base, latents)
     assert rows == [2, 2, 1]
     assert (sliced - whole).abs().max() < 1e-5

@@ -314,7 +314,7 @@ def state_with_context(width):
 def test_a_single_file_tells_its_architecture():
     assert recognise(state_with_context(768), "x", None) == presets.sd_v1()
     assert recognise(state_with_context(1024), "x", 110000) == presets.sd_v2("eps")
-    with pytest.warns(UserWarning, match="taken to be v .* --model configs/model/sd-v2.yaml"):
+    with pytest.warns(UserWarning, match="taken to be v .* configs/model/sd-v2.yaml as model="):
         assert recognise(state_with_context(1024), "x", 875000) == presets.sd_v2("v")
     with pytest.raises(UserError, match="x holds a model with a text context 2048 wide, expected 768"):
         recognise(state_with_context(2048), "x", None)

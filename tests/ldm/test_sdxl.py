@@ -1,5 +1,7 @@
 """SDXL: counts of the full size on meta tensors, and its small shape against diffusers, transformers and open_clip."""
 
+import copy
+
 import pytest
 import tiny_models
 import torch
@@ -8,6 +10,7 @@ from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from tiny_models import relative_error
 
+from dci.pipeline import Pipeline
 from ldm import tokenizer
 from ldm.checkpoint import TOLERATED, load_model, read_config
 from ldm.conditioning import ImageSize
@@ -15,6 +18,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.formats import presets
 from ldm.formats.recognise import recognise
+from ldm.images import to_tensor
 from ldm.noise import ImageNoise
 from ldm.text_to_image import SamplingOptions, text_to_image
 
@@ -126,6 +130,11 @@ def test_a_trajectory_equals_diffusers(theirs, ours, negative):
     ).images  # fmt: skip
     pixels = text_to_image(ours, "a dog on the beach", [0], options, negative=negative)
     assert (pixels / 2 + 0.5 - expected).abs().max() < 1e-5
+    settings = {field: getattr(options, field) for field in ("steps", "scale", "eta", "seed", "height", "width")}
+    (image,) = Pipeline.of(ours)("a dog on the beach", negative=negative, **settings, original_size=(40, 72), crop=(2, 4))
+    assert (to_tensor(image) / 2 + 0.5 - expected[0]).abs().max() < 1 / 255
+    (other,) = Pipeline.of(ours)("a dog on the beach", negative=negative, **settings)
+    assert (to_tensor(other) - to_tensor(image)).abs().max() > 1 / 255  # the size of the image itself, nothing cut off
 
 
 def test_sizes_condition_no_other_family(tiny_base):
@@ -140,11 +149,39 @@ def test_sizes_that_are_none(ours, value):
 
 
 def test_the_autoencoder_is_not_left_in_fp16(ours):
-    import copy
-
     half = copy.deepcopy(ours).half()
     assert (half.dtype, half.vae_dtype) == (torch.float16, torch.float32)
     assert copy.deepcopy(ours).bfloat16().vae_dtype == torch.bfloat16
+
+
+def separate(theirs, folder, upcast):
+    """An autoencoder in a folder of its own, whose activations no fp16 holds."""
+    vae = copy.deepcopy(theirs.vae)
+    vae.decoder.conv_in.bias.data += 1e5
+    vae.register_to_config(force_upcast=upcast)
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("said", [True, False, None])
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
+def test_a_separate_autoencoder_is_in_fp16_only_where_its_own_configuration_says_so(theirs, ours, said, whole, tmp_path):
+    folder = separate(theirs, tmp_path / "vae", bool(said))
+    if said is None:
+        (folder / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    save_file(theirs.state, tmp_path / "m.safetensors")
+    files = (tiny_models.write_yaml(theirs.config, tmp_path / "m.yaml"), tmp_path / "m.safetensors")
+    vae = folder if whole else folder / "diffusion_pytorch_model.safetensors"
+    half = load_model(*files, dtype=torch.float16, vae=vae)
+    allowed = said is False
+    assert (half.dtype, half.vae_dtype) == (torch.float16, torch.float16 if allowed else torch.float32)
+    assert half.to("cpu").half().vae_dtype == half.vae_dtype
+    assert load_model(*files, dtype=torch.bfloat16, vae=vae).vae_dtype == torch.bfloat16
+    if not allowed:  # what overflows in fp16 is decoded as in fp32
+        latents = torch.randn(1, 4, 16, 16)
+        exact = load_model(*files, vae=vae).decode(latents.half().float())
+        assert exact.isfinite().all()
+        torch.testing.assert_close(half.decode(latents.half()).float(), exact, atol=1e-3, rtol=1e-3)
 
 
 def skeleton(config):

@@ -9,6 +9,7 @@ from dci.concept.concept_file import LowRank
 from dci.concept.foreign.content import Content
 from dci.concept.foreign.layers import UNET, Layers, layer_of
 from ldm.errors import UserError
+from ldm.formats.diffusers_export import text_encoders
 from ldm.formats.diffusers_names import text_names
 
 EMBED = "embed"
@@ -56,13 +57,13 @@ def read_bin(content: dict, layers: Layers, source: str) -> Content:
         raise UserError(f"{source} is a damaged delta.bin: expected weights in 'unet' and embeddings in 'modifier_token'")
     found = _weights(dict(unet), source, rename, "delta.bin")
     rows = torch.stack([_rows(row, source)[0] for row in tokens.values()]) if tokens else None
-    text = content.get("text_encoder")
-    if isinstance(text, Mapping):
-        vocabulary = layers.config.text_encoder.vocab_size
-        state = {name: weight for name, weight in text.items() if isinstance(weight, Tensor) and "position_ids" not in name}
-        named = text_names(state, layers.config.text_encoder)
-        # The tokens' own rows stand behind the vocabulary, and in 'modifier_token' too.
-        found.weights.update({n: w[:vocabulary] if "token_embedding" in n else w for n, w in named.items()})
+    for part, prefix, encoder in text_encoders(layers.config):
+        text = content.get(part)
+        if isinstance(text, Mapping):
+            state = {n: weight for n, weight in text.items() if isinstance(weight, Tensor) and "position_ids" not in n}
+            named = text_names(state, encoder, prefix)
+            # The tokens' own rows stand behind the vocabulary, and in 'modifier_token' too.
+            found.weights.update({n: w[: encoder.vocab_size] if "token_embedding" in n else w for n, w in named.items()})
     return found.with_(tokens=() if rows is None else (rows,))
 
 

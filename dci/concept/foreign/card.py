@@ -52,6 +52,10 @@ class Card:
     def _lost(self) -> list[str]:
         lost = ["The image-specific contexts, which only further study needs."]
         lost += [] if self.to == "checkpoint" else ["A check that the base model is the right one: see to it yourself."]
+        loras = ", ".join(f"`{lora}`" for lora in self.done.concept.config.get("loras") or [])
+        if loras and self.to != "checkpoint":
+            how = "load them too" if self.to in ("lora", "diff") else "of their changes, those of the same weights are here"
+            lost += [f"The LoRAs that the concept was trained on ({loras}): {how}."]
         if self.to in ("adobe", "diffusers"):
             lost += ["The class noun: it is in this card.", "A strength: the weights are whole, not changes."]
         if self.to == "checkpoint":
@@ -98,15 +102,30 @@ class Card:
         folder = "models/checkpoints/" if self.to == "checkpoint" else "models/loras/"
         node = "" if self.to == "checkpoint" else " (node LoraLoader)"
         place = "" if self.as_folder else f"* `{self._weights}` into `{folder}`{node}\n"
+        first = self._words[0] if self._words else "name"
         return f"""## ComfyUI
 
 {place}{self._token_files("models/embeddings/")}* prompt: `photo of {words} on the beach`
 
-InvokeAI: add the same files with its model manager; it writes an embedding `<{self._words[0] if self._words else "name"}>`.
+InvokeAI: add the same files with its model manager; in prompts the embedding is `<{first}>`.
+"""
+
+    @property
+    def _pipeline(self) -> str:
+        return "StableDiffusionXLPipeline" if self.done.layers.text_2 else "StableDiffusionPipeline"
+
+    def _load_token(self, word: str) -> str:
+        if not self.done.layers.text_2:
+            return f'pipe.load_textual_inversion("{word}.safetensors", token="{word}")\n'
+        return f"""rows = load_file("{word}.safetensors")
+pipe.load_textual_inversion(rows["clip_l"], token="{word}", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer)
+pipe.load_textual_inversion(rows["clip_g"], token="{word}", text_encoder=pipe.text_encoder_2, tokenizer=pipe.tokenizer_2)
 """
 
     def _python(self, load: str) -> str:
-        tokens = "".join(f'pipe.load_textual_inversion("{word}.safetensors", token="{word}")\n' for word in self._words)
+        tokens = "".join(self._load_token(word) for word in self._words)
+        if tokens and self.done.layers.text_2:
+            tokens = f"from safetensors.torch import load_file\n\n{tokens}"
         return f"""## diffusers
 
 ```python
@@ -116,10 +135,8 @@ InvokeAI: add the same files with its model manager; it writes an embedding `<{s
 """
 
     def _diffusers_lora(self) -> str:
-        note = (
-            "\nThis file holds the tokens too, which diffusers refuses: export it without --bundle.\n" if self.bundle else ""
-        )
-        return self._python(f'pipe.load_lora_weights("{self._weights}")') + note
+        note = "\nThis file holds the tokens too, which diffusers refuses: for it, export without the bundle.\n"
+        return self._python(f'pipe.load_lora_weights("{self._weights}")') + (note if self.bundle else "")
 
     def _diffusers_custom(self) -> str:
         note = "The keyword `_pipeline` is needed: without it current versions cannot put the processors in place.\n"
@@ -127,8 +144,8 @@ InvokeAI: add the same files with its model manager; it writes an embedding `<{s
 
     def _diffusers_model(self) -> str:
         if self.as_folder:
-            return self._python(f'pipe = StableDiffusionPipeline.from_pretrained("{self.done.name}-diffusers")')
-        return self._python(f'pipe = StableDiffusionPipeline.from_single_file("{self._weights}")')
+            return self._python(f'pipe = {self._pipeline}.from_pretrained("{self.done.name}-diffusers")')
+        return self._python(f'pipe = {self._pipeline}.from_single_file("{self._weights}")')
 
     def _sd_scripts(self) -> str:
         tokens = " ".join(f"{word}.safetensors" for word in self._words)

@@ -1,6 +1,6 @@
 """Embeddings of tokens (textual inversion) in every form that programs write, and inside LoRA files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -77,6 +77,12 @@ def unbundle(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], 
         rows.append(tensor.view(-1, tensor.shape[-1]))
     rows += [_pair(halves, f"{source}: {word}") for word, halves in pairs.items()]
     return {name: tensor for name, tensor in state.items() if name not in inside}, tuple(rows)
+
+
+def bundled_words(names: Iterable[str]) -> list[str]:
+    """Return the words of the embeddings among a LoRA's tensors."""
+    inside = [name.removeprefix(BUNDLE).partition(_PARAM)[0] for name in names if name.startswith(BUNDLE)]
+    return list(dict.fromkeys(word.removesuffix(".clip_l").removesuffix(".clip_g") for word in inside))
 
 
 def write(name: str, rows: Tensor, widths: Sequence[int]) -> dict[str, Tensor]:

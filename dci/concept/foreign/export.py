@@ -16,6 +16,7 @@ from dci.concept.foreign.metadata import header
 from dci.concept.low_rank import compress
 from dci.files import safetensors_bytes, write_atomically
 from ldm import tokenizer
+from ldm.checkpoint import save_weights
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.formats.diffusers_export import write_folder
@@ -114,11 +115,11 @@ def _check(to: str, rank: int | None, bundle: bool, as_folder: bool) -> None:
     if to not in FORMATS:
         raise UserError(f"format '{to}': expected one of {', '.join(FORMATS)}")
     if rank is not None and to != "lora":
-        raise UserError(f"a rank belongs to the format lora, not to {to}: leave --rank out")
+        raise UserError(f"a rank belongs to the format lora, not to {to}: leave rank= out")
     if bundle and to not in _HEADED:
-        raise UserError(f"tokens can be bundled into the formats lora and diff, not into {to}: leave --bundle out")
+        raise UserError(f"tokens can be bundled into the formats lora and diff, not into {to}: leave bundle= out")
     if as_folder and to != "checkpoint":
-        raise UserError(f"a diffusers folder is a form of the format checkpoint, not of {to}: leave --folder out")
+        raise UserError(f"a diffusers folder is a form of the format checkpoint, not of {to}: leave as_folder= out")
 
 
 def _words(concept: Concept, words: list[str] | None) -> list[str]:
@@ -126,12 +127,12 @@ def _words(concept: Concept, words: list[str] | None) -> list[str]:
     if words is None:
         return ["my" + "".join(c for c in name.class_noun.lower() if c.isalnum()) for name in concept.names]
     if len(words) != len(concept.names) or len(set(words)) < len(words):
-        raise UserError(f"--name {','.join(words)}: expected {len(concept.names)} different names, with commas between them")
+        raise UserError(f"words '{','.join(words)}': expected {len(concept.names)} different names, commas between them")
     for word in words:
         if not word.replace("-", "").replace("_", "").isalnum():
-            raise UserError(f"--name {word}: expected letters, digits, - and _: it names files and is typed in prompts")
+            raise UserError(f"words '{word}': expected letters, digits, - and _: it names files and is typed in prompts")
         if len(tokenizer.tokenize(word)) == 1:
-            raise UserError(f"--name {word}: an ordinary word, which would lose its meaning: give another, such as my{word}")
+            raise UserError(f"words '{word}': an ordinary word, which would lose its meaning: give another, as my{word}")
     return words
 
 
@@ -157,21 +158,21 @@ def _headed(done: Export, to: str, bundle: bool) -> None:
         for word, rows in done.embeddings().items():
             tensors |= embeddings.bundle(word, rows, done.model.config.token_widths)
     if not tensors:
-        raise UserError(f"the format {to} can carry nothing of what this concept changes: export it with --to checkpoint")
+        raise UserError(f"the format {to} can carry nothing of what this concept changes: export a whole checkpoint")
     facts = header(concept, done.model.config, done.name, done.prompt, ranks)
     done.write(f"{done.name}-{to}.safetensors", safetensors_bytes(tensors, facts))
 
 
 def _checkpoint(done: Export, as_folder: bool) -> None:
     state = whole_model.state_of(done.concept.weights(done.model), done.model)
-    if as_folder and done.layers.text_2:
-        raise UserError("a diffusers folder of Stable Diffusion XL is not written yet: leave --folder out")
     if as_folder:
         folder = done.folder / f"{done.name}-diffusers"
         write_folder(state, done.model.config, folder)
         done.files.append(folder)
     else:
-        done.write(f"{done.name}-checkpoint.safetensors", safetensors_bytes(state, {"format": "pt"}))
+        file = done.folder / f"{done.name}-checkpoint.safetensors"
+        save_weights(state, file, format="pt")  # straight into the file: a second copy in memory would be as large
+        done.files.append(file)
 
 
 def _diffusers(done: Export) -> None:
@@ -179,7 +180,7 @@ def _diffusers(done: Export) -> None:
     content, done.left = custom_diffusion.write(weights, base, done.layers)
     done.write(custom_diffusion.WEIGHTS, _pickled(content))
     for token, row in _named_tokens(done.concept).items():
-        done.write(f"{token}.bin", _pickled({token: row}))
+        done.write(f"{token}.bin", _pickled(embeddings.write(token, row, done.model.config.token_widths)))
 
 
 def _adobe(done: Export) -> None:

@@ -21,6 +21,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.formats import presets
 from ldm.formats.weights import read_safetensors
+from ldm.shipped import find
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Imported:
 
 def is_foreign(file: str | Path) -> bool:
     """Whether a file is to be imported: any but a concept file of ours; one that is missing counts as ours."""
-    path = Path(file)
+    path = find(file)
     if path.is_dir() or path.suffix.lower() != ".safetensors":
         return path.exists()
     return path.is_file() and read_safetensors(path)[1].get("format") != FORMAT
@@ -91,7 +92,7 @@ def import_concept(
     if model and facts.get("base") not in (None, "", concept.base):
         said.append(f"note: it was exported from a concept of another base model ({facts['base_name']}, {facts['base']})")
     if not concept.base and identify:
-        said.append("its base model is not known, and cannot be checked later: give it with --model to have that done")
+        said.append("its base model is not known, and cannot be checked later: give it as model= to have that done")
     return Imported(concept, tuple(said))
 
 
@@ -121,7 +122,7 @@ def _told_by(opened: list[Opened]) -> ModelConfig:
     widths = {width for each in opened for width in _widths(each)}
     if len(widths) != 1 or not widths <= _WIDTHS.keys():
         found = f"a text context {' or '.join(map(str, sorted(widths)))} wide" if widths else "nothing that tells its model"
-        raise UserError(f"{opened[0].source} has {found}: give the model that it was made for with --model")
+        raise UserError(f"{opened[0].source} has {found}: give the model that it was made for as model=")
     return _WIDTHS[widths.pop()]()
 
 
@@ -145,20 +146,20 @@ def _names(content: Content, class_noun: str | None, trigger: str | None) -> tup
     noun = class_noun or content.facts.get("class_noun")
     if not noun:
         raise UserError(
-            "the files do not tell what the concept is: give the ordinary word for it with --class-noun, such as dog"
+            "the files do not tell what the concept is: give the ordinary word for it as class_noun=, such as dog"
         )
     nouns = [" ".join(part.split()) for part in noun.split(",")]
     if not all(nouns):
-        raise UserError(f"--class-noun '{noun}': expected an ordinary word, such as dog")
+        raise UserError(f"class_noun '{noun}': expected an ordinary word, such as dog")
     number = sum(len(rows) for rows in content.tokens)
     if number and trigger:
-        raise UserError(f"--trigger {trigger}: the files bring {number} learned tokens for the concept: leave it out")
+        raise UserError(f"trigger '{trigger}': the files bring {number} learned tokens for the concept: leave it out")
     if not number:
         return (ConceptName((_trigger(content, noun, trigger),), noun),)
     groups = [len(rows) for rows in content.tokens] if len(content.tokens) == len(nouns) else [1] * number
     groups = [number] if len(nouns) == 1 else groups
     if len(groups) != len(nouns):
-        raise UserError(f"--class-noun {noun}: {len(nouns)} concepts, but {number} learned tokens: give one noun for all of "
+        raise UserError(f"class_noun '{noun}': {len(nouns)} concepts, but {number} learned tokens: give one noun for all of "
                         "them, or one for each")  # fmt: skip
     numbered = iter(range(1, number + 1))
     return tuple(
@@ -174,7 +175,7 @@ def _trigger(content: Content, noun: str, trigger: str | None) -> str:
     words = " ".join((trigger or content.trigger.partition(",")[0]).split())
     words = words.removesuffix(noun).strip() if words != noun else words
     if not words or words.startswith("<") or not tokenizer.tokenize(words):
-        raise UserError("no token was learned for the concept: give the words that stand for it in prompts with --trigger, "
+        raise UserError("no token was learned for the concept: give the words that stand for it in prompts as trigger=, "
                         "such as sks")  # fmt: skip
     return words
 

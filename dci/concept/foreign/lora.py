@@ -80,7 +80,7 @@ def _refuse(state: dict[str, Tensor], layers: Layers, source: str) -> None:
             raise UserError(f"{source} is a {kind} ({name}), whose changes are not understood: give a plain LoRA")
     if not layers.text_2 and any(name.startswith((KOHYA_PAIR[1], "text_encoder_2.")) for name in state):
         raise UserError(f"{source} is a LoRA of Stable Diffusion XL (it changes a second text encoder): give the model "
-                        "that it was made for with --model")  # fmt: skip
+                        "that it was made for as model=")  # fmt: skip
 
 
 def _normal(name: str, source: str) -> tuple[str, str]:
@@ -110,7 +110,7 @@ def _place(layer: str, layers: Layers, source: str) -> Place | None:
     if number and int(number[1]) == layers.config.text_encoder.layers and layers.config.text_encoder.kind == "openclip":
         return None
     raise UserError(f"{source} changes '{layer}', which the model '{layers.config.name}' does not have: give the model "
-                    "that the file was made for with --model")  # fmt: skip
+                    "that the file was made for as model=")  # fmt: skip
 
 
 def _add(

@@ -15,10 +15,11 @@ from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.formats.diffusers_folder import is_diffusers_folder
 from ldm.formats.weights import open_weights, read_content
+from ldm.shipped import find
 
 ADAPTER = "adapter_model.safetensors"  # how PEFT itself calls a file, with adapter_config.json beside it
 
-_OTHER = "give the model that it was made for with --model"
+_OTHER = "give the model that it was made for as model="
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def open_file(name: str | Path) -> Opened:
     Raises:
         UserError: it is missing, broken, hostile, or holds no mapping.
     """
-    path = Path(name)
+    path = find(name)
     if path.is_dir() and is_diffusers_folder(path):
         return Opened(str(name), dict(open_weights(path).state), {})
     if path.is_dir():

@@ -32,22 +32,20 @@ def read(state: dict[str, Tensor], base: LatentDiffusion | None, which: str, sou
         UserError: no base, a model of another architecture, or one that does not differ.
     """
     if base is None:
-        raise UserError(f"{source} is a whole model: give the base model that it was tuned from with --model")
+        raise UserError(f"{source} is a whole model: give the base model that it was tuned from as model=")
     own = base.state_dict()
     weights: dict[str, Tensor] = {}
     rows: tuple[Tensor, ...] = ()
     missing = [name for name in own if name not in state]
     if missing:
-        raise UserError(
-            f"{source} lacks {missing[0]} of the base model '{base.config.name}': give its own base with --model"
-        )
+        raise UserError(f"{source} lacks {missing[0]} of the base model '{base.config.name}': give its own base as model=")
     for name, before in own.items():
         tensor = state[name]
         if name.endswith(TABLE) and tensor.ndim == 2 and len(tensor) > len(before):
             tensor, rows = tensor[: len(before)], (tensor[len(before) :].clone(),)
         if tensor.shape != before.shape:
             shapes = f"{tuple(tensor.shape)}, in the base model {tuple(before.shape)}"
-            raise UserError(f"{source}: {name} is {shapes}: give its own base with --model")
+            raise UserError(f"{source}: {name} is {shapes}: give its own base as model=")
         if (which == "all" or ".attn2." in name) and not torch.equal(tensor, before.to(tensor.dtype)):
             weights[name] = tensor.clone()
     if not weights and not rows:

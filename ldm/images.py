@@ -79,9 +79,9 @@ def not_used(folder: str | Path, used: Iterable[str | Path]) -> str:
 
     Hidden files do not count.
     """
-    place, known = find(folder), [Path(file) for file in used]
-    names = {file.name for file in known} | {f.relative_to(place).parts[0] for f in known if place in f.parents}
-    rest = [f for f in sorted(place.iterdir()) if f.name not in names and not f.name.startswith(".")]
+    folder, files_used = find(folder), [Path(file) for file in used]
+    names = {f.name for f in files_used} | {f.relative_to(folder).parts[0] for f in files_used if folder in f.parents}
+    rest = [f for f in sorted(folder.iterdir()) if f.name not in names and not f.name.startswith(".")]
     stems = {Path(name).stem for name in names}
     kinds = {"folder": [f for f in rest if f.is_dir()]}
     files = [f for f in rest if not f.is_dir()]

@@ -4,5 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh test
+bash tests/app/install.sh    # the tests of the page are skipped where Chromium cannot be installed
 echo "== Running the tests"
 python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

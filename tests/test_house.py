@@ -47,7 +47,8 @@ def test_ldm_does_not_import_dci():
 
 
 ARROWS = {
-    "cli": {"experiments", "evaluation", "samples", "finetuning", "dual_branch", "concept", "pipeline"},
+    "cli": {"app", "experiments", "evaluation", "samples", "finetuning", "dual_branch", "concept", "pipeline"},
+    "app": {"evaluation", "samples", "finetuning", "dual_branch", "concept", "pipeline"},
     "experiments": {"evaluation", "samples", "finetuning", "dual_branch", "concept", "pipeline"},
     "evaluation": {"concept", "samples"},
     "finetuning": {"dual_branch", "concept", "samples"},

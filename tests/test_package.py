@@ -47,6 +47,7 @@ def test_a_program_that_there_is_not_is_refused_with_the_nearest():
     [
         ("pytorch_lightning", "train", ("train", "--config", str(ROOT / "configs/train/ico-tiny.yaml"))),
         ("jinja2", "eval", ("evaluate", "--samples", "A", "--out", "B")),
+        ("gradio", "app", ("app",)),
     ],
 )
 def test_a_missing_extra_is_one_line_that_names_it(package, extra, args):

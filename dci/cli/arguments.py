@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dci.files import read_prompts
+from dci.samples.image_metadata import PRECISIONS
 from ldm.errors import UserError, reported_in_one_line
 from ldm.shipped import find
 
@@ -17,7 +18,7 @@ _MAY_BE_EMPTY = ("prompt", "negative_prompt")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes --agg_time for --agg-time and says what is wrong in one line."""
+    """argparse that takes --agg_time for --agg-time and reports what is wrong in one line."""
 
     def __init__(self, **options):
         # Not argparse's own idea of it, which tells `python -m dci` apart from `dci`.
@@ -75,7 +76,7 @@ _OPTIONS = {
 def as_options(message: str) -> str:
     """Return a library's message with the programs' names of options in place of Python's.
 
-    The library writes `name value: ...` at the beginning, and `name=` where it says what to give.
+    The library writes `name value: ...` at the beginning, and `name=` where it asks for one.
     """
     names = "|".join(sorted(_OPTIONS, key=len, reverse=True))
     message = re.sub(
@@ -148,10 +149,6 @@ def add_model_options(parser) -> None:
     parser.add_argument("--vae", metavar="FILE", help="an autoencoder's file or folder, in place of the checkpoint's own")
     parser.add_argument("--ema", action="store_true", help="use the checkpoint's averaged weights (model_ema.*)")
     parser.add_argument("--clip-skip", type=positive, metavar="N", help="text encoder: 1 all layers, 2 all but one, ...")
-
-
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""Names of precisions, and of torch's types."""
 
 
 def number(text: str) -> float:

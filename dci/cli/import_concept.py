@@ -39,7 +39,7 @@ def main() -> None:
     names = found.concept.names
     marks = ["V*"] if len(names) == 1 else [f"V{i + 1}*" for i in range(len(names))]
     prompt = " and ".join(f"a {mark} {name.class_noun}" for mark, name in zip(marks, names, strict=True))
-    parse_prompt(prompt, names)  # a noun or trigger that no prompt could hold is said now
+    parse_prompt(prompt, names)  # refuses now a noun or trigger that no prompt could hold
     own = {"model": _absolute(model), "checkpoint": _absolute(checkpoint)} if model else {}
     concept = dataclasses.replace(found.concept, config={**found.concept.config, **own})
     concept.save(args.out)

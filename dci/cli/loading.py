@@ -4,10 +4,10 @@ import argparse
 import functools
 from pathlib import Path
 
-from dci.cli.arguments import PRECISIONS, Parser, number, sampling_arguments
+from dci.cli.arguments import Parser, number, sampling_arguments
 from dci.files import content_hash
 from ldm.errors import UserError
-from ldm.shipped import ROOT, find
+from ldm.shipped import ROOT
 
 TINY = ROOT / "configs/model/tiny.yaml"
 
@@ -28,15 +28,11 @@ def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[s
     Args:
         trained: a concept's training configuration, whose model is taken where none is asked for.
     """
-    from ldm.formats.hub import is_hub_id
+    from dci.concept.base_model import trained_base
 
     if args.model:
         return args.model, args.checkpoint
-    own = (trained or {}).get("model")
-    if isinstance(own, str) and (find(own).exists() or is_hub_id(own)):
-        return own, args.checkpoint or trained.get("checkpoint")
-    # The weights alone give their architecture.
-    return (args.checkpoint, None) if args.checkpoint else (str(TINY), None)
+    return trained_base(trained or {}, args.checkpoint, str(TINY))
 
 
 def base_vae(args: argparse.Namespace, trained: dict) -> str | None:
@@ -107,19 +103,12 @@ def read_concept(args: argparse.Namespace):
     return found.concept
 
 
-def vae_metadata(args: argparse.Namespace) -> dict:
-    """Return what identifies the autoencoder in place of the model's own, for the images' metadata."""
-    return {"vae": args.vae, "vae_hash": content_hash(args.vae)} if args.vae else {}
-
-
 def concept_metadata(args: argparse.Namespace) -> dict:
     """Return what identifies the concept, its strength and the LoRAs of a sampling run, for its images' metadata."""
-    metadata = {"concept": args.concept[0], "concept_hash": content_hash(args.concept[0])}
-    if len(args.concept) > 1:
-        metadata |= {"concept_files": {file: content_hash(file) for file in args.concept}}
-    metadata |= {name: getattr(args, name) for name in ("class_noun", "trigger") if getattr(args, name)}
-    metadata |= {"strength_concept": args.strength_concept} if args.strength_concept != 1 else {}
-    return metadata | lora_metadata(args)
+    from dci.samples import image_metadata
+
+    own = image_metadata.concept_metadata(args.concept, args.strength_concept, args.class_noun, args.trigger)
+    return own | lora_metadata(args)
 
 
 def lora_metadata(args: argparse.Namespace) -> dict:
@@ -136,6 +125,7 @@ def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
     """
     import torch
 
+    from dci.samples.image_metadata import PRECISIONS, precision_name
     from ldm.checkpoint import load_model
     from ldm.runtime.acceleration import accelerate, fastest_precision
 
@@ -146,7 +136,7 @@ def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):
         dtype = getattr(torch, PRECISIONS[args.precision])
     model = load_model(base, checkpoint, dtype=dtype, ema=args.ema, clip_skip=args.clip_skip, vae=args.vae)
     if args.precision == "auto":
-        args.precision = next(name for name, dtype in PRECISIONS.items() if getattr(torch, dtype) == model.dtype)
+        args.precision = precision_name(model.dtype)
         print(f"Precision: {args.precision}, the fastest for this model on {device}")
     done = accelerate(model, device, args.channels_last, args.compile)
     if done:

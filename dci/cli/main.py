@@ -30,6 +30,7 @@ PROGRAMS = {
     "inspect": Program("dci.cli.inspect_concept", "show what a concept file has learned"),
     "export": Program("dci.cli.export_concept", "write a concept in the formats of other programs"),
     "import": Program("dci.cli.import_concept", "make a concept file of the files of other programs"),
+    "app": Program("dci.cli.app", "a page to draw, look inside, learn and compare on"),
     "sheet": Program("dci.cli.contact_sheet", "put the images of a folder into one sheet"),
 }
 """Verb -> program, in the order of `dci --help`. A new program needs an entry here and nothing else."""

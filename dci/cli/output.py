@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 from dci.cli.arguments import ChosenSeed
-from dci.cli.loading import vae_metadata
 from dci.files import make_new_folder
 from ldm.errors import UserError
 
@@ -16,31 +15,15 @@ from ldm.errors import UserError
 def sampling_metadata(args: argparse.Namespace, base: str, checkpoint: str | None, prepared, model_hash: str) -> dict:
     """Return everything needed to make images again but their prompts and numbers, and a concept's metadata.
 
-    Files may change under their names, so the contents' hashes belong to it.
-
     Args:
         prepared: the request, as `dci.pipeline` prepares it.
         model_hash: fingerprint of the base model.
     """
-    from dci.files import file_hash
+    from dci.samples import image_metadata
 
-    return {
-        "negative_prompt": args.negative_prompt,
-        "model": base,
-        "checkpoint": checkpoint,
-        "model_hash": model_hash,
-        "model_config_hash": file_hash(base) if Path(base).suffix in (".yaml", ".yml") else None,
-        "ema": args.ema,
-        **vae_metadata(args),
-        "clip_skip": args.clip_skip,
-        "precision": args.precision,
-        "init_image": args.init_image,
-        "init_image_hash": args.init_image and file_hash(args.init_image),
-        "mask": args.mask,
-        "mask_hash": args.mask and file_hash(args.mask),
-        "strength": prepared.init and prepared.init.strength,
-        **prepared.options.metadata(),
-    }
+    vae, precision = args.vae, args.precision
+    loaded = image_metadata.LoadedModel(base, checkpoint, model_hash, precision, args.ema, args.clip_skip, vae)
+    return image_metadata.sampling_metadata(loaded, prepared, args.init_image, args.mask)
 
 
 def generate(

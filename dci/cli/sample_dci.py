@@ -3,8 +3,6 @@
 python scripts/sample_dci.py --concept logs/RUN/concept.safetensors --prompt "a V* dog on the beach"
 """
 
-import dataclasses
-
 from dci.cli.arguments import Parser, add_sampling_options, prompts_of
 from dci.cli.branches import add_dci_options, check_maps, choose_noun, describe_gain, settings_of
 from dci.cli.loading import (
@@ -34,16 +32,16 @@ def main() -> None:
     check_sharing(args)
     texts = prompts_of(args)
 
-    from dci import __version__
     from dci.concept.loras import add_trained_loras, on_loras
     from dci.concept.prompts import parse_prompt
     from dci.dual_branch.recorder import BranchRecorder
     from dci.dual_branch.sampling import Observers
     from dci.pipeline import Pipeline
+    from dci.samples.image_metadata import prompt_metadata, with_concept
     from ldm.checkpoint import fingerprint
 
     concept = read_concept(args)
-    for text in texts:  # what is wrong with them is said before the model is loaded
+    for text in texts:  # refuse them before the model is loaded
         parse_prompt(text, concept.names, args.auxiliary_noun)
     base, checkpoint = base_model(args, concept.config)
     args.vae = base_vae(args, concept.config)
@@ -62,12 +60,8 @@ def main() -> None:
         print("\n".join(prompt.describe() for prompt in prepared.prompts))
     if prepared.dual:
         print(describe_gain(prepared))
-    metadata = {
-        **concept_metadata(args),
-        "version": __version__,
-        **sampling_metadata(args, base, checkpoint, prepared, model_hash),
-        "dci": prepared.dual and dataclasses.asdict(prepared.dual),
-    }
+    sampling = sampling_metadata(args, base, checkpoint, prepared, model_hash)
+    metadata = with_concept(concept_metadata(args), sampling, prepared)
     recorder = BranchRecorder(model, args.save_maps, args.save_steps) if args.save_maps or args.save_steps else None
 
     def sample_batch(planned: list, progress):
@@ -79,6 +73,4 @@ def main() -> None:
         rows = [prepared.prompts[number] for number in prompts]
         return recorder.sample(call, rows, progress) if recorder else call(progress)
 
-    written = zip(texts, prepared.prompts, strict=True)
-    named = [{"prompt": text, "concept_prompt": p.concept, "auxiliary_prompt": p.auxiliary} for text, p in written]
-    generate(args, named, metadata, len(prepared.timesteps), sample_batch, recorder)
+    generate(args, prompt_metadata(prepared), metadata, len(prepared.timesteps), sample_batch, recorder)

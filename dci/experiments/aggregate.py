@@ -2,7 +2,7 @@
 
 import csv
 import io
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,16 +22,18 @@ PLACE = ("concept", "method", "seed", "setting")
 
 def write_table(points: Sequence[GridPoint], file: Path) -> None:
     """Write a CSV with a row for each point: its place, its setting's options, each metric's mean and 95 % interval."""
-    results = [json.loads(point.result.read_text(encoding="utf-8")) for point in points]
+    summaries = [Scores.load(point.result).summary for point in points]
     options = list(dict.fromkeys(name for point in points for name in point.sampling))
-    metrics = list(dict.fromkeys(name for result in results for name in result["summary"]))
+    metrics = list(dict.fromkeys(name for summary in summaries for name in summary))
     content = io.StringIO()
     table = csv.writer(content, lineterminator="\n")
     table.writerow([*PLACE, *options, *(f"{name}{part}" for name in metrics for part in ("", "_low", "_high"))])
-    for point, result in zip(points, results, strict=True):
-        intervals = [result["summary"].get(name, {}) for name in metrics]
-        numbers = [interval.get(part) for interval in intervals for part in ("mean", "low", "high")]
-        table.writerow([*(result[name] for name in PLACE), *(point.sampling.get(name) for name in options), *numbers])
+    for point, summary in zip(points, summaries, strict=True):
+        bounds = [(i.mean, i.low, i.high) if (i := summary.get(name)) else (math.nan,) * 3 for name in metrics]
+        numbers = ["" if math.isnan(number) else number for bound in bounds for number in bound]
+        table.writerow(
+            [*(getattr(point, name) for name in PLACE), *(point.sampling.get(name) for name in options), *numbers]
+        )
     write_atomically(file, readable(content.getvalue()).encode())
 
 

@@ -3,7 +3,7 @@
 python -m dci.experiments.cell train '{"config": ..., "options": [...], "logdir": ..., "device": ...}'
 python -m dci.experiments.cell score '{"concept": ..., "prompts": ..., "sampling": {...}, "folder": ..., ...}'
 
-`dci.experiments.grid` says what the tasks hold. What a stage has done already is not done again.
+`dci.experiments.grid` defines the tasks. What a stage has done already is not done again.
 """
 
 import ctypes
@@ -99,7 +99,7 @@ def sample(task: dict[str, Any]) -> None:
 
     concept, options = Concept.load(task["concept"]), SamplingConfig(**task["sampling"])
     texts = read_prompts(task["prompts"])
-    for text in texts:  # what is wrong with them is said before the model is loaded
+    for text in texts:  # refuse them before the model is loaded
         parse_prompt(text, concept.names, options.auxiliary_noun)
     model, given, concept = _load_model(options, concept, task["device"])
     noun = _noun(options, model, concept, texts)

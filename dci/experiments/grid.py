@@ -345,7 +345,7 @@ def _check(config: GridConfig) -> None:
             if names.count(name) > 1:
                 raise UserError(f"{kind}: '{name}' is there twice: give each a name of its own")
     if negative := [seed for seed in config.seeds if seed < 0]:
-        raise UserError(f"seeds: {negative[0]}: expected whole numbers from 0 on; results are told apart by them")
+        raise UserError(f"seeds: {negative[0]}: expected whole numbers from 0 on; results are kept apart by them")
     for least, name in ((1, "n_samples"), (1, "threads")):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected {least} or more")

@@ -111,7 +111,7 @@ def read_record(folder: str | Path) -> dict | list:
         raise UserError(f'no {file}: expected the images\' prompts, {{"00000": "photo of a <new1> cat", ...}}')
     content = file.read_bytes()
     try:
-        record = json.loads(content)  # UTF-8, -16 or -32, told from its first bytes
+        record = json.loads(content)  # UTF-8, -16 or -32, by its first bytes
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except ValueError as error:

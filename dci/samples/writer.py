@@ -84,9 +84,7 @@ class SampleFolder:
 
     def save(self, number: int, image: Image.Image) -> None:
         """Write an image, its metadata in the text chunk `parameters`."""
-        info = PngInfo()
-        info.add_itxt("parameters", readable(parameters_text(self.plan.metadata(number))))
-        write_atomically(self.file(number), _png(image, pnginfo=info))
+        write_atomically(self.file(number), image_bytes(self.plan, number, image))
 
     def grid_file(self, prompt: int) -> Path:
         """Return where the grid of a prompt's images belongs."""
@@ -143,6 +141,13 @@ class SampleFolder:
         for file in self.samples.glob(".*.png.*.tmp"):
             if (self.samples / f"{file.name.split('.')[1]}.png").is_file():
                 file.unlink(missing_ok=True)
+
+
+def image_bytes(plan: Plan, number: int, image: Image.Image) -> bytes:
+    """Return the PNG file of image `number` of a plan, its metadata in the text chunk `parameters`."""
+    info = PngInfo()
+    info.add_itxt("parameters", readable(parameters_text(plan.metadata(number))))
+    return _png(image, pnginfo=info)
 
 
 def _is_whole(file: Path) -> bool:

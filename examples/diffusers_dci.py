@@ -21,7 +21,6 @@ from ldm.images import grid
 from ldm.shipped import ROOT
 
 TINY = ROOT / "configs/model/tiny.yaml"
-GAIN = 31.0  # for 256 pixels in the finest layer; Stable Diffusion at 512 px has 4096 and the default of 500
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def main() -> None:
         settings = {"num_inference_steps": 20, "guidance_scale": 6.0, "num_images_per_prompt": 4}
         return pipe(args.prompt, generator=torch.Generator().manual_seed(0), **settings, **options).images
 
-    grid([*images(dci=False), *images(agg_time=0.3, gain=GAIN)], columns=4).save(args.out)
+    grid([*images(dci=False), *images(agg_time=0.3)], columns=4).save(args.out)
     print(f"Images: {args.out}, above without DCI, below with it")
 
 

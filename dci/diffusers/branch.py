@@ -14,7 +14,6 @@ What is behind the bar is added here, and taken off the output.
 import copy
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from dci.dual_branch.attention_maps import MapsCallback, observer
 from dci.dual_branch.integration import BASE, DualBranch, TokenMasks, calibrated_gain, integrating_attend
 from dci.dual_branch.layer_selection import integrated_layers
 from ldm.attention import Attend, attend
-from ldm.errors import Note, UserError
+from ldm.errors import UserError
 from ldm.sampling_loop import guide
 
 
@@ -99,6 +98,7 @@ class AuxiliaryBranch:
         self._moved = False  # the latents have been stepped since the kept part was put back
         self._phase = ExitStack()  # holds our attention processors while both branches run
         self._first = True  # no step has been taken
+        self.note: str | None = None  # that both branches never ran
         self.running = False  # both branches, in the last step
 
     def begin(self, prepared: Tensor | tuple[Tensor, ...], noised: Noising | None) -> None:
@@ -155,11 +155,9 @@ class AuxiliaryBranch:
         dual = self.dual.is_dual(float(timestep), number)
         if not dual:
             if self._first and self.dual.agg_time > 0:
-                warnings.warn(
+                self.note = (
                     f"the first timestep is {float(timestep):g}, and both branches run above "
-                    f"{number - number * self.dual.agg_time:g}: this is plain sampling; raise agg_time=",
-                    Note,
-                    stacklevel=2,
+                    f"{number - number * self.dual.agg_time:g}: this is plain sampling; raise agg_time="
                 )
             self.end()
         self._first = False

@@ -181,8 +181,7 @@ class DCIPipeline:
         notes = call_notes(self, arguments, inspect.signature(call).parameters["guidance_scale"].default)
         if dci and auxiliary_latents is not None and settings.get("shared_noise"):
             notes.append("auxiliary_latents has no effect: with shared_noise both branches start from the same noise")
-        for note in notes:
-            warnings.warn(note, Note, stacklevel=2)
+        _warn(*notes)
         if not dci:
             return call(**self._named(arguments, (*_PROMPTS, *_NEGATIVE)))
         found = self._loaded()
@@ -199,7 +198,9 @@ class DCIPipeline:
             branch.prompt = self._embedded(auxiliary_prompt_embeds, auxiliary_pooled_prompt_embeds)
         branch.own_gain = settings.get("gain") is None
         with self._running(branch):
-            return call(**arguments)
+            found = call(**arguments)
+        _warn(*[branch.note] if branch.note else [])
+        return found
 
     def encode_prompt(self, *args: Any, **given: Any) -> Any:
         """As the pipeline's own; the auxiliary prompts are encoded besides, in the same way."""
@@ -325,6 +326,12 @@ class DCIPipeline:
         if auxiliary_noun is not None:
             raise UserError("auxiliary_noun belongs to the prompts: branch_prompts=pipe.parse(prompt, auxiliary_noun)")
         return {"prompt": [given] if isinstance(given, BranchPrompts) else list(given)}
+
+
+def _warn(*notes: str) -> None:
+    """Give notes at the place of the call."""
+    for note in notes:
+        warnings.warn(note, Note, stacklevel=3)
 
 
 def _listed(prompt: str | list[str]) -> list[str]:

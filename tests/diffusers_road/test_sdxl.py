@@ -15,7 +15,7 @@ from ldm.errors import UserError
 from ldm.tokenizer import END
 
 PROMPT = "a V* dog on the beach"
-FEW = {"num_inference_steps": 3, "gain": 7.8, "agg_time": 0.6}
+FEW = {"num_inference_steps": 3, "gain": 20.0, "agg_time": 1}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,15 @@ def latents(pipe, prompt=PROMPT, **options):
 
 def controlnet(kind, unet):
     torch.manual_seed(0)
-    control = kind.from_unet(unet, conditioning_embedding_out_channels=(8, 16)).eval()
+    of_unet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    control = (
+        of_unet
+        if kind is ControlNetModel
+        else kind.from_config(
+            {**of_unet.config, "num_trans_channel": 32, "num_proj_channel": 32, "num_trans_head": 4, "num_control_type": 6}
+        )
+    )
+    control.eval()
     for parameter in control.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     return control
@@ -58,25 +66,27 @@ KINDS = {
 }  # fmt: skip
 
 
-def made(xl, kind):
+def made(pipe, kind):
+    """A pipeline of another kind on the same networks, which hold the concept."""
     name, network, options = KINDS[kind]
-    if not hasattr(diffusers, name):
-        pytest.skip(f"the installed diffusers has no {name}")
-    components = {} if network is None else {"controlnet": controlnet(network, xl.plain().unet)}
-    return xl.pipe(name, **components), options
+    components = {} if network is None else {"controlnet": controlnet(network, pipe.unet)}
+    other = DCIPipeline.from_pipe(getattr(diffusers, name)(**pipe.components, **components))
+    other.set_progress_bar_config(disable=True)
+    return other, options
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_kinds(xl, kind):
+def test_kinds(pipe, kind):
     """A weight of one is the pipeline by itself; DCI is something else; separate guidance is another thing again."""
-    pipe, options = made(xl, kind)
+    pipe, options = made(pipe, kind)
     options = {**options, "num_images_per_prompt": 2, "negative_prompt": "a cat"}
     plain = latents(pipe, dci=False, **options)
     found = latents(pipe, **options)
     assert plain.shape == (2, 4, 16, 16)
     assert relative_error(latents(pipe, agg_lambda=-1e6, **options), plain) < 1e-5
     assert 1e-6 < relative_error(found, plain) < 0.5
-    assert not torch.equal(found, latents(pipe, shared_guidance=False, **options))
+    if "guess" not in kind:
+        assert not torch.equal(found, latents(pipe, shared_guidance=False, **options))
 
 
 def rows_of_unet(pipe, **options):
@@ -154,15 +164,15 @@ def test_embeddings_in_place_of_prompts(pipe):
         latents(pipe, None, **given, auxiliary_prompt_embeds=auxiliary)
 
 
-def test_going_on_with_latents(xl, pipe):
+def test_going_on_with_latents(pipe):
     """One pipeline may end early and another go on: the auxiliary branch goes on from the same latents."""
-    into = xl.pipe("StableDiffusionXLImg2ImgPipeline")
-    half = latents(pipe, dci=False, denoising_end=0.3)
-    options = {"image": half, "denoising_start": 0.3, "agg_time": 1}
+    into = made(pipe, "image")[0]
+    half = latents(pipe, dci=False, denoising_end=0.3, num_inference_steps=4)
+    options = {"image": half, "denoising_start": 0.3, "num_inference_steps": 4}
     plain = latents(into, dci=False, **options)
     assert relative_error(latents(into, agg_lambda=-1e6, **options), plain) < 1e-5
     assert relative_error(latents(into, **options), plain) > 1e-7
-    options = {"image": picture(), "strength": 0.7, "latents": half, "agg_time": 1}
+    options = {"image": picture(), "strength": 0.7, "latents": half}
     plain = latents(into, dci=False, **options)
     assert relative_error(latents(into, agg_lambda=-1e6, **options), plain) < 1e-5
     other = latents(into, auxiliary_latents=torch.randn(1, 4, 16, 16, generator=seeded()), **options)

@@ -178,13 +178,13 @@ class DCIPipeline:
         settings = {name: given.pop(name) for name in DUAL_BRANCH & given.keys()}
         call = super().__call__
         arguments = _bound(call, prompt, args, given)
+        loaded = self._loaded() if dci else None
         notes = call_notes(self, arguments, inspect.signature(call).parameters["guidance_scale"].default)
         if dci and auxiliary_latents is not None and settings.get("shared_noise"):
             notes.append("auxiliary_latents has no effect: with shared_noise both branches start from the same noise")
         _warn(*notes)
-        if not dci:
+        if loaded is None:
             return call(**self._named(arguments, (*_PROMPTS, *_NEGATIVE)))
-        found = self._loaded()
         dual = checked_dual_branch(settings)
         self._check(arguments)
         parsed = self._branches(arguments, auxiliary_noun, branch_prompts)
@@ -192,7 +192,7 @@ class DCIPipeline:
         branches = [together(*pair) if len(pair) > 1 else pair[0] for pair in zip(*parsed.values(), strict=True)]
         number = arguments.get("num_images_per_prompt") or 1
         rows = [branch for branch in branches for _ in range(number)]
-        branch = AuxiliaryBranch(self, found, dual, rows, auxiliary_latents, arguments.get("generator"), maps, arguments)
+        branch = AuxiliaryBranch(self, loaded, dual, rows, auxiliary_latents, arguments.get("generator"), maps, arguments)
         branch.prompt = {name: [prompts.auxiliary for prompts in own] for name, own in parsed.items()}
         if auxiliary_prompt_embeds is not None:
             branch.prompt = self._embedded(auxiliary_prompt_embeds, auxiliary_pooled_prompt_embeds)
@@ -360,7 +360,7 @@ def _diffusers() -> Any:
         UserError: it is not installed.
     """
     if importlib.util.find_spec("diffusers") is None:
-        raise UserError("the package diffusers is missing: pip install 'dci[diffusers]' (or diffusers accelerate)")
+        raise UserError("the package diffusers is missing: pip install 'dci[diffusers]'")
     return importlib.import_module("diffusers")
 
 

@@ -228,17 +228,18 @@ def test_low_rank_concepts_and_strengths(sd1, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(pipe.unet.parameters(), sd1.plain().unet.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("form", ["lora", "diffusers"])
-def test_files_of_other_programs(sd1, tmp_path, form):
+@pytest.mark.parametrize(("name", "form"), [("sd1", "lora"), ("sd1", "diffusers"), ("xl", "lora")])
+def test_files_of_other_programs(tmp_path, name, form):
     """What our export writes for them is read back; fp16 rounds it."""
-    done = export(sd1.concept, sd1.base, form, tmp_path, bundle=form == "lora")
+    family = world(name)
+    done = export(family.concept, family.base, form, tmp_path, bundle=form == "lora")
     files = [file for file in done.files if file.suffix in (".safetensors", ".bin")]
     files = files[:1] if form == "lora" else files
-    pipe = sd1.pipe(concept=False)
+    pipe = family.pipe(concept=False)
     pipe.load_concept(*files, class_noun="dog")
-    assert relative_error(latents(pipe), latents(sd1.pipe())) < 1e-2
+    assert relative_error(latents(pipe), latents(family.pipe())) < 1e-2
     pipe.unload_concept()
-    assert_same(state(pipe), state(sd1.plain()))
+    assert_same(state(pipe), state(family.plain()))
 
 
 def test_several_concepts_in_one_file(sd1):

@@ -29,6 +29,8 @@ def pipe(xl):
 
 
 def latents(pipe, prompt=PROMPT, **options):
+    # The first releases with ControlNet-Union write into the list of images that they are given.
+    options = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
     return pipe(prompt, **{**FEW, "output_type": "latent", "generator": seeded(), **options}).images
 
 

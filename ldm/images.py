@@ -63,8 +63,9 @@ def list_images(folder: str | Path) -> list[Path]:
     images, _ = split_masks(f for f in sorted(folder.iterdir()) if is_image(f))
     if not images:
         held = not_used(folder, [])
-        raise UserError(f"no images in {folder}: expected files ending in {', '.join(EXTENSIONS)}"
-                        f"{f'; it holds {held}' if held else ''}")  # fmt: skip
+        raise UserError(
+            f"no images in {folder}: expected files ending in {', '.join(EXTENSIONS)}{f'; it holds {held}' if held else ''}"
+        )
     return images
 
 

@@ -108,11 +108,12 @@ def published(dreambench, concepts):  # noqa: F811
     return {"dreambench": dreambench, "customconcept101": concepts, "customconcept101-pairs": concepts}
 
 
-OFFICIAL = [ROOT / "tests/data/official" / name for name in ("v1-inference.yaml", "sd_xl_base.yaml")]
+OFFICIAL, SUITE_FILES = ROOT / "tests/data/official", sorted((ROOT / "configs").glob("[es][vw]*/*.yaml"))
+PLANNED = [(file, model) for file in SUITE_FILES for model in (None, "v1-inference.yaml")]
+PLANNED.append((SUITES / "dreambench.yaml", "sd_xl_base.yaml"))
 
 
-@pytest.mark.parametrize("model", [None, *OFFICIAL], ids=["own", "v1", "xl"])
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("[es][vw]*/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(("file", "model"), PLANNED, ids=lambda value: getattr(value, "stem", value))
 def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch, file, model):
     monkeypatch.setattr(costs, "cost", lambda config: costs.Cost(config.unet.model_channels, 1))  # is tested below
     monkeypatch.setattr(costs, "matrix_rate", lambda *_, **__: 1e9)
@@ -121,7 +122,7 @@ def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch,
     if "dataset" in suite:
         given.append(f"dataset.folder={published[suite['dataset']['kind']]}")
     if model:
-        given[1] = f"training=[validation.every=0,model={model},checkpoint=WEIGHTS]"
+        given[1] = f"training=[validation.every=0,model={OFFICIAL / model},checkpoint=WEIGHTS]"
     run_main("sweep.py", "--config", file, *given, "--dry-run")
     out = capfd.readouterr().out
     assert "cells are done" in out and "Estimate:" in out

@@ -6,9 +6,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from dci.evaluation.answers import read_answers
 from dci.evaluation.bootstrap import bootstrap_mean
 from dci.evaluation.metrics import KID
 from dci.evaluation.plots import fidelity_editability_plane
+from dci.evaluation.ratings import with_ratings
 from dci.evaluation.report import write_report
 from dci.evaluation.scores import RunScores, Scores, pool
 from dci.experiments import comparison
@@ -53,14 +55,26 @@ def pooled_runs(points: Sequence[GridPoint]) -> list[PooledRun]:
     return runs
 
 
-def write_grid_report(points: Sequence[GridPoint], outdir: Path, title: str, notes: Sequence[str] = ()) -> Path:
+def write_grid_report(
+    points: Sequence[GridPoint],
+    outdir: Path,
+    title: str,
+    notes: Sequence[str] = (),
+    ratings: str | None = None,
+    answers: str | None = None,
+) -> Path:
     """Write the report of the points that are done: a row for each method and setting, and what compares them.
+
+    Args:
+        ratings: a CSV, see `dci.evaluation.ratings`.
+        answers: a CSV of people's answers to pairs, see `dci.evaluation.answers`.
 
     Returns:
         The HTML page.
     """
     pooled = pooled_runs(points)
     runs = [each.run for each in pooled]
+    runs = with_ratings(runs, ratings) if ratings else runs
     outdir.mkdir(parents=True, exist_ok=True)
     for concept in dict.fromkeys(point.concept for point in points):
         own = [point for point in points if point.concept == concept]
@@ -71,7 +85,8 @@ def write_grid_report(points: Sequence[GridPoint], outdir: Path, title: str, not
     for method, curves in comparison.setting_curves(pooled).items():
         curves.savefig(outdir / f"curves-{method}.png", dpi=120)
         figures.append((f"{method}: one setting changed at a time, less plain sampling of the same noise", curves))
-    return write_report(outdir, runs, title, [*notes, *comparison.verdicts(runs)], figures)
+    said = read_answers(answers) if answers else ()
+    return write_report(outdir, runs, title, [*notes, *comparison.verdicts(runs)], figures, answers=said)
 
 
 def _together(seeds: list[Scores]) -> Scores:

@@ -145,6 +145,7 @@ def evaluate(task: dict[str, Any]):
         options["batch_size"],
         options["resamples"],
         options["seed"],
+        options["object_only"],
     )
     cache = Path(task["folder"]) / "features.sqlite"
     return evaluate_folder(task["folder"], task["references"], encoders, scoring, cache)

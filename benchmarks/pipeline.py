@@ -26,8 +26,17 @@ def dci_over_plain(args: argparse.Namespace, model: LatentDiffusion, rate: float
     def way(**options) -> Way:
         def call() -> object:
             generator = torch.Generator().manual_seed(0)
-            return pipe(PROMPT, num_inference_steps=args.steps, guidance_scale=6.0, num_images_per_prompt=args.batch,
-                        height=size, width=size, generator=generator, output_type="pt", **options).images  # fmt: skip
+            return pipe(
+                PROMPT,
+                num_inference_steps=args.steps,
+                guidance_scale=6.0,
+                num_images_per_prompt=args.batch,
+                height=size,
+                width=size,
+                generator=generator,
+                output_type="pt",
+                **options,
+            ).images
 
         return call
 

@@ -1,5 +1,7 @@
 """Captioned images as users keep them: lists, or a text file beside each image."""
 
+import codecs
+import warnings
 from pathlib import Path
 
 from ldm.errors import UserError
@@ -46,7 +48,20 @@ def _find(folder: Path, name: str) -> Path:
 
 
 def _lines(file: Path) -> list[str]:
-    return [line.strip() for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()]
+    # Not splitlines: a caption may hold characters that it would split at, such as U+2028.
+    return [line.strip() for line in _text(file).split("\n") if line.strip()]
+
+
+def _text(file: Path) -> str:
+    """A text in UTF-8, or in UTF-16 as some editors write it; other bytes are replaced, with a warning."""
+    content = file.read_bytes()
+    try:
+        utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        warnings.warn(f"{file} is not UTF-8 text (byte {error.start}): what cannot be read is \ufffd; save it as UTF-8",
+                      stacklevel=2)  # fmt: skip
+        return content.decode("utf-8-sig", errors="replace")
 
 
 def _caption_beside(image: Path) -> str:
@@ -56,4 +71,4 @@ def _caption_beside(image: Path) -> str:
             f"no caption {file}: put a text file with the caption beside each regularization image, "
             "or lists images.txt and caption.txt into the folder"
         )
-    return " ".join(file.read_text(encoding="utf-8-sig", errors="replace").split())
+    return " ".join(_text(file).split())

@@ -126,8 +126,16 @@ class Prepared:
             texts, callback = self.request.prompts, observers.callback if observers else None
             rows = [texts[number] for number in prompts]
             return text_to_image(model, rows, list(indices), self.options, callback, negative, self.init, own)
-        batch = SampleRequest([self.prompts[number] for number in prompts], list(indices), self.options, self.dual, negative,
-                              self.init, self.pipeline.base, own)  # fmt: skip
+        batch = SampleRequest(
+            [self.prompts[number] for number in prompts],
+            list(indices),
+            self.options,
+            self.dual,
+            negative,
+            self.init,
+            self.pipeline.base,
+            own,
+        )
         return sample(model, concept, batch, observers)
 
 

@@ -8,20 +8,18 @@ import argparse
 import tempfile
 from pathlib import Path
 
+import clone  # noqa: F401
 import torch
-from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler
 from PIL import Image
 
 from dci.diffusers import DCIPipeline
-from dci.finetuning.config_files import finetune_config
-from dci.finetuning.trainer import finetune
 from ldm.checkpoint import load_model
+from ldm.errors import reported_in_one_line
 from ldm.formats.diffusers_export import write_folder
 from ldm.images import grid
 from ldm.shipped import ROOT
 
 TINY = ROOT / "configs/model/tiny.yaml"
-GAIN = 31.0  # for 256 pixels in the finest layer; Stable Diffusion at 512 px has 4096 and the default of 500
 
 
 def main() -> None:
@@ -31,6 +29,8 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=80, help="of learning the concept (default 80)")
     parser.add_argument("--out", type=Path, default=Path("diffusers_dci.png"), help="above without DCI, below with it")
     args = parser.parse_args()
+
+    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler  # here: a missing package is told in one line
 
     with tempfile.TemporaryDirectory() as folder:
         concept = args.concept or learned(args.train_steps, Path(folder) / "run")
@@ -47,15 +47,19 @@ def main() -> None:
         settings = {"num_inference_steps": 20, "guidance_scale": 6.0, "num_images_per_prompt": 4}
         return pipe(args.prompt, generator=torch.Generator().manual_seed(0), **settings, **options).images
 
-    grid([*images(dci=False), *images(agg_time=0.3, gain=GAIN)], columns=4).save(args.out)
+    grid([*images(dci=False), *images(agg_time=0.3)], columns=4).save(args.out)
     print(f"Images: {args.out}, above without DCI, below with it")
 
 
 def learned(steps: int, logdir: Path) -> Path:
     """Learn the demo concept with ICO and return its file."""
+    from dci.finetuning.config_files import finetune_config
+    from dci.finetuning.trainer import finetune
+
     config = finetune_config(ROOT / "configs/train/ico-tiny.yaml", [f"training.steps={steps}", "validation.every=0"])
     return finetune(load_model(TINY), config, logdir) / "concept.safetensors"
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -175,8 +175,10 @@ def load_weights(
     """
     state = _unpack_token_table(state, source)
     if model.config.text_encoder_2 is None and any(name.startswith("conditioner.") for name in state):
-        raise UserError(f"{source} holds Stable Diffusion XL, not '{model.config.name}': give it by itself, or with "
-                        "configs/model/sdxl.yaml")  # fmt: skip
+        raise UserError(
+            f"{source} holds Stable Diffusion XL, not '{model.config.name}': give it by itself, or with "
+            "configs/model/sdxl.yaml"
+        )
     expected = model.state_dict()
     trained = any(name.startswith("model.diffusion_model.") for name in state)
     if ema or (not trained and any(name.startswith(EMA + "diffusion_model") for name in state)):

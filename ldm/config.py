@@ -54,8 +54,10 @@ class UNetConfig:
         depths = [given] * levels if isinstance(given, int) else given
         numbers = isinstance(depths, list) and all(isinstance(d, int) and not isinstance(d, bool) and d >= 0 for d in depths)
         if not numbers or len(depths) != levels or depths[-1] < 1:
-            raise UserError(f"unet.transformer_depth={given}: expected a whole number, or a list of {levels}, one for each "
-                            "level, the last of them 1 or more")  # fmt: skip
+            raise UserError(
+                f"unet.transformer_depth={given}: expected a whole number, or a list of {levels}, one for each "
+                "level, the last of them 1 or more"
+            )
         return [depth * (2**level in self.attention_resolutions) for level, depth in enumerate(depths)] + depths[-1:]
 
 

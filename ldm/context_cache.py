@@ -13,7 +13,7 @@ Version = tuple[tuple[int, int], ...]
 
 
 def version(module: nn.Module) -> Version | None:
-    """Return what changes whenever a module's weights are replaced, moved or written to; None: that cannot be told.
+    """Return what changes whenever a module's weights are replaced, moved or written to; None: that cannot be known.
 
     Writing through `.data` leaves no trace.
     """

@@ -48,8 +48,11 @@ def reported_in_one_line() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _end("error: not enough memory: make fewer images at a time or smaller ones (--batch-size, --H, --W; in training "
-             "training.micro_batch)", 2)  # fmt: skip
+        _end(
+            "error: not enough memory: make fewer images at a time or smaller ones (--batch-size, --H, --W; in training "
+            "training.micro_batch)",
+            2,
+        )
     except KeyboardInterrupt:
         _end("stopped", 130)
     finally:

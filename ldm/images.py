@@ -63,14 +63,16 @@ def list_images(folder: str | Path) -> list[Path]:
     images, _ = split_masks(f for f in sorted(folder.iterdir()) if is_image(f))
     if not images:
         held = not_used(folder, [])
-        raise UserError(f"no images in {folder}: expected files ending in {', '.join(EXTENSIONS)}"
-                        f"{f'; it holds {held}' if held else ''}")  # fmt: skip
+        raise UserError(
+            f"no images in {folder}: expected files ending in {', '.join(EXTENSIONS)}{f'; it holds {held}' if held else ''}"
+        )
     return images
 
 
 def is_image(file: Path) -> bool:
-    """Whether a file has an image's name, of an unsupported format too, and is not hidden."""
-    return file.suffix.lower() in EXTENSIONS + UNSUPPORTED and not file.name.startswith(".") and not file.is_dir()
+    """Whether a file has an image's name, of an unsupported format too, and is not hidden; no folder, no pipe."""
+    named = file.suffix.lower() in EXTENSIONS + UNSUPPORTED and not file.name.startswith(".")
+    return named and (file.is_file() or not file.exists())
 
 
 def not_used(folder: str | Path, used: Iterable[str | Path]) -> str:
@@ -78,8 +80,8 @@ def not_used(folder: str | Path, used: Iterable[str | Path]) -> str:
 
     Hidden files do not count.
     """
-    folder, used = find(folder), [Path(file) for file in used]
-    names = {file.name for file in used} | {f.relative_to(folder).parts[0] for f in used if folder in f.parents}
+    folder, files_used = find(folder), [Path(file) for file in used]
+    names = {f.name for f in files_used} | {f.relative_to(folder).parts[0] for f in files_used if folder in f.parents}
     rest = [f for f in sorted(folder.iterdir()) if f.name not in names and not f.name.startswith(".")]
     stems = {Path(name).stem for name in names}
     kinds = {"folder": [f for f in rest if f.is_dir()]}

@@ -28,7 +28,7 @@ from ldm.runtime.device_memory import upload
 
 
 class TextEncoder(nn.Module):
-    """What all text encoders share; a subclass owns the weights and says what `token_table` and `encode` are."""
+    """What all text encoders share; a subclass owns the weights and defines `token_table` and `encode`."""
 
     pad_id = tokenizer.END  # the token behind the end token
 

@@ -103,8 +103,10 @@ def _check_sizes(model: LatentDiffusion, options: SamplingOptions) -> None:
         if not whole or min(value) < least:
             raise UserError(f"{name} {value}: expected two whole numbers from {least} on, such as (1024, 768)")
         if not model.config.unet.adm_in_channels:
-            raise UserError(f"{name} {value}: the model '{model.config.name}' has no condition on an image's size, "
-                            "only SDXL has: leave it out")  # fmt: skip
+            raise UserError(
+                f"{name} {value}: the model '{model.config.name}' has no condition on an image's size, "
+                "only SDXL has: leave it out"
+            )
 
 
 def make_solver(model: LatentDiffusion, options: SamplingOptions, init: InitImage | None = None) -> Solver:

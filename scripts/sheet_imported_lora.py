@@ -36,8 +36,9 @@ def main() -> None:
         folder = Path(args.lora or temporary)
         if not list(folder.glob("*.safetensors")):
             train_lora(args, folder)
-        pipeline = Pipeline.load(next(folder.glob("*.safetensors")), MODEL, device="cpu", class_noun=args.class_noun,
-                                 trigger=args.trigger)  # fmt: skip
+        pipeline = Pipeline.load(
+            next(folder.glob("*.safetensors")), MODEL, device="cpu", class_noun=args.class_noun, trigger=args.trigger
+        )
     images, captions = [], []
     for place in PLACES:
         prompt = f"a {args.trigger} {args.class_noun} {place}"

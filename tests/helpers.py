@@ -42,7 +42,7 @@ def forked(call, cwd=ROOT):
             warnings.simplefilter("ignore")  # Python's, on threads: those of progress bars and loggers have nothing to do
             pid = os.fork()
         if pid == 0:
-            os._exit(_as_a_program(call, cwd, out.fileno(), err.fileno()))
+            os._exit(as_a_program(call, cwd, out.fileno(), err.fileno()))
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         said = []
         for stream in (out, err):
@@ -51,7 +51,7 @@ def forked(call, cwd=ROOT):
     return subprocess.CompletedProcess([], code, *said)
 
 
-def _as_a_program(call, cwd, out, err):
+def as_a_program(call, cwd, out, err):
     """Give a forked process a program's streams and signals, call; return the exit code."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)

@@ -33,6 +33,7 @@ FOREIGN = [
     "pre-commit",
     "ruff",
     "cc101",
+    "tar",
     "for",
     "do",
     "done",

@@ -42,6 +42,7 @@ def test_a_program_that_there_is_not_is_refused_with_the_nearest():
     refused(dci("smaple"), "smaple", "dci sample")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("package", "extra", "args"),
     [

@@ -110,22 +110,30 @@ def mapped_weights(network, file):
 
 @contextmanager
 def computing_in(network, dtype):
-    """Let a network compute in another precision than its weights': a layer has them in it while it runs."""
+    """Let a network compute in another precision than its weights': a module has them in it while it runs.
+
+    With its own go those of its innermost parts, whose weights it may use by itself.
+    """
     stored = {parameter: parameter.data for parameter in network.parameters()}
     hooks = []
 
+    def parameters_of(module):
+        parts = [module, *(part for part in module.children() if not [*part.children()])]
+        return [parameter for part in parts for parameter in part.parameters(recurse=False)]
+
     def cast(module, *_):
-        for parameter in module.parameters(recurse=False):
+        for parameter in parameters_of(module):
             parameter.data = parameter.data.to(dtype)
 
     def put_back(module, *_):
-        for parameter in module.parameters(recurse=False):
+        for parameter in parameters_of(module):
             parameter.data = parameter.data if parameter.numel() < SMALL else stored[parameter]
 
     for module in network.modules():
         hooks += [module.register_forward_pre_hook(cast), module.register_forward_hook(put_back)]
-        if all(parameter.numel() < SMALL for parameter in module.parameters(recurse=False)):
-            cast(module)  # networks look at the precision of their smaller parts
+    for parameter in network.parameters():
+        if parameter.numel() < SMALL:  # networks look at the precision of their smaller parts
+            parameter.data = parameter.data.to(dtype)
     try:
         yield network
     finally:

@@ -18,7 +18,7 @@ _MAY_BE_EMPTY = ("prompt", "negative_prompt")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that takes --agg_time for --agg-time and says what is wrong in one line."""
+    """argparse that takes --agg_time for --agg-time and reports what is wrong in one line."""
 
     def __init__(self, **options):
         # Not argparse's own idea of it, which tells `python -m dci` apart from `dci`.
@@ -76,7 +76,7 @@ _OPTIONS = {
 def as_options(message: str) -> str:
     """Return a library's message with the programs' names of options in place of Python's.
 
-    The library writes `name value: ...` at the beginning, and `name=` where it says what to give.
+    The library writes `name value: ...` at the beginning, and `name=` where it asks for one.
     """
     names = "|".join(sorted(_OPTIONS, key=len, reverse=True))
     message = re.sub(

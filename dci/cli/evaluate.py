@@ -39,10 +39,13 @@ def arguments():
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
     parser.add_argument("--title", default="Fidelity and editability")
+    parser.add_argument("--ratings", metavar="CSV", help="the report's pictures.csv with further columns of numbers")
+    parser.add_argument("--answers", metavar="CSV", help="what people answered, as dci rate writes it")
 
     group = parser.add_argument_group(
         "encoders",
-        "tiny (the embedded ones), open_clip:ARCHITECTURE/TAG, timm:NAME, transformers:NAME or transformers:FOLDER",
+        "tiny (the embedded ones), open_clip:ARCHITECTURE/TAG, timm:NAME, transformers:NAME or transformers:FOLDER, "
+        "dinov2:vits14 (vitb14, vitl14, vitg14, each with _reg), dreamsim:FOLDER",
     )
     group.add_argument("--clip", default="tiny", help="for CLIP-T and CLIP-I (default tiny)")
     group.add_argument("--instance", default="tiny", help="for DINO-I (default tiny)")
@@ -52,6 +55,8 @@ def arguments():
         "machine and no encoder is tiny, or else as --instance)",
     )
     group.add_argument("--clip-t-w2.5", action="store_true", help="add Custom Diffusion's text score, 2.5 max(cos, 0)")
+    group.add_argument("--object-only", action="store_true", help="CLIP-I and DINO-I see what the masks beside references "
+                       "and images mark (NAME.mask.png), on white; images without a mask count whole")  # fmt: skip
     group.add_argument("--offline", action="store_true", help="never ask a hub, take what is on this machine")
 
     group = parser.add_argument_group("statistics and machine")
@@ -71,8 +76,10 @@ def main() -> None:
 
     from tqdm import tqdm
 
+    from dci.evaluation.answers import read_answers
     from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders
     from dci.evaluation.feature_cache import FeatureStore
+    from dci.evaluation.ratings import with_ratings
     from dci.evaluation.report import TEXT, write_report
     from dci.evaluation.scores import RunScores
     from dci.samples.reader import read_samples
@@ -94,6 +101,7 @@ def main() -> None:
         args.batch_size,
         args.resamples,
         args.seed,
+        args.object_only,
     )
     store, runs = FeatureStore(args.cache or Path(args.out) / "features.sqlite"), []
     for name, folder in folders.items():
@@ -101,7 +109,8 @@ def main() -> None:
             observers = ScoringObservers(bar.update, report)
             scores = evaluate_folder(folder, args.references, encoders, scoring, store, observers)
         runs.append(RunScores(name, scores))
-    page = write_report(args.out, runs, args.title)
+    runs = with_ratings(runs, args.ratings) if args.ratings else runs
+    page = write_report(args.out, runs, args.title, answers=read_answers(args.answers) if args.answers else ())
     print((Path(args.out) / TEXT).read_text(encoding="utf-8"))
     print(f"Page: {page}")
 
@@ -114,6 +123,6 @@ def named_folders(given: list[str]) -> dict[str, Path]:
         named = equals and not os.path.exists(text) and "/" not in name  # a folder's own name may have "=" in it
         name, folder = (name, folder) if named else (Path(text).resolve().name, text)
         if not name or name in folders:
-            raise UserError(f"--samples {text}: the name '{name}' is {'taken' if name else 'empty'}: write NAME=FOLDER")
+            raise UserError(f"{text}: the name '{name}' is {'taken' if name else 'empty'}: write NAME=FOLDER")
         folders[name] = Path(folder)
     return folders

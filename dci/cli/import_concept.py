@@ -9,7 +9,7 @@ Several files make one concept: a LoRA and the embedding of its token, or an emb
 import argparse
 from functools import partial
 
-from dci.cli.arguments import Parser
+from dci.cli.arguments import Parser, as_options
 from ldm.shipped import find
 
 
@@ -35,11 +35,11 @@ def main() -> None:
     load = partial(load_model, model, checkpoint, dtype=None) if model else None
     config = model_config(model) if model else None
     found = import_concept(args.files, args.class_noun, args.trigger, config, load, args.weights)
-    print("\n".join(found.said))
+    print("\n".join(map(as_options, found.said)))
     names = found.concept.names
     marks = ["V*"] if len(names) == 1 else [f"V{i + 1}*" for i in range(len(names))]
     prompt = " and ".join(f"a {mark} {name.class_noun}" for mark, name in zip(marks, names, strict=True))
-    parse_prompt(prompt, names)  # a noun or trigger that no prompt could hold is said now
+    parse_prompt(prompt, names)  # refuses now a noun or trigger that no prompt could hold
     own = {"model": _absolute(model), "checkpoint": _absolute(checkpoint)} if model else {}
     concept = dataclasses.replace(found.concept, config={**found.concept.config, **own})
     concept.save(args.out)

@@ -4,7 +4,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from dci.cli.arguments import Parser, number, sampling_arguments
+from dci.cli.arguments import Parser, as_options, number, sampling_arguments
 from dci.files import content_hash
 from ldm.errors import UserError
 from ldm.shipped import ROOT
@@ -99,7 +99,7 @@ def read_concept(args: argparse.Namespace):
     base, checkpoint = base_model(args)
     load = partial(load_model, base, checkpoint, dtype=None)
     found = import_concept(args.concept, args.class_noun, args.trigger, model_config(base), load, identify=False)
-    print("\n".join(found.said))
+    print("\n".join(map(as_options, found.said)))
     return found.concept
 
 

@@ -24,6 +24,7 @@ PROGRAMS = {
     "evaluate": Program("dci.cli.evaluate", "score generated images: CLIP-T, CLIP-I, DINO-I, KID, with a report"),
     "compare": Program("dci.cli.sweep", "run a grid or suite of methods, concepts and settings, and report it"),
     "sweep": Program("dci.cli.sweep", "the same; on this machine or on Slurm"),
+    "rate": Program("dci.cli.rate", "ask a person about blind pairs of images"),
     "power": Program("dci.cli.power", "say which difference so many concepts can show"),
     "merge": Program("dci.cli.merge_concepts", "merge separately trained concepts into one file"),
     "compress": Program("dci.cli.compress_concept", "make a concept file small"),

@@ -5,7 +5,7 @@ python scripts/merge_concepts.py A.safetensors B.safetensors --out C.safetensors
 
 from dci.cli.arguments import Parser
 from dci.cli.loading import load_concept_base
-from ldm.shipped import find
+from ldm.shipped import ROOT, find
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the merged concept's file")
     parser.add_argument(
         "--captions",
-        default="data/captions.txt",
+        default=str(ROOT / "data/captions.txt"),
         help="captions whose keys and values should change least, one in each line",
     )
     parser.add_argument("--prompt", default="photo of a {}", help="the prompt in which target words keep theirs")

@@ -41,7 +41,7 @@ def main() -> None:
     from ldm.checkpoint import fingerprint
 
     concept = read_concept(args)
-    for text in texts:  # what is wrong with them is said before the model is loaded
+    for text in texts:  # refuse them before the model is loaded
         parse_prompt(text, concept.names, args.auxiliary_noun)
     base, checkpoint = base_model(args, concept.config)
     args.vae = base_vae(args, concept.config)

@@ -4,6 +4,7 @@ python scripts/sweep.py --config configs/eval/tiny.yaml --dry-run
 python scripts/sweep.py --config configs/eval/tiny.yaml
 python scripts/sweep.py --config configs/sweep/tiny.yaml cluster=slurm slurm.gpus_per_node=0
 python scripts/sweep.py --config configs/sweep/tiny.yaml --status
+python scripts/sweep.py --config configs/eval/tiny-choice.yaml --choose
 
 What is done is not done again: the same command begins a grid, goes on with it and completes it. compare.py is
 the same program.
@@ -12,7 +13,7 @@ the same program.
 import sys
 from pathlib import Path
 
-from dci.cli.arguments import Parser
+from dci.cli.arguments import Parser, number
 
 
 def arguments():
@@ -20,9 +21,14 @@ def arguments():
     parser.add_argument("--config", required=True, help="a file of configs/eval/ or configs/sweep/, or one of your own")
     parser.add_argument("--only", metavar="PATTERN", help="some cells: concept/method/seed/setting, * for any")
     parser.add_argument("--dry-run", action="store_true", help="show the jobs, the number of images and an estimate")
+    parser.add_argument("--tflops", type=number, metavar="RATE", help="with --dry-run: estimate for GPUs of this dense bf16 "
+                        "rate (A100 312, H100 798), not for this machine")  # fmt: skip
     parser.add_argument("--status", action="store_true", help="show the state of each cell")
     parser.add_argument("--no-wait", action="store_true", help="slurm: leave when the jobs are in the queue")
+    parser.add_argument("--choose", action="store_true", help="when all is done, say which variant of each method is best")
     parser.add_argument("--report", help="folder of the report (default: report/ in the grid's folder)")
+    parser.add_argument("--ratings", metavar="CSV", help="for the report: its pictures.csv with further columns of numbers")
+    parser.add_argument("--answers", metavar="CSV", help="for the report: what people answered, as dci rate writes it")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as workers=2 n_samples=4")
     return parser.parse_args()
 
@@ -42,7 +48,7 @@ def main() -> None:
     todo = [point for point in some if not point.result.is_file()]
     if args.dry_run:
         show_jobs(todo, len(some))
-        print(estimated(suite, some))
+        print(estimated(suite, some, args.tflops))
     elif args.status:
         show_states(some, queued_trainings(suite))
     else:
@@ -51,10 +57,12 @@ def main() -> None:
             if args.no_wait:
                 return
         work(suite, todo, len(some))
-        finish(suite, everything, some, args.report)
+        finish(suite, everything, some, args)
+        if args.choose:
+            show_choices(suite, everything, args.report)
 
 
-def show_jobs(todo: list, number: int) -> None:
+def show_jobs(todo: list, total: int) -> None:
     """Print each job: a training with its cells."""
     from dci.experiments.grid import SamplingConfig, by_training
 
@@ -69,19 +77,25 @@ def show_jobs(todo: list, number: int) -> None:
             options = {**vars(SamplingConfig()), "seed": None, "n_samples": None}
             given = [f"{name}={value}" for name, value in point.recipe["sampling"].items() if value != options[name]]
             print(f"sample {point.prompts} {' '.join(given)}")
-    print(f"# {len(todo)} cells in {len(groups)} jobs; {number - len(todo)} of {number} cells are done")
+    print(f"# {len(todo)} cells in {len(groups)} jobs; {total - len(todo)} of {total} cells are done")
 
 
-def estimated(suite, points: list) -> str:
-    """Return what is to be made, and an estimate of its time; or why there is none."""
+def estimated(suite, points: list, tflops: float | None = None) -> str:
+    """Return what is to be made, and an estimate of its time; or why there is none.
+
+    Args:
+        tflops: of a GPU that is not here; None: this machine's device is measured.
+    """
     from dci.cli.loading import pick_device
     from dci.experiments import cost
     from ldm.errors import UserError
 
-    device = pick_device(suite.device)
-    rate = cost.matrix_rate(device, threads=suite.threads)
+    if tflops is not None and tflops <= 0:
+        raise UserError(f"--tflops {tflops:g}: expected a number above 0, such as 798")
+    device = "cuda" if tflops else pick_device(suite.device)
+    rate = tflops * 1e12 if tflops else cost.matrix_rate(device, threads=suite.threads)
     try:
-        return cost.describe(cost.estimate(points, device, rate), device, rate, suite.workers or 1)
+        return cost.describe(cost.estimate(points, device, rate), device, rate, suite.workers or 1, given=bool(tflops))
     except UserError as error:
         return str(error)
 
@@ -97,14 +111,14 @@ def show_states(some: list, queued: set[str]) -> None:
     print(", ".join(f"{states.count(name)} {name}" for name in STATES if name in states))
 
 
-def work(suite, todo: list, number: int) -> None:
+def work(suite, todo: list, total: int) -> None:
     """Let the launcher work through the cells, and print each one's state when it has come to an end."""
     from tqdm import tqdm
 
     from dci.experiments.launchers import launch
     from dci.experiments.runner import state
 
-    with tqdm(total=number, initial=number - len(todo), desc=suite.name, unit="cell") as bar:
+    with tqdm(total=total, initial=total - len(todo), desc=suite.name, unit="cell") as bar:
 
         def report(point) -> None:
             print(f"{state(point):8} {point.name}", flush=True)
@@ -113,7 +127,7 @@ def work(suite, todo: list, number: int) -> None:
         launch(suite, todo, report)
 
 
-def finish(suite, everything: list, some: list, report: str | None) -> None:
+def finish(suite, everything: list, some: list, args) -> None:
     """Write the table and the report of what is done; list what failed, and leave with exit code 1 then."""
     from dci.experiments.aggregate import write_grid_report, write_table
     from dci.experiments.grid import grid_folder
@@ -131,7 +145,27 @@ def finish(suite, everything: list, some: list, report: str | None) -> None:
     if done:
         folder = grid_folder(suite)
         write_table(done, folder / "results.csv")
-        page = write_grid_report(done, Path(report or folder / "report"), suite.title, suite.notes)
+        outdir = Path(args.report or folder / "report")
+        page = write_grid_report(done, outdir, suite.title, suite.notes, args.ratings, args.answers)
         print(f"{len(done)} of {len(everything)} cells\nTable: {folder / 'results.csv'}\nReport: {page}")
     if failed:
         sys.exit(1)
+
+
+def show_choices(suite, everything: list, report: str | None) -> None:
+    """Print the line of a suite for each method, with what was chosen for it; write chosen.json beside the report."""
+    from dci.experiments import choice
+    from dci.experiments.aggregate import pooled_runs
+    from dci.experiments.grid import grid_folder
+    from dci.files import write_atomically
+    from ldm.shipped import ROOT
+
+    chosen = choice.choose(pooled_runs(everything), suite.methods)
+    configs = {method.family: Path(method.config) for method in suite.methods}
+    print(f"Chosen by {choice.RULE}:")
+    for one in chosen:
+        file = configs[one.method]
+        print(one.entry(str(file.relative_to(ROOT) if file.is_relative_to(ROOT) else file)))
+    file = Path(report or grid_folder(suite) / "report") / "chosen.json"
+    write_atomically(file, choice.as_file(chosen))
+    print(f"Choices: {file}")

@@ -104,11 +104,11 @@ def negative_ids(prompt: str, names: ConceptName | Sequence[ConceptName]) -> tup
         UserError: it names other concepts than these, or is so long that a concept would be cut off.
     """
     concepts = _checked(names)
-    if not re.search(MARK, prompt, re.IGNORECASE) and not _mentions(concepts).search(prompt):
+    if not mentions(prompt, concepts):
         return None
-    texts, mentions = _split(prompt, concepts)
+    texts, found = _split(prompt, concepts)
     row = _Row(tokenizer.tokenize)
-    for text, mention in zip(texts, mentions, strict=False):
+    for text, mention in zip(texts, found, strict=False):
         row.add_text(text)
         row.add_named(*_named(mention, concepts, tokenizer.tokenize, None))
     row.add_text(texts[-1])
@@ -148,8 +148,10 @@ def _auxiliary_name(mention: _Mention, concepts: list[ConceptName], auxiliary_no
 
 def mentions(prompt: str, names: Sequence[ConceptName]) -> bool:
     """Whether a prompt names a concept, rightly or wrongly."""
-    tokens = [re.escape(token) for name in names for token in name.modifier_tokens]
-    return re.search("|".join([MARK, *tokens]), prompt, re.IGNORECASE) is not None
+    concepts = _checked(names)
+    tokens = [re.escape(token) for name in concepts for token in name.learned]
+    marked = re.search("|".join([MARK, *tokens]), prompt, re.IGNORECASE)
+    return marked is not None or _mentions(concepts).search(prompt) is not None
 
 
 class _Row:

@@ -12,6 +12,7 @@ What is behind the bar is added here, and taken off the output.
 """
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from dci.diffusers.loaded import LoadedConcept
 from dci.diffusers.noise import forked, like
 from dci.diffusers.processor import Integration, processors
 from dci.dual_branch.attention_maps import MapsCallback, observer
-from dci.dual_branch.integration import BASE, DualBranch, TokenMasks, integrating_attend
+from dci.dual_branch.integration import BASE, DualBranch, TokenMasks, calibrated_gain, integrating_attend
 from dci.dual_branch.layer_selection import integrated_layers
 from ldm.attention import Attend, attend
 from ldm.errors import UserError
@@ -65,6 +66,7 @@ class AuxiliaryBranch:
         latents: N(0, 1) noise to begin with, in place of drawn noise.
         generator: the pipeline's; the branch's own noise follows from its state and leaves it as it is.
         maps: shown the branch weights and attention maps.
+        arguments: of the pipeline's call.
     """
 
     def __init__(
@@ -76,10 +78,13 @@ class AuxiliaryBranch:
         latents: Tensor | None,
         generator: Any,
         maps: MapsCallback | None,
+        arguments: dict[str, Any],
     ):
         self.pipe, self.loaded, self.dual, self.prompts, self.maps = pipe, loaded, dual, prompts, maps
+        self.arguments = arguments
         self.generator, self.given = generator, latents
-        self.prompt: list[str] | Tensor = []  # the auxiliary prompts, or their embeddings
+        self.prompt: dict[str, Any] = {}  # the auxiliary prompts, or their embeddings, as encode_prompt takes them
+        self.own_gain = False  # the gain follows the size of the image
         self.context: Tensor | None = None  # (b, l, d)
         self.pooled: Tensor | None = None  # (b, d) of SDXL's second text encoder
         self.latents: Tensor | None = None  # (b, c, h, w)
@@ -92,6 +97,8 @@ class AuxiliaryBranch:
         self._masks: TokenMasks | None = None
         self._moved = False  # the latents have been stepped since the kept part was put back
         self._phase = ExitStack()  # holds our attention processors while both branches run
+        self._first = True  # no step has been taken
+        self.note: str | None = None  # that both branches never ran
         self.running = False  # both branches, in the last step
 
     def begin(self, prepared: Tensor | tuple[Tensor, ...], noised: Noising | None) -> None:
@@ -102,10 +109,13 @@ class AuxiliaryBranch:
             noised: how the pipeline got them from an image; None: they are noise alone.
         """
         latents, *more = prepared if isinstance(prepared, tuple) else (prepared,)
+        if not len(latents):
+            raise UserError("strength leaves none of the steps: raise strength= or num_inference_steps=")
         if len(latents) != len(self.prompts):
             raise UserError(f"{len(self.prompts)} prompts for {len(latents)} images: expected one prompt for each")
         self.generator = forked(self.generator, latents.device)
-        if self.dual.shared_noise:
+        if self.dual.shared_noise or self.arguments.get("denoising_start") is not None:
+            # What was denoised before does not tell its noise.
             self._noise = noised.noise if noised else more[0] if more else None
             self.latents = latents.clone()
         else:
@@ -118,6 +128,15 @@ class AuxiliaryBranch:
             )
         self._kept = more[1] if len(more) > 1 else None
 
+    def begin_as_given(self) -> None:
+        """Begin with latents that the pipeline takes as they are; it prepares none then.
+
+        They are at the first step's noise level already, so the auxiliary branch begins with the same ones, or with its own.
+        """
+        own = self.arguments["latents"]
+        self.generator = forked(self.generator, own.device)
+        self.latents = own.clone() if self.given is None else self.given.to(own).expand_as(own)
+
     def encode(self, encode_prompt: Callable, args: tuple, given: dict[str, Any]) -> None:
         """Encode the auxiliary prompts as the pipeline encodes its own.
 
@@ -126,17 +145,22 @@ class AuxiliaryBranch:
             args, given: what the pipeline called it with.
         """
         arguments = inspect.signature(encode_prompt).bind(*args, **given).arguments
-        text = isinstance(self.prompt, list)
-        prompt = {"prompt": self.prompt if text else None, "prompt_embeds": None if text else self.prompt}
-        others = {name: None for name in arguments if "negative" in name or "prompt_2" in name or "pooled" in name}
-        encoded = encode_prompt(**{**arguments, **others, **prompt, "do_classifier_free_guidance": False})
+        others = {name: None for name in arguments if "prompt" in name and name != "num_images_per_prompt"}
+        encoded = encode_prompt(**{**arguments, **others, **self.prompt, "do_classifier_free_guidance": False})
         self.context, self.pooled = encoded[0], encoded[2] if len(encoded) > 2 else None
 
     def is_dual(self, timestep: Tensor) -> bool:
         """Whether both branches run at a timestep; once they do not, the UNet is as it was."""
-        dual = self.dual.is_dual(float(timestep), self.pipe.scheduler.config.num_train_timesteps)
+        number = self.pipe.scheduler.config.num_train_timesteps
+        dual = self.dual.is_dual(float(timestep), number)
         if not dual:
+            if self._first and self.dual.agg_time > 0:
+                self.note = (
+                    f"the first timestep is {float(timestep):g}, and both branches run above "
+                    f"{number - number * self.dual.agg_time:g}: this is plain sampling; raise agg_time="
+                )
             self.end()
+        self._first = False
         return dual
 
     def end(self) -> None:
@@ -245,6 +269,8 @@ class AuxiliaryBranch:
     def _attends(self, rows: Rows, t: int, latent: tuple[int, int]) -> Attend | list[Attend]:
         if self._masks is None:
             self._masks = TokenMasks.of(self.prompts, self.latents.device, self.loaded.mask_width(self.pipe.unet))
+            if self.own_gain:
+                self.dual = dataclasses.replace(self.dual, gain=calibrated_gain(self.loaded.unet.cross_layers(), latent))
         masks = self._masks
         integrate = integrating_attend(masks, self.dual, rows.concept, rows.auxiliary)
         if self.dual.layers is None and self.maps is None:
@@ -265,7 +291,9 @@ class AuxiliaryBranch:
         if rows.own > rows.images:
             first = 0 if rows.added == rows.images else rows.own
             out = guide(output[first : first + rows.images], auxiliary, self.pipe.guidance_scale)
-            if (rescale := getattr(self.pipe, "guidance_rescale", 0.0)) > 0:
+            # Some pipelines keep it to themselves.
+            rescale = getattr(self.pipe, "guidance_rescale", self.arguments.get("guidance_rescale", 0.0))
+            if rescale > 0:
                 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 
                 out = rescale_noise_cfg(out, auxiliary, guidance_rescale=rescale)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dci.concept.concept_file import Concept
 from dci.concept.foreign.importing import import_concept, is_foreign
 from dci.concept.loras import scaled
-from dci.diffusers.model import as_model, is_compiled, original, plain_parameters
-from dci.diffusers.tokens import add_tokens, check_tokens, remove_tokens
+from dci.diffusers.model import as_model, is_compiled, networks, original, text_parts
+from dci.diffusers.tokens import Pooling, add_tokens, check_tokens, pool_as_before, pool_at_end, remove_tokens
 from ldm.checkpoint import fingerprint
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
@@ -23,7 +23,7 @@ from ldm.formats.diffusers_names import to_text, to_unet, to_vae
 from ldm.tokenizer import MAX_LENGTH
 from ldm.unet import UNet
 
-_UNET, _TEXT, _VAE = "model.diffusion_model.", "cond_stage_model.", "first_stage_model."
+_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 logger = logging.getLogger(__name__)
 Place = tuple[str, str]
 """A component of a pipeline, and the name of a parameter in it."""
@@ -37,6 +37,7 @@ class LoadedConcept:
     tokens: list[str]  # those that have embeddings of their own
     unet: UNet  # our UNet of the same shape, without weights: it knows where the layers are
     layers: list[str]  # diffusers' names of the cross-attention modules, in the order they run
+    pooling: Pooling  # how texts were pooled before
     before: dict[Place, Tensor]  # the weights that the concept took the place of
     after: dict[Place, Tensor]  # what it put there
     _changes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -95,9 +96,10 @@ def load(
     before = {place: parameters[place][: len(weight)].detach().cpu().clone() for place, weight in weights.items()}
     _copy(weights, parameters)
     add_tokens(pipe, learned, concept.modifiers)
+    pooling = pool_at_end(pipe) if learned else []
     names = to_unet(model.config.unet)
     layers = [names(f"{layer.name}.") + "attn2" for layer in model.unet.cross_layers()]
-    _LOADED[original(pipe.unet)] = LoadedConcept(concept, learned, model.unet.to("meta"), layers, before, weights)
+    _LOADED[original(pipe.unet)] = LoadedConcept(concept, learned, model.unet.to("meta"), layers, pooling, before, weights)
 
 
 def _read(files: Sequence[str | Path], model: LatentDiffusion, class_noun: str | None, trigger: str | None) -> Concept:
@@ -128,6 +130,7 @@ def unload(pipe: Any) -> None:
         )
     _copy(loaded.before, parameters)
     remove_tokens(pipe, loaded.tokens)
+    pool_as_before(loaded.pooling)
     del _LOADED[original(pipe.unet)]
 
 
@@ -145,8 +148,7 @@ def _parameters(pipe: Any) -> dict[Place, nn.Parameter]:
     """All parameters that a concept may change. Fused projections hold copies of some, so they are refused."""
     if any(type(processor).__name__.startswith("Fused") for processor in original(pipe.unet).attn_processors.values()):
         raise UserError("the UNet's projections are fused: call unfuse_qkv_projections() first, and fuse them again later")
-    parts = {name: plain_parameters(getattr(pipe, name)) for name in ("unet", "text_encoder", "vae")}
-    return {(part, name): parameter for part, named in parts.items() for name, parameter in named.items()}
+    return {(part, name): parameter for part, named in networks(pipe).items() for name, parameter in named.items()}
 
 
 def _placed(
@@ -158,11 +160,13 @@ def _placed(
     def part(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
-    unet = {("unet", rename(name)): weight for name, weight in part(_UNET).items()}
-    text = {("text_encoder", name): weight for name, weight in to_text(part(_TEXT), config.text_encoder).items()}
-    # transformers 5 leaves the prefix away.
-    text = {(c, n if (c, n) in parameters else n.removeprefix("text_model.")): weight for (c, n), weight in text.items()}
-    return unet | text | {("vae", name): weight for name, weight in to_vae(part(_VAE), config.autoencoder).items()}
+    placed = {("unet", rename(name)): weight for name, weight in part(_UNET).items()}
+    for text in text_parts(config):
+        named = to_text(part(text.place), text.config)
+        # transformers 5 leaves the prefix away.
+        own = {n if (text.component, n) in parameters else n.removeprefix("text_model."): w for n, w in named.items()}
+        placed |= {(text.component, name): weight for name, weight in own.items()}
+    return placed | {("vae", name): weight for name, weight in to_vae(part(_VAE), config.autoencoder).items()}
 
 
 @torch.no_grad()

@@ -3,13 +3,13 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ldm.checkpoint import fingerprint_of, is_fingerprinted
-from ldm.config import ModelConfig
+from ldm.config import ModelConfig, TextEncoderConfig
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.formats import diffusers_folder
@@ -20,6 +20,48 @@ from ldm.tokenizer import VOCAB_SIZE
 # In place of what is not an AutoencoderKL, such as a tiny autoencoder: no concept depends on it.
 _VAE = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
 _SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+class TextPart(NamedTuple):
+    """One of a model's text encoders."""
+
+    component: str  # of the pipeline
+    place: str  # what its tensors' names begin with in Stable Diffusion
+    config: TextEncoderConfig
+
+
+def text_parts(config: ModelConfig) -> list[TextPart]:
+    """A model's text encoders: two in SDXL, else one."""
+    if config.text_encoder_2 is None:
+        return [TextPart("text_encoder", "cond_stage_model.", config.text_encoder)]
+    return [
+        TextPart("text_encoder", "conditioner.embedders.0.", config.text_encoder),
+        TextPart("text_encoder_2", "conditioner.embedders.1.", config.text_encoder_2),
+    ]
+
+
+def encoders(pipe: Any) -> list[tuple[Any, Any]]:
+    """Return a pipeline's tokenizers, each with its text encoder.
+
+    Raises:
+        UserError: one of them is missing, as SDXL's refiner lacks the first.
+    """
+    suffixes = ["", "_2"] if "text_encoder_2" in pipe.components else [""]
+    names = [name + suffix for suffix in suffixes for name in ("tokenizer", "text_encoder")]
+    lacking = [name for name in names if getattr(pipe, name) is None]
+    if lacking:
+        raise UserError(
+            f"the pipeline has no {', '.join(lacking)}, where a concept's tokens go: load it with all of its text encoders; "
+            "SDXL's refiner has one alone: give the base model"
+        )
+    return [(getattr(pipe, f"tokenizer{suffix}"), getattr(pipe, f"text_encoder{suffix}")) for suffix in suffixes]
+
+
+def networks(pipe: Any) -> dict[str, dict[str, nn.Parameter]]:
+    """Return the parameters that a concept may change, by component and name."""
+    texts = [name for name in ("text_encoder", "text_encoder_2") if name in pipe.components]
+    encoders(pipe)
+    return {name: plain_parameters(getattr(pipe, name)) for name in ("unet", "vae", *texts)}
 
 
 def original(network: nn.Module) -> nn.Module:
@@ -44,12 +86,14 @@ def as_model(pipe: Any) -> LatentDiffusion:
     Raises:
         UserError: networks of another kind, or quantised, or whose weights are not in memory.
     """
+    parts = networks(pipe)
     config = _config(pipe)
     with torch.device("meta"):
         model = LatentDiffusion(config)
-    unet, text, vae = (plain_parameters(network) for network in (pipe.unet, pipe.text_encoder, pipe.vae))
-    _check_in_memory(unet | text)
-    state = {**unet_names(unet, config.unet), **text_names(text, config.text_encoder), **vae_names(vae, config.autoencoder)}
+    _check_in_memory({f"{part}.{name}": p for part, named in parts.items() if part != "vae" for name, p in named.items()})
+    state = unet_names(parts["unet"], config.unet) | vae_names(parts["vae"], config.autoencoder)
+    for text in text_parts(config):
+        state |= text_names(parts[text.component], text.config, text.place)
     # The token table may have got further rows, and the UNet of an inpainting model reads further channels.
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     state = {n: t[: shapes[n][0]] if n.endswith("token_embedding.weight") else t for n, t in state.items() if n in shapes}
@@ -75,7 +119,11 @@ def _config(pipe: Any) -> ModelConfig:
     contents = {
         "unet": json.loads(original(pipe.unet).to_json_string()) | {"in_channels": 4, "out_channels": 4},
         "vae": json.loads(pipe.vae.to_json_string()) if _is_usual(pipe.vae) else _VAE,
-        "text_encoder": pipe.text_encoder.config.to_dict() | {"vocab_size": VOCAB_SIZE},
+        **{
+            part: getattr(pipe, part).config.to_dict() | {"vocab_size": VOCAB_SIZE}
+            for part in ("text_encoder", "text_encoder_2")
+            if part in pipe.components
+        },
         "scheduler": _SCHEDULER | {"prediction_type": "v_prediction" if prediction == "v_prediction" else "epsilon"},
     }
     files = {"scheduler": "scheduler_config.json"}

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -17,13 +18,14 @@ from dci.concept.prompts import BranchPrompts, mentions
 from dci.diffusers.branch import AuxiliaryBranch, Noising
 from dci.diffusers.loaded import LoadedConcept, load, loaded_concept, unload
 from dci.diffusers.model import original
+from dci.diffusers.notes import call_notes
 from dci.diffusers.processor import check_processors
-from dci.diffusers.prompts import parse_for
+from dci.diffusers.prompts import parse_for, together
 from dci.diffusers.stand_in import StandIn, standing_in
 from dci.diffusers.tokens import missing_tokens
 from dci.dual_branch.attention_maps import MapsCallback
 from dci.dual_branch.options import DUAL_BRANCH, checked_dual_branch
-from ldm.errors import UserError
+from ldm.errors import Note, UserError
 
 SUPPORTED = (
     "StableDiffusionPipeline",
@@ -32,8 +34,19 @@ SUPPORTED = (
     "StableDiffusionControlNetPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
 )
 """Pipelines of diffusers that DCI is known to work in."""
+
+_PROMPTS, _NEGATIVE = ("prompt", "prompt_2"), ("negative_prompt", "negative_prompt_2")  # those with a 2 are SDXL's
 
 
 class DCIPipeline:
@@ -136,6 +149,7 @@ class DCIPipeline:
         auxiliary_noun: str | None = None,
         auxiliary_latents: Tensor | None = None,
         auxiliary_prompt_embeds: Tensor | None = None,
+        auxiliary_pooled_prompt_embeds: Tensor | None = None,
         branch_prompts: BranchPrompts | Sequence[BranchPrompts] | None = None,
         maps: MapsCallback | None = None,
         **given: Any,
@@ -151,7 +165,8 @@ class DCIPipeline:
             auxiliary_latents: N(0, 1) noise that the auxiliary branch starts from (b, c, h, w); None: drawn from a stream
                 that follows from `generator`.
             branch_prompts: of each prompt, from `parse`, where `prompt_embeds` stands in the prompts' place.
-            auxiliary_prompt_embeds: with those, the auxiliary prompts' embeddings; None: encoded from `branch_prompts`.
+            auxiliary_prompt_embeds, auxiliary_pooled_prompt_embeds: with those, the auxiliary prompts' embeddings, and in
+                SDXL their pooled ones; None: encoded from `branch_prompts`.
             maps: gets a `dci.dual_branch.attention_maps.BranchMaps` for every integrated layer while both branches run.
 
         Returns:
@@ -163,21 +178,29 @@ class DCIPipeline:
         settings = {name: given.pop(name) for name in DUAL_BRANCH & given.keys()}
         call = super().__call__
         arguments = _bound(call, prompt, args, given)
-        if not dci:
-            return call(**self._plainly(arguments))
-        found = self._loaded()
+        loaded = self._loaded() if dci else None
+        notes = call_notes(self, arguments, inspect.signature(call).parameters["guidance_scale"].default)
+        if dci and auxiliary_latents is not None and settings.get("shared_noise"):
+            notes.append("auxiliary_latents has no effect: with shared_noise both branches start from the same noise")
+        _warn(*notes)
+        if loaded is None:
+            return call(**self._named(arguments, (*_PROMPTS, *_NEGATIVE)))
         dual = checked_dual_branch(settings)
         self._check(arguments)
-        branches = self._branches(arguments, auxiliary_noun, branch_prompts)
-        if arguments.get("prompt") is not None:
-            texts = [branch.concept for branch in branches]
-            arguments["prompt"] = texts[0] if isinstance(arguments["prompt"], str) else texts
+        parsed = self._branches(arguments, auxiliary_noun, branch_prompts)
+        arguments = self._named(arguments, (*_PROMPTS, *_NEGATIVE))
+        branches = [together(*pair) if len(pair) > 1 else pair[0] for pair in zip(*parsed.values(), strict=True)]
         number = arguments.get("num_images_per_prompt") or 1
         rows = [branch for branch in branches for _ in range(number)]
-        branch = AuxiliaryBranch(self, found, dual, rows, auxiliary_latents, arguments.get("generator"), maps)
-        branch.prompt = [b.auxiliary for b in branches] if auxiliary_prompt_embeds is None else auxiliary_prompt_embeds
+        branch = AuxiliaryBranch(self, loaded, dual, rows, auxiliary_latents, arguments.get("generator"), maps, arguments)
+        branch.prompt = {name: [prompts.auxiliary for prompts in own] for name, own in parsed.items()}
+        if auxiliary_prompt_embeds is not None:
+            branch.prompt = self._embedded(auxiliary_prompt_embeds, auxiliary_pooled_prompt_embeds)
+        branch.own_gain = settings.get("gain") is None
         with self._running(branch):
-            return call(**arguments)
+            found = call(**arguments)
+        _warn(*[branch.note] if branch.note else [])
+        return found
 
     def encode_prompt(self, *args: Any, **given: Any) -> Any:
         """As the pipeline's own; the auxiliary prompts are encoded besides, in the same way."""
@@ -217,6 +240,8 @@ class DCIPipeline:
         options = super().prepare_extra_step_kwargs(*args, **given)
         if self._branch is not None:
             self._branch.step_options = options
+            if self._branch.latents is None:
+                self._branch.begin_as_given()
         return options
 
     def maybe_free_model_hooks(self) -> None:
@@ -260,31 +285,53 @@ class DCIPipeline:
             )
         check_processors(original(self.unet))
 
-    def _plainly(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Write the concept's tokens out in prompts that name it."""
-        prompt = arguments.get("prompt")
-        if prompt is None or loaded_concept(self) is None:
+    def _named(self, arguments: dict[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
+        """Write the concept's tokens out in prompts that name it, of the arguments that are called so."""
+        if loaded_concept(self) is None:
             return arguments
-        names = self._loaded().concept.names
-        texts = [self.parse(text).concept if mentions(text, names) else text for text in _listed(prompt)]
-        return arguments | {"prompt": texts[0] if isinstance(prompt, str) else texts}
+        names, written = self._loaded().concept.names, {}
+        for argument in prompts:
+            if (given := arguments.get(argument)) is not None:
+                texts = [self.parse(text).concept if mentions(text, names) else text for text in _listed(given)]
+                written[argument] = texts[0] if isinstance(given, str) else texts
+        return arguments | written
+
+    def _embedded(self, embeds: Tensor, pooled: Tensor | None) -> dict[str, Tensor]:
+        """The auxiliary prompts' embeddings as encode_prompt takes them."""
+        if "text_encoder_2" not in self.components:
+            return {"prompt_embeds": embeds}
+        if pooled is None:
+            raise UserError(
+                "SDXL reads a pooled text besides: give auxiliary_pooled_prompt_embeds with auxiliary_prompt_embeds"
+            )
+        return {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
 
     def _branches(
         self,
         arguments: dict[str, Any],
         auxiliary_noun: str | None,
         given: BranchPrompts | Sequence[BranchPrompts] | None,
-    ) -> list[BranchPrompts]:
-        """Return both branches' prompts, of each of the call's prompts."""
-        prompt = arguments.get("prompt")
-        if prompt is not None and given is None:
-            return [self.parse(text, auxiliary_noun) for text in _listed(prompt)]
-        if prompt is not None or given is None:
+    ) -> dict[str, list[BranchPrompts]]:
+        """Return both branches' prompts, of each of the call's arguments that hold some."""
+        texts = {name: _listed(arguments[name]) for name in _PROMPTS if arguments.get(name) is not None}
+        if "prompt" in texts and given is None:
+            if any(len(own) != len(texts["prompt"]) for own in texts.values()):
+                raise UserError(f"{len(texts['prompt'])} prompts, {len(texts['prompt_2'])} in prompt_2: expected as many")
+            return {name: [self.parse(text, auxiliary_noun) for text in own] for name, own in texts.items()}
+        if texts or given is None:
             raise UserError(
                 "prompt_embeds do not tell where the concept stands: give the prompts that they encode as "
                 "branch_prompts=pipe.parse(prompt), and no prompt"
             )
-        return [given] if isinstance(given, BranchPrompts) else list(given)
+        if auxiliary_noun is not None:
+            raise UserError("auxiliary_noun belongs to the prompts: branch_prompts=pipe.parse(prompt, auxiliary_noun)")
+        return {"prompt": [given] if isinstance(given, BranchPrompts) else list(given)}
+
+
+def _warn(*notes: str) -> None:
+    """Give notes at the place of the call."""
+    for note in notes:
+        warnings.warn(note, Note, stacklevel=3)
 
 
 def _listed(prompt: str | list[str]) -> list[str]:
@@ -313,7 +360,7 @@ def _diffusers() -> Any:
         UserError: it is not installed.
     """
     if importlib.util.find_spec("diffusers") is None:
-        raise UserError("the package diffusers is missing: pip install 'dci[diffusers]' (or diffusers accelerate)")
+        raise UserError("the package diffusers is missing: pip install 'dci[diffusers]'")
     return importlib.import_module("diffusers")
 
 

@@ -62,14 +62,47 @@ def weights(levels: Mapping[str, np.ndarray], resamples: int, seed: int) -> Iter
     Args:
         levels: as `factors` returns them.
     """
+    for counts in _draws(levels, resamples, seed):
+        product = np.ones((len(counts[0]), 1))
+        for count, level in zip(counts, levels.values(), strict=True):
+            product = product * count[:, level]
+        yield product
+
+
+def _draws(levels: Mapping[str, np.ndarray], resamples: int, seed: int) -> Iterator[list[np.ndarray]]:
+    """Yield how often each level of each factor was drawn: arrays (r, levels), `resamples` rows in all."""
     first = np.random.default_rng(seed)  # with one factor the draws are SciPy's
     generators = [first, *first.spawn(len(levels) - 1)]
     for start in range(0, resamples, _CHUNK):
         number = min(_CHUNK, resamples - start)
-        product = np.ones((number, 1))
-        for generator, level in zip(generators, levels.values(), strict=True):
-            product = product * _counts(generator, number, level.max() + 1)[:, level]
-        yield product
+        yield [_counts(g, number, level.max() + 1) for g, level in zip(generators, levels.values(), strict=True)]
+
+
+def _resampled_sums(values: np.ndarray, levels: Mapping[str, np.ndarray], resamples: int, seed: int):
+    """Return each resample's weighted sum of the values, and its sum of weights: (resamples,) both.
+
+    Where the levels' combinations are not many more than the values, as of a full grid, each factor is summed over by
+    itself, which takes a fraction of the time.
+    """
+    shape = [int(level.max(initial=-1)) + 1 for level in levels.values()]
+    if np.prod(shape, dtype=float) > 2 * len(values) or not len(values):
+        drawn = [(w @ values, w.sum(1)) for w in weights(levels, resamples, seed)]
+        return tuple(map(np.concatenate, zip(*drawn, strict=True)))
+    place = tuple(levels.values())
+    sums, numbers = np.zeros(shape), np.zeros(shape)
+    np.add.at(sums, place, values)
+    np.add.at(numbers, place, 1)
+    drawn = [(_contracted(sums, counts), _contracted(numbers, counts)) for counts in _draws(levels, resamples, seed)]
+    return tuple(map(np.concatenate, zip(*drawn, strict=True)))
+
+
+def _contracted(table: np.ndarray, counts: list[np.ndarray]) -> np.ndarray:
+    """Sum a table (levels, ...) with the weights of each resample, one factor after the other: (r,)."""
+    first, *others = counts
+    result = (first @ table.reshape(len(table), -1)).reshape(len(first), *table.shape[1:])
+    for count in others:
+        result = np.einsum("rj,rj...->r...", count, result)
+    return result
 
 
 def _counts(generator: np.random.Generator, resamples: int, levels: int) -> np.ndarray:
@@ -94,8 +127,8 @@ def bootstrap_mean(
         level: share of the resampled means that the interval holds.
     """
     values = np.asarray(values, dtype=np.float64)
-    drawn = [(w @ values, w.sum(1)) for w in weights(factors(columns), resamples, seed)]
-    return percentile_interval(values.mean(), *map(np.concatenate, zip(*drawn, strict=True)), len(values), level)
+    sums, totals = _resampled_sums(values, factors(columns), resamples, seed)
+    return percentile_interval(values.mean(), sums, totals, len(values), level)
 
 
 def percentile_interval(value: float, sums: np.ndarray, totals: np.ndarray, n: int, level: float = LEVEL) -> Interval:

@@ -4,6 +4,9 @@
     open_clip:ARCHITECTURE/TAG                 open_clip:ViT-B-32/openai; a weights' file in place of the tag; or a folder
     timm:NAME                                  timm:vit_small_patch16_224.dino; timm:NAME/FILE takes the weights from a file
     transformers:NAME                          transformers:openai/clip-vit-base-patch32, or a folder
+    dinov2:NAME                                dinov2:vits14, vitb14, vitl14, vitg14, with registers vits14_reg; or a folder
+    dreamsim:FOLDER, dreamsim:NAME/FOLDER      the ensemble, or one of dino_vitb16, clip_vitb32, open_clip_vitb32, from where
+                                               the authors' weights are unpacked (`dci.evaluation.dreamsim`)
     inception, inception:FILE                  the Inception network of FID and KID; needs the package torch-fidelity
 
 Each brings its own preprocessing: the size, crop, interpolation, mean and deviation that it was trained with.
@@ -105,11 +108,11 @@ def load_encoder(name: str, role: str = "clip", device: str = "cpu") -> Encoder:
         return _tiny(role, device)
     if library == INCEPTION:
         return _inception(name, model, device)
-    load = {"open_clip": _open_clip, "timm": _timm, "transformers": _transformers}.get(library)
+    load = _LOADERS.get(library)
     if load is None or not model:
         raise UserError(
             f"no encoder '{name}': expected tiny, open_clip:ViT-B-32/openai, timm:vit_small_patch16_224.dino, "
-            "transformers:openai/clip-vit-base-patch32 or transformers:FOLDER"
+            "transformers:openai/clip-vit-base-patch32, transformers:FOLDER, dinov2:vits14 or dreamsim:FOLDER"
         )
     with _clear_errors(name):
         return load(name, model, device)
@@ -178,6 +181,8 @@ _LOCAL = {
     "open_clip": "open_clip:ARCHITECTURE/FILE or open_clip:FOLDER",
     "timm": "timm:NAME/FILE",
     "transformers": "transformers:FOLDER",
+    "dinov2": "dinov2:FOLDER",
+    "dreamsim": "dreamsim:FOLDER",
     INCEPTION: "inception:FILE",
 }
 
@@ -312,6 +317,44 @@ def _transformers(name: str, model: str, device: str) -> Encoder:
     return Encoder(
         name, prepare, lambda x: _pooled(network.get_image_features(pixel_values=x)), network, text, words, settings
     )
+
+
+_DINOV2_SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
+
+
+def _dinov2(name: str, model: str, device: str) -> Encoder:
+    """DINOv2's normed class token, in transformers' port of it; a folder is one of that library's."""
+    if Path(model).is_dir():
+        return _transformers(name, model, device)
+    size, _, registers = model.partition("_")
+    if size not in _DINOV2_SIZES or registers not in ("", "reg"):
+        raise UserError(
+            f"the encoder {name}: expected one of {', '.join(_DINOV2_SIZES)}, with _reg behind it for registers, or a folder"
+        )
+    kind = "dinov2-with-registers" if registers else "dinov2"
+    return _transformers(name, f"facebook/{kind}-{_DINOV2_SIZES[size]}", device)
+
+
+def _dreamsim(name: str, model: str, device: str) -> Encoder:
+    from dci.evaluation.dreamsim import SIZE, VARIANTS, load_dreamsim, prepare
+
+    variant, _, folder = model.partition("/")
+    if variant not in VARIANTS:
+        variant, folder = "ensemble", model
+    if not Path(folder).is_dir() or not folder:
+        raise UserError(f"the encoder {name}: no folder '{folder}' with the authors' weights: give dreamsim:FOLDER, or "
+                        f"dreamsim:NAME/FOLDER with one of {', '.join(VARIANTS)}")  # fmt: skip
+    network = _frozen(load_dreamsim(variant, folder), device)
+    return Encoder(f"DreamSim {variant}", prepare, network, network, None, f"squeezed to {SIZE} x {SIZE} px, bicubic")
+
+
+_LOADERS = {
+    "open_clip": _open_clip,
+    "timm": _timm,
+    "transformers": _transformers,
+    "dinov2": _dinov2,
+    "dreamsim": _dreamsim,
+}
 
 
 def _pooled(output) -> Tensor:

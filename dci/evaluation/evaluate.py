@@ -15,8 +15,9 @@ from dci.evaluation import metrics
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval
 from dci.evaluation.encoders import INCEPTION, TINY, Encoder, inception_file, load_encoder
 from dci.evaluation.feature_cache import FeatureStore
+from dci.evaluation.object_only import in_words
 from dci.evaluation.scores import ImageScore, Scores, columns, resampled, summarize
-from dci.samples.reader import SampledImage, concept_files, read_samples, report_unused
+from dci.samples.reader import SampledImage, concept_files, read_samples, report_content
 from ldm.errors import UserError
 from ldm.images import list_images, report_not_used
 from ldm.pretraining.scenes import PLACES
@@ -84,6 +85,7 @@ class Scoring:
     batch_size: int = 32  # images that an encoder takes at a time
     resamples: int = RESAMPLES  # of the bootstrap
     seed: int = 0  # of the bootstrap
+    object_only: bool = False  # let CLIP-I and DINO-I see the object alone where a mask lies beside an image
 
 
 @dataclass(frozen=True)
@@ -118,25 +120,28 @@ def evaluate_folder(
     folders = [references] if isinstance(references, (str, Path)) else list(references)
     groups = [_references(one, observers.report) for one in folders]
     files = [sample.file for sample in samples]
-    report_unused(folder, files, observers.report)
+    report_content(folder, files, observers.report)
     real = _real_images(scoring.regularization, observers.report)
     store = cache if isinstance(cache, FeatureStore) else FeatureStore(cache)
 
-    def features(encoder: Encoder, files: Sequence[Path]) -> Tensor:
-        return store.features(encoder, files, scoring.batch_size, observers.progress)
+    def features(encoder: Encoder, files: Sequence[Path], object_only: bool = False) -> Tensor:
+        return store.features(encoder, files, scoring.batch_size, observers.progress, object_only)
 
     images = features(encoders.clip, files)
     values = {metrics.CLIP_T: metrics.text_scores(images, _text_features(encoders.clip, samples, scoring.batch_size))}
     if scoring.scaled_text_score:
         values[metrics.CLIP_T_SCALED] = metrics.scaled_text_scores(values[metrics.CLIP_T])
     for name, encoder in ((metrics.CLIP_I, encoders.clip), (metrics.DINO_I, encoders.instance)):
-        seen = features(encoder, files)
-        values[name] = torch.stack([metrics.image_scores(seen, features(encoder, group)) for group in groups]).mean(0)
+        seen, *known = (features(encoder, some, scoring.object_only) for some in (files, *groups))
+        values[name] = torch.stack([metrics.image_scores(seen, one) for one in known]).mean(0)
     rows = [{name: column[i].item() for name, column in values.items()} for i in range(len(samples))]
     if encoders.classifier:
         add_labels(rows, samples, encoders.classifier, features(encoders.classifier, files))
     rows = tuple(ImageScore(str(s.file), s.prompt, s.text, s.noise, row) for s, row in zip(samples, rows, strict=True))
     summary, metadata = summarize(rows, scoring.resamples, scoring.seed), describe(folder, rows, groups, encoders, scoring)
+    if scoring.object_only:
+        metadata["object_only"] = in_words([file for group in groups for file in group], files)
+        observers.report(metadata["object_only"])
     if real:
         sets = (scale_for_kid(features(encoders.kid, part), encoders.kid) for part in (real, files))
         summary[metrics.KID], metadata["kid"] = _kid(*sets, rows, scoring.resamples, scoring.seed)
@@ -226,5 +231,5 @@ def _real_images(folder: str | Path | None, report: Callable[[str], None]) -> li
         return files
     own = folder / "samples"
     files = list_images(own if own.is_dir() else folder)
-    report_unused(folder, files, report)
+    report_content(folder, files, report)
     return files

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dci.evaluation.encoders import Encoder
+from dci.evaluation.object_only import content_with_mask, object_alone
 from ldm.errors import UserError
 from ldm.images import read_image
 
@@ -44,22 +45,25 @@ class FeatureStore:
         files: Sequence[Path],
         batch_size: int = 32,
         progress: Callable[[int], None] = lambda number: None,
+        object_only: bool = False,
     ) -> Tensor:
         """Return the features of image files: (n, d), fp32.
 
         Args:
             progress: called with how many images are done.
+            object_only: see only what the mask beside an image marks; one without a mask whole.
 
         Raises:
             UserError: a file is not an image, or a broken one.
         """
-        name, digests = self._name(encoder), [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        read, content = (object_alone, content_with_mask) if object_only else (read_image, Path.read_bytes)
+        name, digests = self._name(encoder), [hashlib.sha256(content(file)).hexdigest() for file in files]
         found = {digest: vector for digest in dict.fromkeys(digests) if (vector := self._find(name, digest)) is not None}
         todo = list({digest: file for digest, file in zip(digests, files, strict=True) if digest not in found}.items())
         progress(len(files) - len(todo))
         for start in range(0, len(todo), batch_size):
             batch = todo[start : start + batch_size]
-            vectors = encoder.image_features([read_image(file) for _, file in batch]).numpy()
+            vectors = encoder.image_features([read(file) for _, file in batch]).numpy()
             found |= {digest: vector for (digest, _), vector in zip(batch, vectors, strict=True)}
             with self._database:
                 rows = [(name, digest, found[digest].tobytes()) for digest, _ in batch]

@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from dci.evaluation.answers import QUESTIONS, Agreement
 from dci.evaluation.bootstrap import Interval, bootstrap_mean
 from dci.evaluation.metrics import CLIP_T, DINO_I, LABELS
 from dci.evaluation.scores import ImageScore, RunScores, columns
@@ -158,6 +159,23 @@ def curves(differences: Mapping[str, Mapping[float, Mapping[str, Interval]]], me
                 axes.minorticks_off()
                 axes.set_xlabel(name)
                 axes.axhline(0, color="#8a8d93", linestyle="--", linewidth=1)
+    return figure
+
+
+def agreement_plot(agreements: Sequence[Agreement]) -> Figure:
+    """Draw how often each metric prefers the image that people prefer, with intervals; the dashed line is chance."""
+    names = [f"{LABELS.get(one.metric, one.metric)}\n{QUESTIONS[one.question]}" for one in agreements]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 1.0 + 0.5 * len(agreements)), layout="constrained")
+        axes = figure.subplots()
+        for number, one in enumerate(agreements):
+            colour = COLOURS[list(QUESTIONS).index(one.question)]
+            axes.errorbar(one.share.mean, number, xerr=_arms(one.share), fmt="o", color=colour, markersize=5, capsize=2)
+        axes.axvline(0.5, color="#8a8d93", linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(names)), [plotted(name) for name in names], fontsize=7)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of answers that the metric agrees with")
     return figure
 
 

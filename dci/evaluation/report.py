@@ -6,17 +6,19 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dci.evaluation.answers import QUESTIONS, Answer, agreements, preferences, raters
 from dci.evaluation.bootstrap import Interval
 from dci.evaluation.encoders import INCEPTION
-from dci.evaluation.metrics import CLIP_I, CLIP_T, DINO_I, KID, LABELS
-from dci.evaluation.plots import fidelity_editability_plane, inline_svg, scores_by_prompt
+from dci.evaluation.metrics import CLIP_I, CLIP_T, DINO_I, KID, LABELS, PLACE
+from dci.evaluation.plots import agreement_plot, fidelity_editability_plane, inline_svg, scores_by_prompt
+from dci.evaluation.ratings import PREFIX
 from dci.evaluation.scores import REPORT, ImageScore, RunScores, as_json, difference
 from dci.files import write_atomically
 from ldm.errors import UserError
@@ -36,6 +38,7 @@ def write_report(
     notes: Sequence[str] = (),
     figures: Sequence[tuple[str, Figure]] = (),
     max_images: int = 160,
+    answers: Sequence[Answer] = (),
 ) -> Path:
     """Write `report.html`, `report.md`, `scores.json`, `summary.csv` and `pictures.csv`.
 
@@ -44,37 +47,32 @@ def write_report(
         notes: paragraphs below the title.
         figures: (caption, figure) on the page behind its own plots.
         max_images: that the page may show, references aside.
+        answers: of people to pairs of these images; the report shows how often the metrics agree.
 
     Returns:
         The page's file.
 
     Raises:
-        UserError: an image that the page should show cannot be read.
+        UserError: an image that the page should show cannot be read, or an answer is about one that is not there.
     """
     outdir, runs = Path(outdir), [_from_here(run) for run in runs]
     differences = differences_to_first(runs)
-    plane = {LABELS[name]: fidelity_editability_plane(runs, fidelity=name) for name in (DINO_I, CLIP_I)}
-    plots = [
-        (f"Editability (CLIP-T) and fidelity ({name}). Bars: 95 % intervals; dashed: Pareto front.", figure)
-        for name, figure in plane.items()
-    ]
-    plots += [
-        (f"{LABELS[name]} of each prompt, with intervals over its images.", scores_by_prompt(runs, name))
-        for name in (CLIP_T, DINO_I)
-    ]
+    tables = human_tables(runs, answers) if answers else []
+    plots = _plots(runs, answers)
     page = Environment(loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     html = page.get_template("report.html.j2").render(
         title=title,
         notes=notes,
         table=summary_table(runs),
         differences=difference_table(differences, runs[0].name),
+        people=tables,
         plots=[(caption, inline_svg(figure, caption)) for caption, figure in [*plots, *figures]],
         references=[data_url(file) for file in runs[0].scores.metadata.get("references", [])[:10]],
         **_gallery(runs, max_images),
-        methods=how_measured(runs),
+        methods=[*how_measured(runs), *([_about_people(answers)] if answers else [])],
     )
     write_atomically(outdir / PAGE, readable(html).encode())
-    write_atomically(outdir / TEXT, readable(_markdown(runs, title, notes, differences)).encode())
+    write_atomically(outdir / TEXT, readable(_markdown(runs, title, notes, differences, tables)).encode())
     content = {
         "title": title,
         "runs": [{"name": run.name, "series": run.series, **as_json(run.scores)} for run in runs],
@@ -84,6 +82,22 @@ def write_report(
     write_atomically(outdir / SUMMARY, readable(_csv(_summary_rows(runs))).encode())
     write_atomically(outdir / IMAGES, readable(_csv(_image_rows(runs))).encode())
     return outdir / PAGE
+
+
+def _plots(runs: Sequence[RunScores], answers: Sequence[Answer]) -> list[tuple[str, Figure]]:
+    """The page's own figures with their captions."""
+    plane = {LABELS[name]: fidelity_editability_plane(runs, fidelity=name) for name in (DINO_I, CLIP_I)}
+    plots = [
+        (f"Editability (CLIP-T) and fidelity ({name}). Bars: 95 % intervals; dashed: Pareto front.", figure)
+        for name, figure in plane.items()
+    ]
+    plots += [
+        (f"{LABELS[name]} of each prompt, with intervals over its images.", scores_by_prompt(runs, name))
+        for name in (CLIP_T, DINO_I)
+    ]
+    if found := agreements(runs, answers) if answers else []:
+        plots.append(("How often metrics prefer what people prefer; dashed: chance.", agreement_plot(found)))
+    return plots
 
 
 def _from_here(run: RunScores) -> RunScores:
@@ -112,14 +126,23 @@ def differences_to_first(runs: Sequence[RunScores]) -> dict[str, dict[str, Inter
 
 
 def metrics_of(runs: Sequence[RunScores]) -> list[str]:
-    """Return the metrics that any of the runs has, in the tables' order."""
-    return [name for name in LABELS if any(name in run.scores.summary for run in runs)]
+    """Return the metrics that any of the runs has, in the tables' order; ratings that were brought in come last."""
+    return _in_order(name for run in runs for name in run.scores.summary)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    found = dict.fromkeys(names)
+    return [*(name for name in LABELS if name in found), *(name for name in found if name not in LABELS)]
 
 
 def summary_table(runs: Sequence[RunScores]) -> list[list[tuple[str, str]]]:
     """Return the table of means: a row of labels, then one for each run; cells are (mean, interval)."""
     names = metrics_of(runs)
-    head = [("", ""), ("images", ""), *((LABELS[name], "(lower is better)" if name == KID else "") for name in names)]
+    head = [
+        ("", ""),
+        ("images", ""),
+        *((LABELS.get(name, name), "(lower is better)" if name == KID else "") for name in names),
+    ]
     return [
         head,
         *(
@@ -131,13 +154,39 @@ def summary_table(runs: Sequence[RunScores]) -> list[list[tuple[str, str]]]:
 
 def difference_table(differences: dict[str, dict[str, Interval]], first: str) -> list[list[tuple[str, str, bool]]]:
     """Return the table of paired differences; cells are (mean, interval, whether the interval leaves zero out)."""
-    names = [name for name in LABELS if any(name in row for row in differences.values())]
-    head = [(f"less {first}", "", False), *((LABELS[name], "", False) for name in names)]
+    names = _in_order(name for row in differences.values() for name in row)
+    head = [(f"less {first}", "", False), *((LABELS.get(name, name), "", False) for name in names)]
     body = [
         [(pair, "", False), *((*_cell(name, row.get(name), signed=True), _clear(row.get(name))) for name in names)]
         for pair, row in differences.items()
     ]
     return [head, *body] if body else []
+
+
+def human_tables(runs: Sequence[RunScores], answers: Sequence[Answer]) -> list[list[list[tuple[str, str]]]]:
+    """Return what people preferred, and how often each metric prefers the same, as tables of (text, interval)."""
+    preferred: list[list[tuple[str, str]]] = [[("people prefer", ""), ("over", ""), *((q, "") for q in QUESTIONS.values())]]
+    shares = {key: share for *key, share in preferences(answers) for key in [tuple(key)]}
+    for pair in dict.fromkeys(key[1:] for key in shares):
+        cells = [_share_cell(shares.get((question, *pair))) for question in QUESTIONS]
+        preferred.append([*((name, "") for name in pair), *cells])
+    agreed: list[list[tuple[str, str]]] = [[("question", ""), ("metric", ""), ("agrees with people", ""), ("answers", "")]]
+    for found in agreements(runs, answers):
+        name = LABELS.get(found.metric, found.metric)
+        agreed.append([(QUESTIONS[found.question], ""), (name, ""), _share_cell(found.share), (str(found.share.n), "")])
+    return [preferred, agreed]
+
+
+def _share_cell(share: Interval | None) -> tuple[str, str]:
+    return _cell(PLACE, share)  # a share as those of right places
+
+
+def _about_people(answers: Sequence[Answer]) -> str:
+    return (
+        f"{len(answers)} answers by {raters(answers)} {'person' if raters(answers) == 1 else 'people'} to blind pairs. This "
+        "project rates nothing itself. Where a metric has the same value for both images it counts half; intervals are over "
+        "concepts, prompts and seeds."
+    )
 
 
 def how_measured(runs: Sequence[RunScores]) -> list[str]:
@@ -162,10 +211,14 @@ def how_measured(runs: Sequence[RunScores]) -> list[str]:
                 f"{metric}: {metadata['encoders'][role]} ({metadata['preprocessing'][role]})."
                 for role, metric in roles.items()
             ]
+        if "object_only" in metadata:
+            sentences.append(metadata["object_only"])
         if "kid" in metadata:
             sentences.append(_about_kid(metadata["kid"]))
         if "interval" in metadata:
             sentences.append(_about_intervals(metadata))
+    if any(name.startswith(PREFIX) for run in runs for name in run.scores.summary):
+        sentences.append("Ratings were brought in from a table; this project made none of them.")
     if len(runs) > 1:
         sentences.append(
             "Differences are taken between images of the same prompt and seed; an interval that leaves out zero is marked."
@@ -256,10 +309,12 @@ def data_url(file: str | Path) -> str:
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
-def _markdown(runs: Sequence[RunScores], title: str, notes: Sequence[str], differences: dict) -> str:
+def _markdown(runs: Sequence[RunScores], title: str, notes: Sequence[str], differences: dict, people: list) -> str:
     lines = [f"# {title}", *(line for note in notes for line in ("", note)), "", *_markdown_table(summary_table(runs))]
     if table := difference_table(differences, runs[0].name):
         lines += ["", "Paired differences; bold where the interval leaves out zero:", "", *_markdown_table(table)]
+    for table in people:
+        lines += ["", *_markdown_table(table)]
     return "\n".join([*lines, "", *(f"* {sentence}" for sentence in how_measured(runs))]) + "\n"
 
 

@@ -2,13 +2,15 @@
 
 import csv
 import io
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from dci.evaluation.answers import read_answers
 from dci.evaluation.bootstrap import bootstrap_mean
 from dci.evaluation.metrics import KID
 from dci.evaluation.plots import fidelity_editability_plane
+from dci.evaluation.ratings import with_ratings
 from dci.evaluation.report import write_report
 from dci.evaluation.scores import RunScores, Scores, pool
 from dci.experiments import comparison
@@ -22,16 +24,18 @@ PLACE = ("concept", "method", "seed", "setting")
 
 def write_table(points: Sequence[GridPoint], file: Path) -> None:
     """Write a CSV with a row for each point: its place, its setting's options, each metric's mean and 95 % interval."""
-    results = [json.loads(point.result.read_text(encoding="utf-8")) for point in points]
+    summaries = [Scores.load(point.result).summary for point in points]
     options = list(dict.fromkeys(name for point in points for name in point.sampling))
-    metrics = list(dict.fromkeys(name for result in results for name in result["summary"]))
+    metrics = list(dict.fromkeys(name for summary in summaries for name in summary))
     content = io.StringIO()
     table = csv.writer(content, lineterminator="\n")
     table.writerow([*PLACE, *options, *(f"{name}{part}" for name in metrics for part in ("", "_low", "_high"))])
-    for point, result in zip(points, results, strict=True):
-        intervals = [result["summary"].get(name, {}) for name in metrics]
-        numbers = [interval.get(part) for interval in intervals for part in ("mean", "low", "high")]
-        table.writerow([*(result[name] for name in PLACE), *(point.sampling.get(name) for name in options), *numbers])
+    for point, summary in zip(points, summaries, strict=True):
+        bounds = [(i.mean, i.low, i.high) if (i := summary.get(name)) else (math.nan,) * 3 for name in metrics]
+        numbers = ["" if math.isnan(number) else number for bound in bounds for number in bound]
+        table.writerow(
+            [*(getattr(point, name) for name in PLACE), *(point.sampling.get(name) for name in options), *numbers]
+        )
     write_atomically(file, readable(content.getvalue()).encode())
 
 
@@ -51,14 +55,26 @@ def pooled_runs(points: Sequence[GridPoint]) -> list[PooledRun]:
     return runs
 
 
-def write_grid_report(points: Sequence[GridPoint], outdir: Path, title: str, notes: Sequence[str] = ()) -> Path:
+def write_grid_report(
+    points: Sequence[GridPoint],
+    outdir: Path,
+    title: str,
+    notes: Sequence[str] = (),
+    ratings: str | None = None,
+    answers: str | None = None,
+) -> Path:
     """Write the report of the points that are done: a row for each method and setting, and what compares them.
+
+    Args:
+        ratings: a CSV, see `dci.evaluation.ratings`.
+        answers: a CSV of people's answers to pairs, see `dci.evaluation.answers`.
 
     Returns:
         The HTML page.
     """
     pooled = pooled_runs(points)
     runs = [each.run for each in pooled]
+    runs = with_ratings(runs, ratings) if ratings else runs
     outdir.mkdir(parents=True, exist_ok=True)
     for concept in dict.fromkeys(point.concept for point in points):
         own = [point for point in points if point.concept == concept]
@@ -69,7 +85,8 @@ def write_grid_report(points: Sequence[GridPoint], outdir: Path, title: str, not
     for method, curves in comparison.setting_curves(pooled).items():
         curves.savefig(outdir / f"curves-{method}.png", dpi=120)
         figures.append((f"{method}: one setting changed at a time, less plain sampling of the same noise", curves))
-    return write_report(outdir, runs, title, [*notes, *comparison.verdicts(runs)], figures)
+    said = read_answers(answers) if answers else ()
+    return write_report(outdir, runs, title, [*notes, *comparison.verdicts(runs)], figures, answers=said)
 
 
 def _together(seeds: list[Scores]) -> Scores:

@@ -3,7 +3,7 @@
 python -m dci.experiments.cell train '{"config": ..., "options": [...], "logdir": ..., "device": ...}'
 python -m dci.experiments.cell score '{"concept": ..., "prompts": ..., "sampling": {...}, "folder": ..., ...}'
 
-`dci.experiments.grid` says what the tasks hold. What a stage has done already is not done again.
+`dci.experiments.grid` defines the tasks. What a stage has done already is not done again.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from dci.experiments.sampling import SamplingConfig, dual_settings, strength_of
+from dci.experiments.sampling import SamplingConfig, dual_settings, solver_settings, strength_of
 from dci.files import content_hash, file_hash, read_prompts
 from ldm.errors import reported_in_one_line
 
@@ -99,7 +99,7 @@ def sample(task: dict[str, Any]) -> None:
 
     concept, options = Concept.load(task["concept"]), SamplingConfig(**task["sampling"])
     texts = read_prompts(task["prompts"])
-    for text in texts:  # what is wrong with them is said before the model is loaded
+    for text in texts:  # refuse them before the model is loaded
         parse_prompt(text, concept.names, options.auxiliary_noun)
     model, given, concept = _load_model(options, concept, task["device"])
     noun = _noun(options, model, concept, texts)
@@ -145,6 +145,7 @@ def evaluate(task: dict[str, Any]):
         options["batch_size"],
         options["resamples"],
         options["seed"],
+        options["object_only"],
     )
     cache = Path(task["folder"]) / "features.sqlite"
     return evaluate_folder(task["folder"], task["references"], encoders, scoring, cache)
@@ -199,10 +200,6 @@ def _noun(options: SamplingConfig, model, concept, prompts: list[str]) -> str | 
     return scores[0].noun
 
 
-_SAMPLING = ("steps", "scale", "eta", "solver", "spacing", "zero_terminal_snr", "height", "width", "vae_tile", "vae_batch",
-             "seed")  # fmt: skip
-
-
 def _request(options: SamplingConfig, prompts: list[str], noun: str | None):
     """Return what a point is to be sampled with, as the pipeline takes it."""
     from dci.pipeline import Request
@@ -211,8 +208,7 @@ def _request(options: SamplingConfig, prompts: list[str], noun: str | None):
 
     image = read_image(options.init_image) if options.init_image else None
     mask = read_mask(options.mask, image, options.init_image) if options.mask else None
-    settings = {name: getattr(options, name) for name in _SAMPLING} | dual_settings(vars(options))
-    settings |= {name: tuple(sides) for name in ("original_size", "crop") if (sides := getattr(options, name))}
+    settings = solver_settings(options) | dual_settings(vars(options))
     return Request(prompts, options.n_samples, dci=not options.no_dci, negative=options.negative_prompt, auxiliary_noun=noun,
                    init_image=image, mask=mask, strength=options.strength, batch_size=options.batch_size,
                    settings=settings)  # fmt: skip

@@ -3,14 +3,14 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dci.experiments.grid import GridPoint, Training
 from dci.files import read_prompts
-from dci.finetuning.config import FinetuneConfig
-from dci.finetuning.config_files import finetune_config
+from dci.finetuning.config import GENERATE
 from ldm.checkpoint import model_config
 from ldm.config import ModelConfig
 from ldm.diffusion import LatentDiffusion
@@ -32,6 +32,7 @@ class Estimate:
     images: int
     training_hours: float
     sampling_hours: float
+    class_images: int = 0  # for regularization, which the base model makes first; their time is in sampling_hours
 
 
 @dataclass(frozen=True)
@@ -93,19 +94,36 @@ def estimate(points: Sequence[GridPoint], device: str, rate: float) -> Estimate:
     """
     left = [point for point in points if not point.result.is_file()]
     trainings = {point.training.name: point.training for point in left}
-    configs = {name: _config_of(training) for name, training in trainings.items()}
-    models = {path: _model_of(path) for path in {config.model for config in configs.values()}}
+    models = {path: _model_of(path) for path in {_kept(training)["model"] for training in trainings.values()}}
     costs = {path: cost(model) for path, model in models.items()}
     training_flops = sampling_flops = 0.0
-    todo = [name for name, training in trainings.items() if not training.concept_file.exists()]
-    for name in todo:
-        config = configs[name]
-        training_flops += BACKWARD * costs[config.model].unet * config.training.steps * config.training.batch_size
+    todo = [training for training in trainings.values() if not training.concept_file.exists()]
+    for training in todo:
+        kept = _kept(training)
+        rows = kept["training.steps"] * kept["training.batch_size"]
+        training_flops += BACKWARD * costs[kept["model"]].unet * rows
     for point in left:
-        path, number = configs[point.training.name].model, images_of(point)
+        path, number = _kept(point.training)["model"], images_of(point)
         sampling_flops += number * (_rows(point, models[path]) * costs[path].unet + costs[path].decode)
+    made = _class_images(todo)
+    for (path, steps, *_), number in made.items():
+        rows = 2 * (steps or models[path].sampling.get("steps", 50))
+        sampling_flops += number * (rows * costs[path].unet + costs[path].decode)
     speed = rate * UTILISATION["cpu" if device == "cpu" else "cuda"] * 3600
-    return Estimate(len(todo), sum(map(images_of, left)), training_flops / speed, sampling_flops / speed)
+    images = sum(map(images_of, left))
+    return Estimate(len(todo), images, training_flops / speed, sampling_flops / speed, sum(made.values()))
+
+
+def _class_images(trainings: Sequence[Training]) -> dict[tuple, int]:
+    """How many regularization images the trainings will have made, each set once: (model, steps, folder, noun) -> number."""
+    made = {}
+    for training in trainings:
+        kept = _kept(training)
+        for concept in kept["concepts"]:
+            if concept["regularization"] == GENERATE:
+                folder = kept["generate.folder"] or training.folder
+                made[kept["model"], kept["generate.steps"], str(folder), concept["class_noun"]] = kept["generate.number"]
+    return made
 
 
 def images_of(point: GridPoint) -> int:
@@ -113,8 +131,9 @@ def images_of(point: GridPoint) -> int:
     return point.recipe["sampling"]["n_samples"] * len(read_prompts(point.prompts))
 
 
-def _config_of(training: Training) -> FinetuneConfig:
-    return finetune_config(training.task["config"], training.task["options"])
+def _kept(training: Training) -> dict[str, Any]:
+    """The options of a training that its result depends on, by their dotted names."""
+    return training.recipe["training"]
 
 
 def _model_of(path: str) -> ModelConfig:
@@ -131,15 +150,21 @@ def _rows(point: GridPoint, model: ModelConfig) -> float:
     return steps * (2 + (0 if options["no_dci"] else dual))
 
 
-def describe(plan: Estimate, device: str, rate: float, workers: int) -> str:
-    """Return the estimate in words."""
+def describe(plan: Estimate, device: str, rate: float, workers: int, given: bool = False) -> str:
+    """Return the estimate in words.
+
+    Args:
+        given: whether the rate was asked for, and not measured here.
+    """
     total = plan.training_hours + plan.sampling_hours
     share = UTILISATION["cpu" if device == "cpu" else "cuda"]
+    also = f", and {plan.class_images:,} regularization images" if plan.class_images else ""
     return (
-        f"{plan.trainings} trainings and {plan.images:,} images are to be made.\n"
+        f"{plan.trainings} trainings and {plan.images:,} images are to be made{also}.\n"
         f"Estimate: {_time(plan.training_hours)} of training and {_time(plan.sampling_hours)} of sampling, "
         f"{_time(total / workers)} with {workers} at a time\n"
-        f"(at {share:.0%} of the {rate / 1e12:.3g} TFLOP/s measured on one {device} device; loading and scoring not counted)"
+        f"(at {share:.0%} of the {rate / 1e12:.3g} TFLOP/s {'given for' if given else 'measured on'} one {device} device; "
+        "loading and scoring not counted)"
     )
 
 

@@ -1,7 +1,7 @@
 """The field's benchmark data sets: which concepts, which images, which prompts.
 
-DreamBench (Ruiz et al., CVPR 2023) and CustomConcept101 (Kumari et al., CVPR 2023), read from the folders
-in which their authors publish them.
+DreamBench (Ruiz et al., CVPR 2023), DreamBench++ (Peng et al., ICLR 2025) and CustomConcept101 (Kumari et al., CVPR
+2023), read from the folders in which their authors publish them.
 """
 
 import ast
@@ -22,7 +22,7 @@ class DatasetConcept:
     """One concept of a data set, or several that are sampled together, and the prompts to sample."""
 
     name: str
-    images: tuple[Path, ...]  # a folder for each concept
+    images: tuple[Path, ...]  # a folder for each concept, or the one image file of it
     class_nouns: tuple[str, ...]
     prompts: tuple[str, ...]  # with {} for the concept and its noun, or {0}, {1} for several
     regularization: tuple[Path | None, ...] = (None,)  # captioned images of each class
@@ -60,6 +60,51 @@ def _parse_dreambench(text: str, file: Path) -> tuple[dict[str, str], list[tuple
     if not classes or len(prompts) != 2 or not all(prompts) or any("{}" not in line for part in prompts for line in part):
         raise UserError(f"{file}: expected lines 'subject,class' and two lists of prompts with {{0}} {{1}}, as published")
     return classes, prompts
+
+
+def read_dreambench_plus(folder: str | Path) -> list[DatasetConcept]:
+    """Read the images of `images/` and the captions of `captions/`, which lie in the same folders under the same names.
+
+    A caption file's first line is the subject, the others are prompts that name it: nine, in the published set of 150. A
+    prompt that does not name it, as of a style, has it added behind a comma. Names are the benchmark's own, such as
+    live_subject_animal_00_kitten.
+
+    Args:
+        folder: holds `images/` and `captions/`, or `data/` with them.
+
+    Raises:
+        UserError: a missing file or folder, or a caption file without prompts.
+    """
+    root = Path(folder) if (Path(folder) / "captions").is_dir() else Path(folder) / "data"
+    files = sorted((root / "captions").rglob("*.txt"))
+    if not files:
+        raise UserError(f"no captions in {root / 'captions'}: give the folder that DreamBench++'s data.zip unpacks to")
+    return _unlike_names([_captioned(root, file) for file in files])
+
+
+def _captioned(root: Path, file: Path) -> DatasetConcept:
+    """One image of DreamBench++ with its subject and prompts."""
+    beside = root / "images" / file.relative_to(root / "captions")
+    image = next((found for end in (".jpg", ".jpeg", ".png") if (found := beside.with_suffix(end)).is_file()), None)
+    if image is None:
+        raise UserError(f"no {beside.with_suffix('.jpg')} for {file}: unpack DreamBench++'s images beside its captions")
+    subject, *prompts = (line.strip() for line in _read(file, "DreamBench++'s captions").splitlines() if line.strip())
+    if not prompts:
+        raise UserError(f"{file} has no prompts: expected the subject in the first line, and prompts behind it")
+    category = f"live_subject_{file.parent.name}" if file.parent.name in ("animal", "human") else file.parent.name
+    name = re.sub(r"[^\w.+=,-]", "_", f"{category}_{file.stem}_{subject.lower()}")
+    named = tuple(_with_place(prompt, subject) for prompt in prompts)
+    return DatasetConcept(name, (image,), (subject.lower(),), named)
+
+
+def _with_place(prompt: str, subject: str) -> str:
+    """A prompt with {} for its subject, whole or by its last word."""
+    prompt = prompt.replace("{", "(").replace("}", ")")
+    for words in dict.fromkeys((subject, subject.split()[-1])):
+        found, number = re.subn(rf"\b{re.escape(words)}\b", "{}", prompt, count=1, flags=re.IGNORECASE)
+        if number:
+            return found
+    return f"{prompt.rstrip(' .')}, {{}}"
 
 
 def read_customconcept101(folder: str | Path, pairs: bool = False) -> list[DatasetConcept]:

@@ -13,8 +13,17 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
-from dci.experiments.sampling import SamplingConfig, anchor, check_auto_noun, check_sampling, contents, varies
-from dci.files import file_hash
+from dci.experiments.sampling import (
+    SamplingConfig,
+    anchor,
+    check_auto_noun,
+    check_on_model,
+    check_prompts,
+    check_sampling,
+    contents,
+    varies,
+)
+from dci.files import file_hash, read_prompts
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
 from ldm import config as configuration
 from ldm.errors import UserError
@@ -48,6 +57,9 @@ class MethodEntry:
     name: str = MISSING
     config: str = MISSING  # configs/train/*.yaml
     training: list[str] = field(default_factory=list)  # further training options, key.sub=value
+    vary: dict[str, Any] = field(default_factory=dict)  # training options with values: a method of each combination
+    sampling: dict[str, Any] = field(default_factory=dict)  # setting's name -> this method's own options in it
+    family: str | None = None  # what several variants of it are together; null: the name
 
 
 @dataclass
@@ -68,6 +80,7 @@ class EvaluationConfig:
     regularization: str | None = None  # folder of real images of the class, for KID
     class_noun: list[str] = field(default_factory=list)
     scaled_text_score: bool = False  # Custom Diffusion's, 2.5 max(cos, 0); also called clip_t_w2.5
+    object_only: bool = False  # CLIP-I and DINO-I see what the masks beside the references mark
     resamples: int = 9999
     seed: int = 0
     batch_size: int = 32
@@ -102,6 +115,7 @@ class Training:
     command: tuple[str, ...]  # begins the run, and goes on with it
     task: dict[str, Any]  # what it is to do: config, options, logdir, device
     recipe: dict[str, Any]  # what its result depends on
+    names: tuple[Any, ...]  # what prompts call the concepts, `dci.concept.modifier_tokens.ConceptName`
 
     @property
     def concept_file(self) -> Path:
@@ -152,12 +166,20 @@ def prepare(config: GridConfig, root: Path) -> None:
     for concept in config.concepts:
         _prepare_concept(concept, root)
         concept.prompts = str(find(concept.prompts, root)) if concept.prompts else config.prompts
+    config.methods = [each for method in config.methods for each in _variants(method)]
     for method in config.methods:
         method.config = str(find(method.config, root))
     config.sampling = anchor(config.sampling, root, "sampling")
     for entry in config.settings:
         entry.sampling = anchor(entry.sampling, root, f"sampling of '{entry.name}'")
     config.settings = [each for setting in config.settings for each in _each(setting)]
+    for method in config.methods:
+        named = [setting.name for setting in config.settings]
+        if unknown := method.sampling.keys() - {*named}:
+            raise UserError(f"methods: {method.name}: sampling of '{min(unknown)}': expected one of {', '.join(named)}")
+        method.sampling = {
+            name: anchor(own, root, f"methods: {method.name}: sampling of '{name}'") for name, own in method.sampling.items()
+        }
     _check(config)
 
 
@@ -174,10 +196,19 @@ def grid_points(config: GridConfig) -> list[GridPoint]:
     """
     evaluation = _filled(EvaluationConfig, config.evaluation, "evaluation")
     points, read = [], functools.cache(_training_config)  # a file and its options are read once, not for each concept
-    settings = [_checked_setting(config, setting) for setting in config.settings]
+    settings = {"": [_checked_setting(config, setting) for setting in config.settings]}
+    own = {m.name: [_own(setting, m) for setting in config.settings] for m in config.methods if m.sampling}
+    settings |= {name: [_checked_setting(config, setting) for setting in entries] for name, entries in own.items()}
+    # Once for all seeds, and a model once for all concepts.
+    check_model = functools.cache(lambda m, i, model: check_on_model(settings[m][i].options, model, settings[m][i].source))
+    check_texts = functools.cache(lambda m, i, file, names: _check_texts(settings[m][i], file, names))
     for place in itertools.product(config.concepts, config.methods, config.seeds):
-        training = _training(config, *place, read)
-        points += [_point(config, *place, training, setting, evaluation) for setting in settings]
+        training, method = _training(config, *place, read), place[1].name if place[1].sampling else ""
+        for i, setting in enumerate(settings[method]):
+            check_model(method, i, training.recipe["training"]["model"])
+            check_texts(method, i, place[0].prompts, training.names)
+            check_auto_noun(setting.options, training.recipe["training"]["model"], len(training.names), setting.source)
+            points.append(_point(config, *place, training, setting, evaluation))
     return points
 
 
@@ -208,6 +239,8 @@ def _training_config(file: str, options: tuple[str, ...], concepts: int) -> Fine
 
 
 def _training(config: GridConfig, concept: GridConcept, method: MethodEntry, seed: int, read: Callable) -> Training:
+    from dci.concept.modifier_tokens import ConceptName, modifier_names
+    from dci.finetuning.config import concepts_of
     from dci.finetuning.config_files import check
     from dci.finetuning.run_folder import what_a_run_keeps
 
@@ -222,7 +255,9 @@ def _training(config: GridConfig, concept: GridConcept, method: MethodEntry, see
     folder = grid_folder(config) / "trainings" / name
     task = {"config": method.config, "options": options, "logdir": str(folder), "device": config.device}
     recipe = {"training": what_a_run_keeps(resolved), "threads": config.threads}
-    return Training(name, folder, _command("train", task), task, recipe)
+    tokens = modifier_names([len(entry.initial_words) for entry in concepts_of(resolved)])
+    names = tuple(ConceptName(own, e.class_noun) for own, e in zip(tokens, concepts_of(resolved), strict=True))
+    return Training(name, folder, _command("train", task), task, recipe, names)
 
 
 class _Setting(NamedTuple):
@@ -247,6 +282,10 @@ def _checked_setting(config: GridConfig, setting: SettingEntry) -> _Setting:
     return found._replace(files=contents(options))
 
 
+def _check_texts(setting: _Setting, file: str, names: tuple[Any, ...]) -> None:
+    check_prompts(setting.options, read_prompts(file), names, setting.source)
+
+
 def _point(
     config: GridConfig,
     concept: GridConcept,
@@ -257,7 +296,6 @@ def _point(
     evaluation: EvaluationConfig,
 ) -> GridPoint:
     folder = grid_folder(config) / "cells" / training.name / setting.name
-    check_auto_noun(setting.options, training.recipe["training"]["model"], len(concept.concepts), setting.source)
     sampling = dataclasses.asdict(setting.options) | ({} if setting.seeded else {"seed": seed})
     task = {
         "place": {"concept": concept.name, "method": method.name, "seed": seed, "setting": setting.name},
@@ -309,6 +347,26 @@ def _each(setting: SettingEntry) -> list[SettingEntry]:
     return settings
 
 
+def _variants(method: MethodEntry) -> list[MethodEntry]:
+    """A method for each combination of the values to vary, named after them; the method itself where there are none."""
+    method.family = method.family or method.name
+    if not all(isinstance(values, list) and values for values in method.vary.values()):
+        raise UserError(f"methods: {method.name}: vary has an option without values: give a list of one or more")
+    variants = []
+    for values in itertools.product(*method.vary.values()):
+        chosen = dict(zip(method.vary, values, strict=True))
+        name = "-".join([method.name, *(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())])
+        options = [*method.training, *(f"{key}={value}" for key, value in chosen.items())]
+        variants.append(dataclasses.replace(method, name=name, training=options, vary={}))
+    return variants
+
+
+def _own(setting: SettingEntry, method: MethodEntry) -> SettingEntry:
+    """A setting with what a method says of it."""
+    own = method.sampling.get(setting.name)
+    return dataclasses.replace(setting, sampling={**setting.sampling, **own}) if own else setting
+
+
 def _check(config: GridConfig) -> None:
     """Raise UserError for what would make folders overlap, or a point fail after long work."""
     for kind in ("concepts", "methods", "settings", "seeds"):
@@ -321,7 +379,7 @@ def _check(config: GridConfig) -> None:
             if names.count(name) > 1:
                 raise UserError(f"{kind}: '{name}' is there twice: give each a name of its own")
     if negative := [seed for seed in config.seeds if seed < 0]:
-        raise UserError(f"seeds: {negative[0]}: expected whole numbers from 0 on; results are told apart by them")
+        raise UserError(f"seeds: {negative[0]}: expected whole numbers from 0 on; results are kept apart by them")
     for least, name in ((1, "n_samples"), (1, "threads")):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: expected {least} or more")

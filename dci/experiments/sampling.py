@@ -1,13 +1,13 @@
 """How a grid's images are sampled: the options of sample_dci.py as data, checked before anything is trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dci.files import content_hash
 from ldm.errors import UserError
-from ldm.formats.hub import anchored
+from ldm.formats.hub import anchored, is_hub_id
 from ldm.shipped import find
 
 
@@ -124,6 +124,8 @@ def anchor(options: dict[str, Any], root: Path, source: str) -> dict[str, Any]:
     def whole(value: Any, change: Any) -> Any:
         if isinstance(value, list):
             return [whole(entry, change) for entry in value]
+        if value == "":
+            raise UserError(f"{source}: a file's name is empty: give it, or leave the option out")
         return change(value) if isinstance(value, str) else value
 
     for name in _WEIGHTS:
@@ -143,8 +145,10 @@ def check_sampling(options: SamplingConfig, source: str) -> None:
     from dci.dual_branch.options import checked_dual_branch
     from ldm.images import read_image
     from ldm.masks import read_mask
-    from ldm.text_to_image import solver_name
+    from ldm.runtime.acceleration import PRECISIONS
 
+    if options.precision not in ("auto", *PRECISIONS):
+        raise UserError(f"{source}: precision={options.precision}: expected one of auto, {', '.join(PRECISIONS)}")
     for name, least in (("n_samples", 1), ("batch_size", 1), ("seed", 0), ("steps", 1), ("clip_skip", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -166,8 +170,6 @@ def check_sampling(options: SamplingConfig, source: str) -> None:
             parse_lora(lora)
         check_strength(strength_of(options))
         checked_dual_branch(dual_settings(vars(options)))
-        if options.solver is not None:
-            solver_name(options.solver)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
@@ -193,6 +195,61 @@ def check_auto_noun(options: SamplingConfig, trained_on: str, concepts: int, sou
             f"{source}: auxiliary_noun={AUTO} needs a CLIP that knows what {model.name} generates: name one, such as "
             "clip=open_clip:ViT-B-32/openai"
         )
+
+
+def check_on_model(options: SamplingConfig, trained_on: str, source: str) -> None:
+    """Raise UserError for options that the model cannot be sampled with, as far as its configuration tells.
+
+    Args:
+        trained_on: the model of the training configuration.
+    """
+    import torch
+
+    from dci.dual_branch.layer_selection import check_layers
+    from dci.dual_branch.options import dual_branch, sampling_options
+    from ldm.checkpoint import read_config
+    from ldm.diffusion import LatentDiffusion
+
+    path = Path(options.model or trained_on)
+    for name in filter(None, (options.model, options.checkpoint)):
+        if not is_hub_id(name) and not Path(name).exists():
+            raise UserError(f"{source}: no model or weights {name}")
+    if path.suffix not in (".yaml", ".yml"):
+        return
+    with torch.device("meta"):  # no memory for weights
+        model = LatentDiffusion(read_config(path))
+    try:
+        sampling = sampling_options(model, **solver_settings(options))
+        dual = dual_branch(model, sampling.height, sampling.width, **dual_settings(vars(options)))
+        check_layers(model, sampling, dual.layers)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def check_prompts(options: SamplingConfig, prompts: Sequence[str], names: Sequence[Any], source: str) -> None:
+    """Raise UserError for prompts that do not name the concepts, or another one.
+
+    Args:
+        names: `dci.concept.modifier_tokens.ConceptName` of each concept.
+    """
+    from dci.concept.prompts import negative_ids, parse_prompt
+    from dci.evaluation.auxiliary_noun import AUTO
+
+    noun = None if options.auxiliary_noun == AUTO else options.auxiliary_noun
+    try:
+        for prompt in prompts:
+            parse_prompt(prompt, names, noun)
+        negative_ids(options.negative_prompt, names)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def solver_settings(options: SamplingConfig) -> dict[str, Any]:
+    """Return the options of the sampler under their names in `ldm.text_to_image.SamplingOptions`."""
+    names = ("steps", "scale", "eta", "solver", "spacing", "zero_terminal_snr", "height", "width", "vae_tile", "vae_batch",
+             "seed")  # fmt: skip
+    settings = {name: getattr(options, name) for name in names}
+    return settings | {name: tuple(sides) for name in ("original_size", "crop") if (sides := getattr(options, name))}
 
 
 def strength_of(options: SamplingConfig) -> float:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dci.captions import LISTS, captioned_files
 from dci.finetuning.config import DataConfig
 from dci.finetuning.masks import object_mask
-from dci.samples.reader import RECORD, read_samples, report_unused
+from dci.samples.reader import RECORD, read_samples, report_content
 from ldm.buckets import cut, nearest_bucket, size_condition
 from ldm.conditioning import ImageSize
 from ldm.errors import UserError
@@ -88,7 +88,7 @@ def read_regularization(
         return TrainingImage(file, pixels, caption=captions[file], size=size_condition(image, *shape))
 
     if (Path(folder) / RECORD).is_file():
-        report_unused(folder, captions, report)
+        report_content(folder, captions, report)
     else:
         report_not_used(folder, [*captions, *(file.with_suffix(".txt") for file in captions), *LISTS], report)
     return _read_all(list(captions)[:most], read, folder, config.on_bad_image, report)

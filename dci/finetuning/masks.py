@@ -26,8 +26,10 @@ def object_mask(file: Path, image: Image.Image) -> Image.Image:
         return read_mask(beside, image, file)
     if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
         return as_mask(image.getchannel("A"), f"the alpha channel of {file}")
-    raise UserError(f"no mask for {file}: put {file.stem}.mask.png beside it (white is the object), "
-                    "use an image with transparency, or set data.masked_loss=false")  # fmt: skip
+    raise UserError(
+        f"no mask for {file}: put {file.stem}.mask.png beside it (white is the object), "
+        "use an image with transparency, or set data.masked_loss=false"
+    )
 
 
 def latent_weights(mask: Tensor, downsampling: int, background: float) -> Tensor:

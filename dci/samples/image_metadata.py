@@ -38,11 +38,11 @@ def concept_metadata(
     files: Sequence[str], strength: float = 1.0, class_noun: str | None = None, trigger: str | None = None
 ) -> dict:
     """Return what tells a concept, one or several files, and its strength."""
-    facts: dict[str, Any] = {"concept": files[0], "concept_hash": content_hash(files[0])}
+    metadata: dict[str, Any] = {"concept": files[0], "concept_hash": content_hash(files[0])}
     if len(files) > 1:
-        facts |= {"concept_files": {file: content_hash(file) for file in files}}
-    facts |= {name: value for name, value in (("class_noun", class_noun), ("trigger", trigger)) if value}
-    return facts | ({"strength_concept": strength} if strength != 1 else {})
+        metadata |= {"concept_files": {file: content_hash(file) for file in files}}
+    metadata |= {name: value for name, value in (("class_noun", class_noun), ("trigger", trigger)) if value}
+    return metadata | ({"strength_concept": strength} if strength != 1 else {})
 
 
 def sampling_metadata(base: LoadedModel, prepared: Any, init_image: str | None = None, mask: str | None = None) -> dict:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from ldm.errors import UserError
 from ldm.images import is_image, list_images, report_not_used
@@ -48,7 +49,7 @@ def read_samples(folder: str | Path, class_nouns: Sequence[str] = ()) -> list[Sa
         raise UserError(f"no folder {folder}: give one that holds samples/ and {RECORD}")
     images = folder / "samples" if (folder / "samples").is_dir() else folder
     record = read_record(folder)
-    files = [file for file in list_images(images) if images != folder or not file.stem.startswith("grid")]
+    files = [file for file in list_images(images) if images != folder or not _is_grid(file, record)]
     if isinstance(record, list):
         record = _named(record, files, folder / RECORD)
     entries = _by_stem(record, folder / RECORD)
@@ -65,8 +66,22 @@ def read_samples(folder: str | Path, class_nouns: Sequence[str] = ()) -> list[Sa
     ]
 
 
-def report_unused(folder: str | Path, used: Iterable[Path], report: Callable[[str], None]) -> None:
-    """Tell in a line what lies among a folder's images, and images beside them, that are not used.
+def _is_grid(file: Path, record: dict | list) -> bool:
+    """Whether a file is a grid of a folder's images, which no record names."""
+    if not re.fullmatch(r"grid(-\d+)?", file.stem):
+        return False
+    keys = record if isinstance(record, dict) else [_image_name(entry) or "" for entry in record]
+    return file.stem not in map(_stem, keys)
+
+
+def _image_name(entry: Any) -> str | None:
+    """The image that an entry of a list names, if it does."""
+    return next((entry[n] for n in _NAMES if isinstance(entry, dict) and isinstance(entry.get(n), str)), None)
+
+
+def report_content(folder: str | Path, used: Iterable[Path], report: Callable[[str], None]) -> None:
+    """Tell in a line each what lies among a folder's images, and images beside them, that are not used, and which images
+    its record names that are not there.
 
     Args:
         folder: see `read_samples`.
@@ -77,7 +92,12 @@ def report_unused(folder: str | Path, used: Iterable[Path], report: Callable[[st
     if inside.is_dir():
         report_not_used(inside, used, report)
         used += [file for file in folder.iterdir() if not is_image(file)]  # maps, logs, reports: this package's
-    report_not_used(folder, [*used, RECORD, *(file for file in folder.iterdir() if file.stem.startswith("grid"))], report)
+    record = read_record(folder) if (folder / RECORD).is_file() else []
+    report_not_used(folder, [*used, RECORD, *(file for file in folder.iterdir() if _is_grid(file, record))], report)
+    named = list(_by_stem(record, folder / RECORD)) if isinstance(record, dict) else []
+    if missing := [stem for stem in named if stem not in {file.stem for file in used}]:
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        report(f"Missing in {folder}: {len(missing)} of the {len(named)} images that {RECORD} names ({names})")
 
 
 def read_record(folder: str | Path) -> dict | list:
@@ -91,7 +111,7 @@ def read_record(folder: str | Path) -> dict | list:
         raise UserError(f'no {file}: expected the images\' prompts, {{"00000": "photo of a <new1> cat", ...}}')
     content = file.read_bytes()
     try:
-        record = json.loads(content)  # UTF-8, -16 or -32, told from its first bytes
+        record = json.loads(content)  # UTF-8, -16 or -32, by its first bytes
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except ValueError as error:
@@ -143,10 +163,7 @@ def _stem(key: str) -> str:
 
 def _named(record: list, files: list[Path], source: Path) -> dict:
     """A list of prompts or metadata as a dictionary."""
-    keys = [
-        next((entry[n] for n in _NAMES if isinstance(entry, dict) and isinstance(entry.get(n), str)), None)
-        for entry in record
-    ]
+    keys = [_image_name(entry) for entry in record]
     if all(keys):
         return dict(zip(keys, record, strict=True))
     if len(record) != len(files):

@@ -222,7 +222,7 @@ def to_vae(state: State, config: AutoencoderConfig) -> State:
 
 
 def to_text(state: State, config: TextEncoderConfig) -> State:
-    """Rename SD's tensors of the text encoder, `cond_stage_model.` left away, to a CLIPTextModel's."""
+    """Rename SD's tensors of a text encoder, `cond_stage_model.` or the like left away, to a CLIPTextModel's."""
     if config.kind == "clip":
         return {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
     outer = {ours: theirs for theirs, ours in _OPENCLIP.items()}
@@ -234,6 +234,9 @@ def to_text(state: State, config: TextEncoderConfig) -> State:
             renamed["text_projection.weight"] = tensor.T
             continue
         layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
+        if name == "text_projection":
+            renamed["text_projection.weight"] = tensor.T
+            continue
         if not layer:
             renamed["text_model." + _prefix(name, outer)] = tensor
             continue

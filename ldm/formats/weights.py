@@ -146,11 +146,11 @@ _WRAPPER, _COMPILED = "module.", "_orig_mod."
 _DEEPEST = 4  # nests in one another; a hostile file may hold itself
 
 
-def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict without what parallel training puts before each name, and torch.compile into some."""
     state = {name.replace(_COMPILED, ""): tensor for name, tensor in state.items()}
     wrapped = bool(state) and all(name.startswith(_WRAPPER) for name in state)
-    return {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()} if wrapped else state
+    return {name.removeprefix(_WRAPPER): tensor for name, tensor in state.items()} if wrapped else dict(state)
 
 
 def _nested(content: Mapping, depth: int = _DEEPEST) -> Mapping | None:

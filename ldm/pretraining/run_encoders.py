@@ -72,9 +72,10 @@ def pretrain_encoder(
     finish(module, dataset, root / config.cache / config.name)
     encoder = module.averaged().eval().requires_grad_(False)
     save_encoder(encoder, module.network.config, root / config.judges, config.part)
-    accuracy = measure(encoder) | {"samples": module.samples_seen}
     file = root / config.judges / "accuracy.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
+    before = record.get(config.part, {}).get("samples", 0) if config.warm_start else 0
+    accuracy = measure(encoder) | {"samples": before + module.samples_seen}
     file.write_text(json.dumps(record | {config.part: accuracy}, indent=2) + "\n")
     print(f"{config.part} on held-out images: {accuracy}\nsaved {file.parent}")
 

@@ -124,6 +124,10 @@ def test_what_is_missing_is_asked_for_by_the_programs_options(tiny_base, tmp_pat
     refused(call(*TINY), "for it as --class-noun, such as dog")
     refused(call("--class-noun", "cat", *TINY), "in prompts as --trigger, such as sks")
     refused(call("--class-noun", "cat", "--trigger", "sks"), "made for as --model")
+    published = torch.randn(1, 768)
+    save_file({"mydog": published}, tmp_path / "mydog.safetensors")
+    run_main("import_concept.py", tmp_path / "mydog.safetensors", "--class-noun", "dog", "--out", tmp_path / "d.safetensors")
+    assert "cannot be checked later: give it as --model to have that done" in capfd.readouterr().out
     both = call("--class-noun", "cat", "--trigger", "my cat", *TINY, files=("lora", "mycat"))
     refused(both, "--trigger 'my cat': the files bring 1 learned tokens")
     refused(call("--class-noun", "cat,", *TINY), "--class-noun 'cat,': expected an ordinary word")

@@ -111,6 +111,7 @@ def test_sampling_writes_images_grid_and_record(concept, tmp_path):
         assert np.abs(difference).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_options_of_dci_have_an_effect(concept, tmp_path):
     for name, args in {
         "default": [],
@@ -129,6 +130,7 @@ def test_the_options_of_dci_have_an_effect(concept, tmp_path):
         assert np.abs(images[name] - images["plain"]).max() > 8
 
 
+@pytest.mark.slow
 def test_txt2img(tmp_path):
     ok(run_alone("txt2img.py", "--prompt", "a dog on the beach", "--n-samples", 2, "--ddim_steps", 4, "--outdir", tmp_path))
     assert len(list((tmp_path / "samples").iterdir())) == 2

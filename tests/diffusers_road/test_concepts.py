@@ -5,7 +5,6 @@ import dataclasses
 import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers_world import GAIN, world
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -14,13 +13,14 @@ from tiny_models import relative_error
 from dci.concept.foreign.export import export
 from dci.concept.low_rank import compress
 from dci.diffusers import DCIPipeline
+from dci.diffusers.model import encoders
 from ldm.errors import UserError
 
 PROMPT = "a V* dog on the beach"
 FEW = {"num_inference_steps": 4, "gain": GAIN, "agg_time": 0.6}
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
+@pytest.fixture(scope="module", params=["sd1", "sd2", "xl"])
 def family(request):
     return world(request.param)
 
@@ -37,11 +37,12 @@ def latents(pipe, prompt=PROMPT, **options):
 
 def state(pipe):
     """Everything that a pipeline saves: weights, vocabulary and configurations."""
-    tensors = {f"{part}.{n}": t.clone() for part in ("unet", "text_encoder", "vae")
-               for n, t in getattr(pipe, part).state_dict().items()}  # fmt: skip
-    configs = [pipe.text_encoder.config.to_dict(), dict(pipe.unet.config)]
+    tensors = {f"{part}.{n}": t.clone() for part in ("unet", "text_encoder", "text_encoder_2", "vae")
+               if part in pipe.components for n, t in getattr(pipe, part).state_dict().items()}  # fmt: skip
+    pairs = encoders(pipe)
+    configs = [*(encoder.config.to_dict() for _, encoder in pairs), dict(pipe.unet.config)]
     known = [{name: value for name, value in config.items() if name != "_name_or_path"} for config in configs]
-    return tensors, (pipe.tokenizer.get_vocab(), *known, len(pipe.tokenizer))
+    return tensors, ([tokenizer.get_vocab() for tokenizer, _ in pairs], *known, [len(tokenizer) for tokenizer, _ in pairs])
 
 
 def assert_same(one, other):
@@ -50,12 +51,13 @@ def assert_same(one, other):
     assert one[1] == other[1]
 
 
-def style_lora(sd1, folder):
+def style_lora(family, folder):
     """A LoRA of the UNet, as training saves it with diffusers."""
-    unet = sd1.plain().unet
+    plain = family.plain()
+    unet = plain.unet
     torch.manual_seed(5)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(folder, get_peft_model_state_dict(unet))
+    type(plain).save_lora_weights(folder, get_peft_model_state_dict(unet))
     return folder
 
 
@@ -63,7 +65,7 @@ def test_unloading_is_exact(family):
     pipe = family.pipe(concept=False)
     before = state(pipe)
     pipe.load_concept(family.file)
-    assert state(pipe)[1][3] == before[1][3] + 2
+    assert state(pipe)[1][-1] == [number + 2 for number in before[1][-1]]
     assert pipe.concept.class_noun == "dog"
     latents(pipe)
     pipe.unload_concept()
@@ -149,14 +151,26 @@ def test_a_saved_pipeline_holds_the_concept(family, tmp_path):
     pipe = family.pipe()
     expected = latents(pipe, dci=False)
     pipe.save_pretrained(tmp_path)
-    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusionPipeline
-    plain = StableDiffusionPipeline.from_pretrained(tmp_path)
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(plain) is type(family.plain())
     generator = torch.Generator().manual_seed(1)
     found = plain("a <new1> <new2> dog on the beach", output_type="latent", generator=generator, num_inference_steps=4)
     assert torch.equal(found.images, expected)
     pipe.unload_concept()
     pipe.save_pretrained(tmp_path / "without")
-    assert_same(state(StableDiffusionPipeline.from_pretrained(tmp_path / "without")), state(family.plain()))
+    assert_same(state(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "without")), state(family.plain()))
+
+
+def test_a_style_lora_of_sdxl(tmp_path):
+    xl = world("xl")
+    pipe = xl.pipe()
+    alone = latents(pipe)
+    pipe.load_lora_weights(style_lora(xl, tmp_path), weight_name="pytorch_lora_weights.safetensors")
+    assert relative_error(latents(pipe), alone) > 1e-3
+    assert relative_error(latents(pipe, agg_lambda=-1e6), latents(pipe, dci=False)) < 1e-5
+    pipe.unload_lora_weights()
+    pipe.unload_concept()
+    assert_same(state(pipe), state(xl.plain()))
 
 
 def test_a_style_lora_beside_the_concept(sd1, tmp_path):
@@ -214,17 +228,18 @@ def test_low_rank_concepts_and_strengths(sd1, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(pipe.unet.parameters(), sd1.plain().unet.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("form", ["lora", "diffusers"])
-def test_files_of_other_programs(sd1, tmp_path, form):
+@pytest.mark.parametrize(("name", "form"), [("sd1", "lora"), ("sd1", "diffusers"), ("xl", "lora")])
+def test_files_of_other_programs(tmp_path, name, form):
     """What our export writes for them is read back; fp16 rounds it."""
-    done = export(sd1.concept, sd1.base, form, tmp_path, bundle=form == "lora")
+    family = world(name)
+    done = export(family.concept, family.base, form, tmp_path, bundle=form == "lora")
     files = [file for file in done.files if file.suffix in (".safetensors", ".bin")]
     files = files[:1] if form == "lora" else files
-    pipe = sd1.pipe(concept=False)
+    pipe = family.pipe(concept=False)
     pipe.load_concept(*files, class_noun="dog")
-    assert relative_error(latents(pipe), latents(sd1.pipe())) < 1e-2
+    assert relative_error(latents(pipe), latents(family.pipe())) < 1e-2
     pipe.unload_concept()
-    assert_same(state(pipe), state(sd1.plain()))
+    assert_same(state(pipe), state(family.plain()))
 
 
 def test_several_concepts_in_one_file(sd1):

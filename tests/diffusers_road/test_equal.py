@@ -27,23 +27,26 @@ def noises(world, indices=(0, 1)):
 
 
 @torch.no_grad()
-def ours(world, dual, solver, spacing, scale, base=None):
+def ours(world, dual, solver, spacing, scale, base=None, negative=""):
     prompts = [parse_prompt(PROMPT, world.concept.names)] * 2
-    contexts = BranchContexts.of(world.model, world.concept, prompts)
     options = SamplingOptions(steps=STEPS, scale=scale, height=32, width=32, solver=solver, spacing=spacing)
+    contexts = BranchContexts.of(world.model, world.concept, prompts, negative, options.image_size().row())
     return sample_latents(world.model, contexts, TokenMasks.of(prompts), dual, options, noises(world), base=base)
 
 
-def theirs(world, pipe, dual, solver, spacing, scale):
-    kind, options = SCHEDULERS[solver, spacing]
-    pipe.scheduler = world.scheduler(kind, timestep_spacing=spacing, **options)
+def theirs(world, pipe, dual, solver, spacing, scale, **options):
+    kind, own = SCHEDULERS[solver, spacing]
+    pipe.scheduler = world.scheduler(kind, timestep_spacing=spacing, **own)
     first, auxiliary = (noise() for noise in noises(world))
     settings = {name: getattr(dual, name) for name in DualBranch.__dataclass_fields__}
     return pipe(PROMPT, num_images_per_prompt=2, num_inference_steps=STEPS, guidance_scale=scale, latents=first,
-                auxiliary_latents=auxiliary, output_type="latent", **settings).images  # fmt: skip
+                auxiliary_latents=auxiliary, output_type="latent", **settings, **options).images  # fmt: skip
 
 
-def case(families=("sd1", "sd2"), scale=5.0, solver="ddim", spacing="leading", **settings):
+FAMILIES = ("sd1", "sd2", "xl")
+
+
+def case(families=FAMILIES, scale=5.0, solver="ddim", spacing="leading", **settings):
     name = "-".join(f"{name}={value}" for name, value in settings.items())
     dual = DualBranch(**{"gain": GAIN, **settings})
     return [pytest.param(f, dual, scale, solver, spacing, id=f"{f}-{solver}-{spacing}-{scale}-{name}") for f in families]
@@ -51,14 +54,14 @@ def case(families=("sd1", "sd2"), scale=5.0, solver="ddim", spacing="leading", *
 
 CASES = [
     *(one for solver, spacing in SCHEDULERS for one in case(solver=solver, spacing=spacing)),
-    *case(["sd1"], agg_time=0, solver="dpm++2m"),
+    *case(["sd1", "xl"], agg_time=0, solver="dpm++2m"),
     *case(agg_time=1, solver="dpm++2m"),
-    *case(["sd1"], agg_lambda=-1.0, solver="euler"),
-    *case(["sd1"], agg_lambda=1.0, solver="euler"),
+    *case(["sd1", "xl"], agg_lambda=-1.0, solver="euler"),
+    *case(["sd1", "xl"], agg_lambda=1.0, solver="euler"),
     *case(shared_guidance=False, solver="dpm++2m", spacing="trailing"),
-    *case(["sd1"], shared_guidance=False, agg_time=1, solver="plms"),
+    *case(["sd1", "xl"], shared_guidance=False, agg_time=1, solver="plms"),
     *case(scale=1.0),
-    *case(["sd1"], scale=1.0, shared_guidance=False, agg_lambda=1.0),
+    *case(["sd1", "xl"], scale=1.0, shared_guidance=False, agg_lambda=1.0),
     *case(["sd1"], shared_noise=True, token_sharpness=3.0, pixel_sharpness=5.0),
     *case(["sd1"], layers=("middle", "layer0"), agg_lambda=1.0),
     *case(auxiliary_weights="base", agg_lambda=1.0),
@@ -68,7 +71,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def pipes():
-    return {name: world(name).pipe() for name in ("sd1", "sd2")}
+    return {name: world(name).pipe() for name in FAMILIES}
 
 
 @pytest.mark.parametrize(("name", "dual", "scale", "solver", "spacing"), CASES)
@@ -78,7 +81,26 @@ def test_latents_equal_our_sampling(pipes, name, dual, scale, solver, spacing):
     assert relative_error(theirs(world(name), pipes[name], dual, solver, spacing, scale), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd2"])
+@pytest.mark.parametrize("negative", ["a cat in the snow", "a V* dog, blurred"])
+@pytest.mark.parametrize("name", ["sd1", "xl"])
+def test_negative_prompts_equal_ours(pipes, name, negative):
+    """One that names the concept means the concept."""
+    dual = DualBranch(gain=GAIN, shared_guidance=False)
+    expected = ours(world(name), dual, "ddim", "leading", 5.0, negative=negative)
+    found = theirs(world(name), pipes[name], dual, "ddim", "leading", 5.0, negative_prompt=negative)
+    assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_gain_follows_the_size(pipes, name):
+    """As in our own sampling: 500 for 4096 pixels in the finest layer."""
+    finest = min(layer.factor for layer in world(name).model.unet.cross_layers())
+    expected = theirs(world(name), pipes[name], DualBranch(gain=500 * (16 // finest) ** 2 / 4096), "ddim", "leading", 5.0)
+    found = theirs(world(name), pipes[name], DualBranch(gain=None), "ddim", "leading", 5.0)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_dci_does_something_to_these_latents(pipes, name):
     dual = DualBranch(gain=GAIN)
     found = theirs(world(name), pipes[name], dual, "ddim", "leading", 5.0)

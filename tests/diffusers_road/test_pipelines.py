@@ -1,5 +1,6 @@
 """Whole pipelines from a folder that diffusers saved: every kind, every argument, and what users load beside a concept."""
 
+import os
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from tiny_models import relative_error
 
 from dci.diffusers import DCIPipeline
 from ldm.errors import UserError
+from ldm.shipped import ROOT
 
 PROMPT = "a V* dog on the beach"
 FEW = {"num_inference_steps": 4, "gain": GAIN, "agg_time": 0.6}
@@ -181,6 +183,8 @@ def test_prompt_embeds_in_place_of_prompts(pipe):
     assert torch.equal(found, latents(pipe))
     with pytest.raises(UserError, match="branch_prompts"):
         latents(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative)
+    with pytest.raises(UserError, match="auxiliary_noun belongs to the prompts"):
+        latents(pipe, None, prompt_embeds=embeds, branch_prompts=branches, auxiliary_noun="elephant")
 
 
 def test_auxiliary_noun_and_shared_noise_matter(pipe):
@@ -251,7 +255,7 @@ def test_an_ip_adapter_is_refused(sd1):
 SLOW = [pytest.param(change, marks=pytest.mark.slow) for change in ("compiled", "compiled in place")]
 
 
-@pytest.mark.parametrize("change", ["FreeU", "slicing", "fp16", "bf16", *SLOW])
+@pytest.mark.parametrize("change", ["FreeU", "slicing", "fp16", "bf16", "fp8 storage", *SLOW])
 def test_what_users_switch_on(sd1, change):
     pipe = sd1.pipe()
     if change == "FreeU":
@@ -260,6 +264,10 @@ def test_what_users_switch_on(sd1, change):
         pipe.enable_attention_slicing()
     elif change in ("fp16", "bf16"):
         pipe.to(dtype=torch.float16 if change == "fp16" else torch.bfloat16)
+    elif change == "fp8 storage":  # each layer is cast as it runs
+        if not hasattr(pipe.unet, "enable_layerwise_casting"):
+            pytest.skip("the installed diffusers cannot")
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     elif change == "compiled":
         pipe.unet = torch.compile(pipe.unet, backend="eager")
     else:
@@ -300,6 +308,24 @@ def test_other_classes_are_refused(sd1):
     other = diffusers.DDIMPipeline(plain.unet, plain.scheduler)
     with pytest.raises(UserError, match="DDIMPipeline: expected one of StableDiffusionPipeline"):
         DCIPipeline.from_pipe(other)
+
+
+@pytest.mark.slow
+def test_the_example_runs_from_any_folder(tmp_path):
+    """In a clone, without the package installed."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def run(*options):
+        command = [sys.executable, ROOT / "examples/diffusers_dci.py", *options]
+        return subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+
+    done = run("--train-steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "diffusers_dci.png").size == (4 * 64 + 3 * 2, 2 * 64 + 2)
+    done = run("--concept", "nowhere")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
 
 
 def test_the_module_needs_no_diffusers_and_nobody_else_needs_it():

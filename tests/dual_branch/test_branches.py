@@ -80,7 +80,7 @@ def test_a_weight_of_one_is_plain_sampling_in_every_mode(finetuned, base, settin
     plain = sampled(finetuned, None, **more)
     dual = dual_branch(model, agg_time=0.6, **settings)
     assert (sampled(finetuned, dataclasses.replace(dual, agg_lambda=ONE), **more) - plain).abs().max() < ROUNDING
-    assert (sampled(finetuned, dataclasses.replace(dual, agg_lambda=2.0), **more) - plain).abs().max() > 0.01
+    assert (sampled(finetuned, dataclasses.replace(dual, agg_lambda=2.0), **more) - plain).abs().max() > 0.005
 
 
 def test_several_concepts_in_a_prompt(finetuned):

@@ -230,6 +230,22 @@ def test_scores_are_those_of_the_encoders(encoders, tmp_path):
     assert scores.summary["kid"].mean > 0.1  # noise is not like cats
 
 
+def test_images_that_the_record_names_and_that_are_missing_are_told(encoders, tmp_path):
+    """An evaluation of a folder that is not complete is one of fewer images, and says so."""
+    run, lines = folder_of(tmp_path / "run", {f"{i:05}": p for i, p in enumerate(PROMPTS)}, number=2), []
+    evaluate_folder(run, REFERENCES, encoders, Scoring(resamples=9), observers=ScoringObservers(report=lines.append))
+    assert lines == [f"Missing in {run}: 2 of the 4 images that prompts.json names (00002, 00003)"]
+
+
+@pytest.mark.parametrize("name", ["gridiron.png", "grid.png", "grid-00004.png", "grids.jpg"])
+@pytest.mark.parametrize("record", [lambda name: {name: "a cat"}, lambda name: [{"file": name, "prompt": "a cat"}]])
+def test_an_image_is_left_out_only_as_a_grid_that_no_record_names(name, record, tmp_path):
+    for file in (name, "grid-00001.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / file)
+    (tmp_path / "prompts.json").write_text(json.dumps(record(name)))
+    assert [sample.file.name for sample in read_samples(tmp_path)] == [name]
+
+
 def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path):
     """Masks of every name beside references, samples and real images: the scores are those without them."""
     run, references, real = folder_of(tmp_path / "run", PROMPTS), tmp_path / "references", tmp_path / "real"

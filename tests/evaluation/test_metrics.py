@@ -1,5 +1,6 @@
 """Scores against closed forms, torchmetrics and SciPy."""
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from dci.evaluation import metrics
-from dci.evaluation.bootstrap import bootstrap_mean, factors
+from dci.evaluation.bootstrap import bootstrap_mean, factors, weights
 from dci.evaluation.plots import pareto_front
 from dci.evaluation.scores import ImageScore, Scores, difference, pool, summarize
 from ldm.errors import UserError
@@ -182,3 +183,15 @@ def test_scores_survive_a_file(tmp_path):
 def test_the_pareto_front_is_what_nothing_beats():
     points = [(0.0, 3.0), (1.0, 2.0), (0.5, 1.0), (2.0, 0.0), (1.0, 2.0), (2.0, -1.0)]
     assert pareto_front(points) == [0, 1, 4, 3]
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.8, 0.2], ids=["full grid", "gaps", "sparse"])
+def test_sums_factor_by_factor_are_those_of_the_rows_weights(kept):
+    """A row counts as often as the product of how often its levels were drawn, whichever way that is summed."""
+    generator = np.random.default_rng(3)
+    grid = [place for place in itertools.product("abcd", "vwxyz", "01") if generator.random() < kept]
+    values = generator.normal(size=len(grid))
+    columns = dict(zip(("concept", "prompt", "seed"), zip(*grid, strict=True), strict=True))
+    means = [w @ values / w.sum() for part in weights(factors(columns), 700, 5) for w in part if w.sum()]
+    found = bootstrap_mean(values, columns, resamples=700, seed=5)
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)

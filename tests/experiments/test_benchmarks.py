@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers import SHARED
 
-from dci.experiments.datasets import read_customconcept101, read_dreambench
+from dci.experiments.datasets import read_customconcept101, read_dreambench, read_dreambench_plus
 from ldm.errors import UserError
 
 DREAMBENCH = """Classes
@@ -72,6 +72,43 @@ def test_dreambench_as_published():
     assert all(len(subject.prompts) == 25 for subject in subjects)
     live = {subject.name for subject in subjects if "a {} wearing a red hat" in subject.prompts}
     assert live == {"cat2", "dog"}
+
+
+@pytest.fixture
+def dreambench_plus(tmp_path):
+    """Three images with their captions, in the folders in which they are published."""
+    root = tmp_path / "dreambench_plus/data"
+    subjects = {"live_subject/animal/00": "Kitten", "object/07": "Alarm clock", "style/02": "ink wash painting"}
+    for place, subject in subjects.items():
+        for folder, ending, content in (("images", ".jpg", None), ("captions", ".txt", subject)):
+            file = (root / folder / place).with_suffix(ending)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            word = subject.lower()
+            prompts = [f"A {word} in the snow.", f"a {word.split()[-1]} at night", "a boat on a lake."] + ["a thing"] * 6
+            file.write_text("\n".join([subject, *prompts]) + "\n") if content else file.write_bytes(b"an image")
+    return root
+
+
+def test_dreambench_plus(dreambench_plus):
+    for folder in (dreambench_plus, dreambench_plus.parent):
+        kitten, clock, ink = read_dreambench_plus(folder)
+        assert (kitten.name, kitten.class_nouns) == ("live_subject_animal_00_kitten", ("kitten",))
+        assert kitten.images == (dreambench_plus / "images/live_subject/animal/00.jpg",)
+        assert kitten.prompts[:3] == ("A {} in the snow.", "a {} at night", "a boat on a lake, {}")
+        assert (clock.name, len(clock.prompts)) == ("object_07_alarm_clock", 9)
+        assert clock.prompts[1] == "a {} at night"
+        assert ink.name == "style_02_ink_wash_painting"
+
+
+def test_dreambench_plus_without_its_parts(dreambench_plus, tmp_path):
+    with pytest.raises(UserError, match="data.zip"):
+        read_dreambench_plus(tmp_path / "nowhere")
+    (dreambench_plus / "captions/object/07.txt").write_text("Alarm clock\n")
+    with pytest.raises(UserError, match="no prompts"):
+        read_dreambench_plus(dreambench_plus)
+    (dreambench_plus / "images/live_subject/animal/00.jpg").unlink()
+    with pytest.raises(UserError, match="00.jpg"):
+        read_dreambench_plus(dreambench_plus)
 
 
 def entry(token, noun, folder, prompts):

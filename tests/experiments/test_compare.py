@@ -1,24 +1,36 @@
 """Suites: from a configuration or a data set's folder to cells, an estimate, and a report."""
 
 import json
+import multiprocessing
+import os
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from helpers import ROOT, refused, run_here, run_main
-from test_benchmarks import concepts, dreambench  # noqa: F401
+from helpers import ROOT, as_a_program, refused, run_here, run_main
+from test_benchmarks import concepts, dreambench, dreambench_plus  # noqa: F401
 
+from dci.concept.modifier_tokens import ConceptName
+from dci.concept.prompts import parse_prompt
 from dci.evaluation.scores import ImageScore, RunScores, Scores, summarize
+from dci.experiments import cell, runner
 from dci.experiments import cost as costs
 from dci.experiments.comparison import verdict
-from dci.experiments.cost import cost, describe, estimate
+from dci.experiments.cost import cost, describe, estimate, images_of
 from dci.experiments.grid import grid_folder, grid_points
 from dci.experiments.suite import load_suite
+from dci.files import read_prompts
 from dci.finetuning.config import concepts_of
 from dci.finetuning.config_files import finetune_config
 from ldm import config as configuration
 from ldm.config import ModelConfig
 from ldm.errors import UserError
+from ldm.pretraining.artwork import COLOURS, NOUNS
+from ldm.pretraining.concepts import STUDY_CONCEPTS
+from ldm.pretraining.scenes import PLACES
 
 SUITES = ROOT / "configs/eval"
 
@@ -27,18 +39,53 @@ def task(command):
     return json.loads(command[-1])
 
 
+METHODS = {"custom-diffusion", "textual-inversion", "lora", "ico", "ico-no-suffix", "ico-shared-context"}
+
+
 def test_the_tiny_suite_is_what_it_says(tmp_path):
     suite = load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}"])
     plan = grid_points(suite)
-    assert len(suite.concepts) >= 8
+    assert {concept.name for concept in suite.concepts} == STUDY_CONCEPTS.keys()
+    assert all(concept.concepts[0].class_noun == STUDY_CONCEPTS[concept.name].noun for concept in suite.concepts)
+    regularized = {"custom-diffusion-regularized", "ico-regularized"}
     assert {(point.method, point.setting) for point in plan} == {
-        (method, setting) for method in ("custom-diffusion", "ico") for setting in ("plain", "dci")
+        (method, setting) for method in METHODS | regularized for setting in ("plain", "dci")
     }
-    prompts = (ROOT / "data/prompts/tiny.txt").read_text().split("\n")
-    assert len([line for line in prompts if line]) == 20
     assert suite.n_samples == 8
-    choice = load_suite(SUITES / "tiny-choice.yaml", [f"outdir={tmp_path}"])
-    assert not {c.name for c in suite.concepts} & {c.name for c in choice.concepts}
+    trained = {point.method: point.training.recipe["training"] for point in plan}
+    references = {name: t["training.batch_size"] // (2 if name in regularized else 1) for name, t in trained.items()}
+    assert set(references.values()) == {8}  # images of the concept in a step
+    assert {name for name, options in trained.items() if options["data.regularization"]} == regularized
+    assert trained["lora"]["training.lora_rank"]
+
+
+def test_the_tiny_suite_asks_for_more_than_a_place():
+    prompts = read_prompts(ROOT / "data/prompts/tiny.txt")
+    assert len(set(prompts)) == len(prompts) == 20 and all(prompt.count("{}") == 1 for prompt in prompts)
+    phrases = [phrase for _, phrases in PLACES.values() for phrase in phrases]
+    words = {word for prompt in prompts for word in prompt.replace("{}", "").split()}
+    assert all(any(phrase in prompt for phrase in phrases) for prompt in prompts)
+    seconds = [prompt for prompt in prompts if re.search(r"\{\} (and|next to) ", prompt)]
+    assert len(seconds) >= 6 and all(any(noun in prompt for noun in NOUNS) for prompt in seconds)
+    assert len(words & COLOURS.keys()) >= 5 and words >= {"small", "big", "close"}
+    # Each is understood as it stands, and names the concept once in both branches' prompts.
+    for prompt in prompts:
+        parsed = parse_prompt(prompt, ConceptName(("<new1>",), "boat"))
+        assert "<new1> boat" in parsed.concept and "boat" in parsed.auxiliary
+
+
+def test_a_tenth_of_the_tiny_suite(tmp_path):
+    (line,) = re.findall(r"compare\.py --config configs/eval/tiny.yaml (name=.+)", (SUITES / "tiny.yaml").read_text())
+    tenth = grid_points(load_suite(SUITES / "tiny.yaml", [*line.split(), f"outdir={tmp_path}"]))
+    whole = grid_points(load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}"]))
+    assert 0.08 < sum(map(images_of, tenth)) / sum(map(images_of, whole)) < 0.12
+    assert {point.method for point in tenth} == {point.method for point in whole}
+    assert len({point.concept for point in tenth}) >= 5 and {point.seed for point in tenth} == {1}
+    assert len(read_prompts(tenth[0].prompts)) == 10
+    named = load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}", "dataset.subjects=[teddy,boot]"])
+    assert [concept.name for concept in named.concepts] == ["boot", "teddy"]
+    with pytest.raises(UserError, match="no 'tedy' in the suite's list"):
+        load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}", "dataset.subjects=[tedy]"])
 
 
 def test_dreambench_becomes_cells(dreambench, tmp_path):  # noqa: F811
@@ -98,17 +145,34 @@ def test_suites_that_cannot_be_used(dreambench, tmp_path, overrides, message):  
         load_suite(SUITES / "dreambench.yaml", [*given, f"outdir={tmp_path}"])
 
 
+def test_an_image_of_dreambench_plus_has_a_folder_of_its_own(dreambench_plus, tmp_path):  # noqa: F811
+    given = [f"dataset.folder={dreambench_plus}", f"outdir={tmp_path}", "dataset.first=2"]
+    suite = load_suite(SUITES / "dreambench-plus.yaml", given)
+    assert [concept.name for concept in suite.concepts] == ["live_subject_animal_00_kitten", "object_07_alarm_clock"]
+    for concept in suite.concepts:
+        (folder,) = concept.folders
+        assert [file.read_bytes() for file in Path(folder).iterdir()] == [b"an image"]
+    assert suite.concepts[0].folders != suite.concepts[1].folders
+    assert len(read_prompts(suite.concepts[0].prompts)) == 9
+
+
 @pytest.fixture
-def published(dreambench, concepts):  # noqa: F811
+def published(dreambench, dreambench_plus, concepts):  # noqa: F811
     """The folder of each data set, of the layout in which it is published."""
-    return {"dreambench": dreambench, "customconcept101": concepts, "customconcept101-pairs": concepts}
+    return {
+        "dreambench": dreambench,
+        "dreambench-plus": dreambench_plus,
+        "customconcept101": concepts,
+        "customconcept101-pairs": concepts,
+    }
 
 
-OFFICIAL = [ROOT / "tests/data/official" / name for name in ("v1-inference.yaml", "sd_xl_base.yaml")]
+OFFICIAL, SUITE_FILES = ROOT / "tests/data/official", sorted((ROOT / "configs").glob("[es][vw]*/*.yaml"))
+PLANNED = [(file, model) for file in SUITE_FILES for model in (None, "v1-inference.yaml")]
+PLANNED.append((SUITES / "dreambench.yaml", "sd_xl_base.yaml"))
 
 
-@pytest.mark.parametrize("model", [None, *OFFICIAL], ids=["own", "v1", "xl"])
-@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("[es][vw]*/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize(("file", "model"), PLANNED, ids=lambda value: getattr(value, "stem", value))
 def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch, file, model):
     monkeypatch.setattr(costs, "cost", lambda config: costs.Cost(config.unet.model_channels, 1))  # is tested below
     monkeypatch.setattr(costs, "matrix_rate", lambda *_, **__: 1e9)
@@ -117,7 +181,7 @@ def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch,
     if "dataset" in suite:
         given.append(f"dataset.folder={published[suite['dataset']['kind']]}")
     if model:
-        given[1] = f"training=[validation.every=0,model={model},checkpoint=WEIGHTS]"
+        given[1] = f"training=[validation.every=0,model={OFFICIAL / model},checkpoint=WEIGHTS]"
     run_main("sweep.py", "--config", file, *given, "--dry-run")
     out = capfd.readouterr().out
     assert "cells are done" in out and "Estimate:" in out
@@ -135,18 +199,24 @@ def test_an_estimate_counts_what_is_left(tmp_path):
     overrides = [f"outdir={tmp_path}", "n_samples=2", "training=[training.steps=10]"]
     suite = load_suite(SUITES / "tiny.yaml", overrides)
     plan = grid_points(suite)
+    trainings = len({point.training.name for point in plan})
     whole = estimate(plan, "cpu", rate=1e9)
-    assert (whole.trainings, whole.images) == (16, len(plan) * 40)
+    assert (whole.trainings, whole.images) == (trainings, len(plan) * 40)
     price = cost(configuration.load(ModelConfig, ROOT / "configs/model/tiny.yaml"))
-    rows = 16 * 40 * 20 * (2 + 2.5)  # 20 steps; with DCI, whose T_a is 0.5 there, half a row more
-    assert whole.sampling_hours == pytest.approx((rows * price.unet + 32 * 40 * price.decode) / (0.5 * 1e9 * 3600))
+    rows = trainings * 40 * 20 * (2 + 2.5)  # 20 steps; with DCI, whose T_a is 0.5 there, half a row more
+    made = 100 * len({concept.noun for concept in STUDY_CONCEPTS.values()})  # for regularization, of 20 steps, once
+    assert whole.class_images == made
+    flops = (rows + made * 40) * price.unet + (len(plan) * 40 + made) * price.decode
+    assert whole.sampling_hours == pytest.approx(flops / (0.5 * 1e9 * 3600))
+    steps = 10 * (8 * trainings + 8 * 2 * len(STUDY_CONCEPTS))  # of 8 images, with regularization 16
+    assert whole.training_hours == pytest.approx(2.1 * steps * price.unet / (0.5 * 1e9 * 3600))
     first = plan[0]
     for file in (first.result, first.training.concept_file):
         file.parent.mkdir(parents=True)
         file.touch()
     rest = estimate(plan, "cpu", rate=1e9)
-    assert (rest.trainings, rest.images) == (15, whole.images - 40)
-    assert "1,240 images" in describe(rest, "cpu", 1e9, 2)
+    assert (rest.trainings, rest.images) == (trainings - 1, whole.images - 40)
+    assert f"{whole.images - 40:,} images" in describe(rest, "cpu", 1e9, 2)
 
 
 def scores(values):
@@ -169,8 +239,33 @@ def test_a_verdict_follows_the_paired_differences():
     assert "no difference shown" in verdict(plain, plain)
 
 
+class Fork:
+    """A stage in a fork of this process, which spares the imports; as much of a Popen as a worker needs."""
+
+    def __init__(self, command, stdout, env, **_):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ |= env
+            os._exit(as_a_program(lambda: cell.main(list(command[-2:])), ROOT, stdout.fileno(), stdout.fileno()))
+
+    def wait(self):
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
+@pytest.fixture
+def scoring_forked(monkeypatch):
+    """Training is a process as the worker starts it; scoring, of which there is more, begins with this one's imports."""
+    if sys.platform == "linux":
+        popen, context = runner.subprocess.Popen, multiprocessing.get_context
+        monkeypatch.setattr(multiprocessing, "get_context", lambda _: context("fork"))  # of workers, which see the other
+        start = lambda command, **options: (Fork if "score" in command else popen)(command, **options)  # noqa: E731
+        monkeypatch.setattr(runner.subprocess, "Popen", start)
+
+
 @pytest.mark.slow
-def test_a_suite_from_training_to_report(dreambench, tmp_path, capfd):  # noqa: F811
+def test_a_suite_from_training_to_report(dreambench, scoring_forked, tmp_path, capfd):  # noqa: F811
     """From the published folder; repeated, nothing is done again."""
     from PIL import Image
 

@@ -61,6 +61,7 @@ def files(tiny_base, finetuned, tmp_path_factory):
     Image.fromarray(colours).save(folder / "init.png")
     Image.fromarray((np.arange(64) < 40)[None].repeat(64, 0)).save(folder / "mask.png")
     (folder / "prompts.txt").write_text("a V* cat on the beach\n")
+    (folder / "others.txt").write_text("a V* cat on the beach\na dog\n")
     return folder
 
 
@@ -151,7 +152,19 @@ def test_lists_of_values_and_values_that_are_lists(files, tmp_path):
         ("sampling={seed: -1}", "sampling of 'dci': seed=-1: expected 0 or more"),
         ("sampling={n_samples: 0}", "n_samples=0"),
         ("sampling={agg_time: 2}", "sampling of 'dci': agg_time 2.0: expected 0"),
-        ("sampling={solver: dpm}", "unknown solver 'dpm'"),
+        ("sampling={solver: dpm}", "sampling of 'dci': unknown solver 'dpm'"),
+        ("sampling={H: 50}", "sampling of 'dci': height 50: expected a multiple of 16"),
+        ("sampling={steps: 1001}", "1001 sampling steps"),
+        ("sampling={eta: 1, solver: euler}", "only the solver ddim has it"),
+        ("sampling={precision: fp8}", "precision=fp8: expected one of auto, fp32"),
+        ("sampling={dci_layers: nowhere}", "no cross-attention layer is called 'nowhere'"),
+        ("sampling={zero_terminal_snr: true}", "predicts noise"),
+        ("sampling={crop: [1, 2]}", "only SDXL"),
+        ("sampling={model: none.yaml}", "no model or weights"),
+        ("sampling={checkpoint: none.ckpt}", "no model or weights"),
+        ("sampling={auxiliary_noun: photo of a dog}", "is a phrase"),
+        ("sampling={negative_prompt: a V9* dog}", "does not name the concept"),
+        ("prompts=others.txt", "'a dog' does not name the concept"),
         ("sampling={strength: 0.5}", "strength needs an image to start from"),
         ("sampling={mask: mask.png}", "mask needs an image to start from"),
         ("sampling={init_image: init.png, mask: init.png}", "init.png is no mask"),
@@ -159,6 +172,8 @@ def test_lists_of_values_and_values_that_are_lists(files, tmp_path):
         ("sampling={init_image: none.png}", "none.png: no such file"),
         ("sampling={vae: none.safetensors}", "none.safetensors: no such file"),
         ("sampling={loras: [none.safetensors:0.5]}", "no LoRA"),
+        ("sampling={loras: ['']}", "sampling: a file's name is empty"),
+        ("sampling={vae: ''}", "sampling: a file's name is empty"),
         ("sampling={strength_concept: 2}", "a concept's strength of 2: expected 0"),
         ("sampling={seeds: '0-3'}", "sampling: seeds is no option of a grid's sampling: they are the grid's"),
         ("settings=[{name: a, sampling: {outdir: here}}]", "sampling of 'a': outdir is no option of a grid's sampling"),

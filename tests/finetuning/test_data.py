@@ -330,3 +330,18 @@ def test_what_regularization_folders_hold_besides_gets_one_line_too(tmp_path, ki
     said = []
     assert len(read_regularization(tmp_path, DataConfig(), 16, said.append)) == 2
     assert said == expected
+
+
+@pytest.mark.parametrize("lists", [True, False])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_captions_of_any_encoding_and_with_odd_characters(tmp_path, recwarn, encoding, lists):
+    text = "a café\x0cin the\x85snow" + ("" if encoding == "latin-1" else "\u2028")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    if lists:
+        (tmp_path / "images.txt").write_text("a.png\n")
+    (tmp_path / ("caption.txt" if lists else "a.txt")).write_bytes(f"{text}\r\n".encode(encoding))
+    (caption,) = captions_of(tmp_path).values()
+    said = [str(warning.message) for warning in recwarn if "UTF-8" in str(warning.message)]
+    expected = "a caf\ufffd in the\ufffdsnow" if said else " ".join(text.split())
+    assert " ".join(caption.split()) == expected
+    assert len(said) == (encoding == "latin-1") and all(".txt is not UTF-8 text (byte 5)" in line for line in said)

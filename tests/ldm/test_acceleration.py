@@ -19,6 +19,7 @@ UNET = UNetConfig(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, atte
 VAE, TEXT = AutoencoderConfig(ch=32, ch_mult=[1, 2], num_res_blocks=1), TextEncoderConfig(width=64, layers=1, heads=2)
 
 
+@pytest.mark.slow
 def test_sampling_compiles_one_graph_for_each_phase(monkeypatch):
     """Traced as for compiling, without breaks, and executed as it is."""
     graphs, plain = [], torch.nn.Module.compile

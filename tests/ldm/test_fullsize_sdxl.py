@@ -4,6 +4,8 @@ python -m pytest -m fullsize tests/ldm/test_fullsize_sdxl.py     (minutes; the U
 the encoders 7 GiB of memory)
 """
 
+import dataclasses
+
 import pytest
 import tiny_models
 import torch
@@ -34,8 +36,10 @@ def as_good_as_theirs(ours, theirs, exact):
 
 
 @torch.no_grad()
-def test_unet(tmp_path):
+@pytest.mark.parametrize("shape", [{"num_res_blocks": 1, "transformer_depth": [0, 1, 1]}, {}], ids=["less deep", "whole"])
+def test_unet(shape, tmp_path):
     config, width = presets.sdxl().unet, presets.sdxl().text_encoder_2.projection
+    config = dataclasses.replace(config, **shape)
     with torch.device("meta"):
         ours = UNet(config).eval()
     state = mapped_weights(ours, tmp_path / "weights")

@@ -1,0 +1,101 @@
+"""Tables of a text whose numbers are those of a report: filled from its `scores.json`, each number with its interval.
+
+A table that belongs to a report follows a line
+
+    <!-- numbers: docs/results-tiny/scores.json -->
+
+Its first column names, behind a number of the row, a row of the report or a difference of two,
+
+    | 3 · `ico, dci` less `ico, plain` |
+
+and the heads of its other columns end in a metric's name as the reports have it, such as "fidelity (DINO-I)". What
+these cells say is written by `fill`; a text that already says it comes back as it is.
+"""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from dci.evaluation.bootstrap import Interval, bootstrap_mean
+from dci.evaluation.metrics import LABELS, NOUN, PLACE
+from dci.evaluation.scores import Scores, columns, paired_differences, read_report
+from ldm.errors import UserError
+
+_TABLE = re.compile(r"^<!-- numbers: (?P<file>\S+) -->\n\n?(?P<table>(?:\|.*\|\n)+)", re.MULTILINE)
+_SHARES = (NOUN, PLACE)
+
+
+def fill(text: str, root: str | Path) -> str:
+    """Return a text with the numbers of its marked tables as the reports have them.
+
+    Args:
+        root: the folder that the tables' files are relative to.
+
+    Raises:
+        UserError: a report, a row or a metric that there is not.
+    """
+
+    def filled(match: re.Match) -> str:
+        head, rule, *rows = match["table"].splitlines()
+        runs = {run.name: run.scores for run in read_report(Path(root) / match["file"])}
+        metrics = [_metric(cell) for cell in _cells(head)[1:]]
+        lines = [head, rule, *(_row(_cells(row)[0], metrics, runs) for row in rows)]
+        return match[0].replace(match["table"], "".join(f"{line}\n" for line in lines))
+
+    return _TABLE.sub(filled, text)
+
+
+def rows_of(text: str) -> dict[int, str]:
+    """Return the numbered rows of a text's marked tables: number -> what the row is of."""
+    names = [_cells(line)[0] for match in _TABLE.finditer(text) for line in match["table"].splitlines()[2:]]
+    return {int(match[1]): match[2] for name in names if (match := re.match(r"(\d+) · (.+)", name))}
+
+
+def without_tables(text: str) -> str:
+    """Return a text without its marked tables."""
+    return _TABLE.sub("", text)
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def _metric(head: str) -> str:
+    found = [metric for metric, label in LABELS.items() if re.search(rf"(^|\W){re.escape(label)}\)?$", head)]
+    if not found:
+        raise UserError(f"no metric '{head}': expected a column's head that ends in one of {', '.join(LABELS.values())}")
+    return found[0]
+
+
+def _row(name: str, metrics: list[str], runs: dict[str, Scores]) -> str:
+    rows = re.findall(r"`([^`]+)`", name)
+    for row in rows:
+        if row not in runs:
+            raise UserError(f"no row '{row}' in the report: it has {'; '.join(runs)}")
+    if len(rows) == 2:
+        found = paired_differences(runs[rows[0]], runs[rows[1]])
+        cells = [_difference(metric, found.get(metric)) for metric in metrics]
+    elif len(rows) == 1:
+        cells = [_shown(metric, runs[rows[0]].summary.get(metric)) for metric in metrics]
+    else:
+        raise UserError(f"'{name}' names no row: expected `ROW`, or `ROW` less `ROW`")
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def _difference(metric: str, found: list | None) -> str:
+    if found is None:
+        return "–"
+    rows, differences = zip(*found, strict=True)
+    interval = bootstrap_mean(differences, columns(rows))
+    text = _shown(metric, interval, signed=True)
+    mean, _, rest = text.partition(" [")
+    return f"**{mean}** [{rest}" if interval.low > 0 or interval.high < 0 else text
+
+
+def _shown(metric: str, interval: Interval | None, signed: bool = False) -> str:
+    if interval is None:
+        return "–"
+    share, sign = metric in _SHARES, "+" if signed else ""
+    text: Callable[[float], str] = lambda x: format(100 * x if share else x, f"{sign}.{1 if share else 3}f")  # noqa: E731
+    unit = (" pp" if signed else " %") if share else ""
+    return f"{text(interval.mean)}{unit} [{text(interval.low)}, {text(interval.high)}]".replace("-", "−")

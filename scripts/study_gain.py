@@ -1,0 +1,131 @@
+"""Find what decides ICO's gain in fidelity over Custom Diffusion: the drawing, its colours, its size, the steps.
+
+python scripts/study_gain.py --make --artwork .artwork        # the study's concepts and suite; bash scripts/fetch_artwork.sh
+python scripts/compare.py --config outputs/study-gain/suite.yaml
+python scripts/study_gain.py                                  # gains by factor, and against the distance from the base
+python scripts/study_gain.py --suite configs/eval/tiny.yaml --methods ico,custom-diffusion      # any suite's concepts
+
+Each of eight nouns has five concepts that differ in one factor alone (ldm/pretraining/study.py), learned by both methods
+with two numbers of steps. --metric clip_t does the same for editability, --setting dci with DCI.
+"""
+
+import json
+from pathlib import Path
+
+import clone  # noqa: F401
+
+from dci.cli.arguments import Parser, positive, run
+from ldm.shipped import ROOT
+
+FOLDER = Path("outputs/study-gain")
+STEPS = (100, 400)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--make", action="store_true", help="render the study's concepts, and write its suite")
+    parser.add_argument("--artwork", default=str(ROOT / ".artwork"), help="folder of scripts/fetch_artwork.sh")
+    parser.add_argument("--suite", default=str(FOLDER / "suite.yaml"), help="whose results are read (default: the study's)")
+    parser.add_argument("--methods", help="method and baseline (default: those of each number of steps)")
+    parser.add_argument("--setting", default="plain", help="of the suite (default plain)")
+    parser.add_argument("--metric", default="dino_i", help="default dino_i")
+    parser.add_argument("--base-images", type=positive, default=16, help="of the base model for each noun (default 16)")
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the suite, such as name= or outdir=")
+    args = parser.parse_args()
+    if args.make:
+        make(args)
+    else:
+        report(args)
+
+
+def make(args) -> None:
+    """Write reference images of each noun and variant, and the suite that learns them."""
+    import yaml
+
+    from ldm.pretraining.study import DRAWINGS, VARIANTS, render_variant
+
+    folder, concepts = Path(args.suite).parent, []
+    for noun in DRAWINGS:
+        for variant in VARIANTS:
+            images = folder / "concepts" / f"{noun}-{variant}"
+            images.mkdir(parents=True, exist_ok=True)
+            for index, image in enumerate(render_variant(args.artwork, noun, variant, args.seed)):
+                image.save(images / f"{index:02}.png")
+            concepts.append({"name": f"{noun}-{variant}", "class_noun": noun, "images": str(images.resolve())})
+    methods = [
+        {"name": name, "config": str(ROOT / f"configs/train/{name}-tiny.yaml"), "vary": {"training.steps": list(STEPS)}}
+        for name in ("custom-diffusion", "ico")
+    ]
+    tiny = yaml.safe_load((ROOT / "configs/eval/tiny.yaml").read_text(encoding="utf-8"))
+    suite = {key: tiny[key] for key in ("settings", "training", "sampling", "device", "workers")}
+    suite |= {"name": "study-gain", "title": "What decides ICO's gain", "concepts": concepts, "methods": methods}
+    suite |= {"prompts": str(ROOT / "data/prompts/tiny.txt"), "n_samples": 1}
+    Path(args.suite).write_text(yaml.safe_dump(suite, sort_keys=False), encoding="utf-8")
+    print(f"{len(concepts)} concepts; next: python scripts/compare.py --config {args.suite}")
+
+
+def report(args) -> None:
+    """Print the gain of each variant and its effect, and the gains' rank correlation with what the base does not know."""
+    from dci.experiments.gain_study import effects, gains, rank_correlation
+    from dci.experiments.grid import grid_points
+    from dci.experiments.suite import load_suite
+    from ldm.errors import UserError
+
+    suite = load_suite(args.suite, args.overrides)
+    points = grid_points(suite)
+    named = (
+        [tuple(args.methods.split(","))]
+        if args.methods
+        else [(f"ico-steps={n}", f"custom-diffusion-steps={n}") for n in STEPS]
+    )
+    pairs = {pair: gains(points, *pair, args.setting, args.metric) for pair in named}
+    distances = distances_from_base(suite, args.base_images)
+    content: dict[str, dict] = {"distance": distances}
+    for (method, baseline), found in pairs.items():
+        print(f"\n{args.metric} of {method} less {baseline}, {args.setting}:")
+        try:
+            for effect in effects(found):
+                print(f"  {effect.variant:10} {effect.gain}   less usual: {effect.effect or '-'}")
+        except UserError:  # a suite whose concepts are no variants
+            pass
+        correlation = rank_correlation(distances, found)
+        print(f"  rank correlation with the distance from the base model: {correlation}")
+        content[method] = {name: sum(values.values()) / len(values) for name, values in found.items()}
+        content[f"{method}, correlation"] = vars(correlation)
+    out = FOLDER / "report.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(f"\nEach concept's gain and distance: {out}")
+
+
+def distances_from_base(suite, images: int) -> dict[str, float]:
+    """Return how far each concept is from what the base model knows: 1 less the best likeness of its images of the noun.
+
+    By the embedded instance encoder, the mean over the references.
+    """
+    import torch
+
+    from dci.cli.loading import TINY
+    from dci.dual_branch.options import sampling_options
+    from ldm.checkpoint import load_model
+    from ldm.embedded_encoders import SIZE, load_instance_encoder
+    from ldm.images import list_images, read_image, square, to_tensor
+    from ldm.text_to_image import text_to_image
+
+    model, encoder, known = load_model(TINY), load_instance_encoder(), {}
+    options, distances = sampling_options(model, steps=20), {}
+    with torch.inference_mode():
+        for concept in suite.concepts:
+            noun, files = concept.concepts[0].class_noun, list_images(concept.folders[0])
+            if noun not in known:
+                known[noun] = encoder.image_features(
+                    text_to_image(model, f"a photo of a {noun}", list(range(images)), options)
+                )
+            own = encoder.image_features(torch.stack([to_tensor(square(read_image(file), SIZE)) for file in files]))
+            distances[concept.name] = 1 - (own @ known[noun].T).max(-1).values.mean().item()
+    return distances
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,118 @@
+"""What README and docs claim: every number of a marked table is that of its scores.json, and no claim stands outside."""
+
+import re
+
+import pytest
+from helpers import ROOT
+
+from dci.evaluation.bootstrap import bootstrap_mean
+from dci.evaluation.claims import fill, rows_of, without_tables
+from dci.evaluation.power import difference_variances, smallest_shown
+from dci.evaluation.report import write_report
+from dci.evaluation.scores import ImageScore, RunScores, Scores, read_report, summarize
+from ldm.errors import UserError
+
+PAGES = [
+    file for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "<!-- numbers:" in file.read_text()
+]
+EFFECT = r"(?<![\w.])[+−-]\d*\.\d+|\d\.\d % |\d pp"
+"""A difference or a share as these pages write them."""
+
+
+def named(page):
+    return str(page.relative_to(ROOT))
+
+
+def test_the_pages_that_report_results_are_marked():
+    assert {named(page) for page in PAGES} >= {"README.md", "docs/results-tiny/README.md"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_numbers_are_those_of_the_stored_scores(page):
+    text = page.read_text(encoding="utf-8")
+    assert fill(text, ROOT) == text, "run python scripts/fill_claims.py"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_claims_name_rows_and_carry_no_numbers_of_their_own(page):
+    text = page.read_text(encoding="utf-8")
+    rows, prose = rows_of(text), without_tables(text)
+    assert len(rows) == max(rows), "rows are numbered through"
+    spans = re.findall(r"\brows? (\d+)(?: (?:and|to) (\d+))?", prose)
+    assert spans and all(int(number) in rows for span in spans for number in span if number)
+    results = (
+        prose[prose.find("\n## Results") :].partition("\n## Where")[0]
+        if page.name == "README.md" and page.parent == ROOT
+        else prose
+    )
+    assert not re.findall(EFFECT, re.sub(r"`[^`]*`", "", results))
+
+
+def scores(shift):
+    rows = tuple(
+        ImageScore(f"{p}-{s}.png", f"p{p}", "", f"0:{s}", {"dino_i": 0.1 * p + shift, "place": float(p > 1)}, "dog")
+        for p in range(4)
+        for s in range(2)
+    )
+    return Scores(rows, summarize(rows, 99))
+
+
+PAGE = """Text.
+
+<!-- numbers: report/scores.json -->
+| | fidelity (DINO-I) | place right | CLIP-T |
+|---|---|---|---|
+| 1 · `b, x` less `a` | wrong | | |
+| 2 · `a` | | | |
+
+Row 1 is better.
+"""
+
+
+@pytest.fixture
+def report(tmp_path):
+    picture = ROOT / "data/concepts/cat/00.png"
+    runs = [RunScores("a", scores(0)), RunScores("b, x", scores(0.25))]
+    for row in (row for run in runs for row in run.scores.rows):
+        object.__setattr__(row, "file", str(picture))
+        row.values["clip_t"] = 0.5
+    write_report(tmp_path / "report", runs, "t")
+    return tmp_path
+
+
+def test_a_table_is_filled_from_its_report(report):
+    text = fill(PAGE, report)
+    assert "| 1 · `b, x` less `a` | **+0.250** [+0.250, +0.250] | +0.0 pp [+0.0, +0.0] | +0.000 [+0.000, +0.000] |" in text
+    interval = bootstrap_mean([0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3], {"p": list("00112233")}, resamples=99)
+    assert f"| 2 · `a` | {interval.mean:.3f} [" in text and "50.0 % [" in text
+    assert fill(text, report) == text
+    assert fill(text.replace("+0.250, +0.250", "+0.240, +0.250"), report) == text  # a forged interval does not stay
+    assert rows_of(text) == {1: "`b, x` less `a`", 2: "`a`"}
+    assert "Row 1 is better." in without_tables(text) and "0.250" not in without_tables(text)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("`a`", "`c`", "no row 'c'"),
+        ("(DINO-I)", "(DINO)", r"no metric 'fidelity \(DINO\)'"),
+        ("2 · `a`", "2 · a", "names no row"),
+        ("report/scores.json", "none/scores.json", "holds no scores of a report"),
+    ],
+)
+def test_tables_that_name_what_is_not_there(report, before, after, message):
+    with pytest.raises(UserError, match=message):
+        fill(PAGE.replace(before, after), report)
+
+
+@pytest.mark.slow
+def test_what_could_have_been_shown_is_what_the_page_says():
+    text = (ROOT / "docs/results-tiny/README.md").read_text(encoding="utf-8")
+    eight, fifteen = re.search(
+        r"of about ([\d.]+) in CLIP-T in four of five cases, with fifteen about ([\d.]+)", text
+    ).groups()
+    runs = {run.name: run.scores for run in read_report(ROOT / "docs/results-tiny")}
+    found = {v.metric: v for v in difference_variances(runs["ico, dci"], runs["custom-diffusion, plain"])}
+    for concepts, said in ((8, eight), (15, fifteen)):
+        shown = smallest_shown(found["clip_t"], concepts, repetitions=100, resamples=300)
+        assert shown.difference == pytest.approx(float(said), rel=0.15)

@@ -15,7 +15,8 @@ CODE = """
 import ctypes, importlib, os, pkgutil, signal, sys
 # What we build on comes first: it sees the system as it is.
 for name in ("torch", "torchvision", "pytorch_lightning", "transformers", "open_clip", "filelock", "matplotlib.figure",
-             "submitit", "tqdm", "timm", "pytorch_lightning.loggers", "multiprocessing.connection", "pillow_heif"):
+             "submitit", "tqdm", "timm", "pytorch_lightning.loggers", "multiprocessing.connection", "pillow_heif",
+             "gradio", "diffusers"):
     importlib.import_module(name)
 for name in ("fcntl", "resource", "termios", "pwd", "grp"):
     sys.modules[name] = None

@@ -73,9 +73,9 @@ def installed(tmp_path_factory):
     programs = environment / ("Scripts" if os.name == "nt" else "bin")
     [packages] = [*environment.glob("lib/python3*/site-packages"), *environment.glob("Lib/site-packages")]
     [wheel] = place.glob("*.whl")
-    install = ["--python", programs / "python", "install", "--no-deps", "--no-index", wheel]
+    # pip would take what it finds of this clone, such as its egg-info on PYTHONPATH, for installed.
+    install = ["--python", programs / "python", "install", "--ignore-installed", "--no-deps", "--no-index", wheel]
     subprocess.run([*pip, *install], check=True)
-    # Only now: pip takes a package that it finds there, such as this clone's editable one, for installed.
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return programs
 

@@ -5,8 +5,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT
-from helpers import run_main
+from helpers import ROOT, run_main
 from PIL import Image
 
 from dci.finetuning import trainer

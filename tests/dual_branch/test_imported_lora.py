@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
 from foreign_models import lora_concept
+from helpers import ROOT
 from PIL import ImageChops
 
 from dci import Pipeline

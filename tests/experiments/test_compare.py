@@ -182,6 +182,7 @@ def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch,
         given.append(f"dataset.folder={published[suite['dataset']['kind']]}")
     if model:
         given[1] = f"training=[validation.every=0,model={OFFICIAL / model},checkpoint=WEIGHTS]"
+        given.append("sampling.clip=open_clip:ViT-B-32/openai")  # chooses auxiliary nouns; the tiny model has its own
     run_main("sweep.py", "--config", file, *given, "--dry-run")
     out = capfd.readouterr().out
     assert "cells are done" in out and "Estimate:" in out

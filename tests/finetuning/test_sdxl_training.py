@@ -221,7 +221,7 @@ def test_aspect_ratios_are_kept_in_every_family(images, tmp_path, capfd):
 
 def test_sizes_on_the_command_line_that_are_none(capfd):
     refused(run_here(capfd, "txt2img.py", "--prompt", "a cat", "--crop", "wide"), "--crop wide", "such as --crop 1024 768")
-    refused(run_here(capfd, "txt2img.py", "--prompt", "a cat", "--crop", 0, 0), "is not told an image's size")
+    refused(run_here(capfd, "txt2img.py", "--prompt", "a cat", "--crop", 0, 0), "has no condition on an image's size")
 
 
 def test_concepts_are_inspected_compressed_and_merged(run_folder, xl):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import tiny_models
 import torch
-from conftest import ROOT
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from helpers import ROOT
 from safetensors.torch import save_file
 from tiny_models import relative_error
 
@@ -138,7 +138,7 @@ def test_a_trajectory_equals_diffusers(theirs, ours, negative):
 
 
 def test_sizes_condition_no_other_family(tiny_base):
-    with pytest.raises(UserError, match="is not told an image's size"):
+    with pytest.raises(UserError, match="has no condition on an image's size"):
         text_to_image(tiny_base, "a dog", [0], SamplingOptions(2, height=64, width=64, crop=(0, 0)))
 
 

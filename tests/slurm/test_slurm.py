@@ -71,9 +71,19 @@ def info(job, name):
     return next(field.partition("=")[2] for field in fields if field.startswith(f"{name}="))
 
 
+def is_on_node(job):
+    """Whether the node still has a process of the job, which keeps it from being launched there again."""
+    step = f"slurmstepd: [{info(job, 'JobId')}."
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if file.read_text().startswith(step):
+                return True
+    return False
+
+
 def start_now(job, *changes):
-    """Requeued jobs wait for two minutes; the tests do not."""
-    wait_for("requeued", lambda: info(job, "JobState") == "PENDING")
+    """Requeued jobs wait for two minutes, in which their processes end; the tests do not wait as long."""
+    wait_for("requeued", lambda: info(job, "JobState") == "PENDING" and not is_on_node(job))
     output_of("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
 
 

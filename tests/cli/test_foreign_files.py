@@ -131,3 +131,24 @@ def test_what_is_missing_is_asked_for_by_the_programs_options(tiny_base, tmp_pat
     both = call("--class-noun", "cat", "--trigger", "my cat", *TINY, files=("lora", "mycat"))
     refused(both, "--trigger 'my cat': the files bring 1 learned tokens")
     refused(call("--class-noun", "cat,", *TINY), "--class-noun 'cat,': expected an ordinary word")
+
+
+def test_what_two_files_bring_alike_counts_once(finetuned, tmp_path, capfd):
+    """A LoRA with the tokens inside beside the tokens' own file; the same weights twice; two concepts at once."""
+    finetuned[1].save(tmp_path / "c.safetensors")
+    bundle = ("--to", "lora", "--bundle", "--name", "mymy", "--out", tmp_path)
+    run_main("export_concept.py", tmp_path / "c.safetensors", *bundle, *TINY)
+    lora, tokens = (next(tmp_path.rglob(name)) for name in ("mymy-lora.safetensors", "mymy.safetensors"))
+    out = ("--class-noun", "cat", *TINY, "--out", tmp_path / "back.safetensors")
+    run_main("import_concept.py", tokens, lora, *out)
+    assert "they are taken once" in capfd.readouterr().out
+    back = Concept.load(tmp_path / "back.safetensors")
+    torch.testing.assert_close(back.modifiers, finetuned[1].modifiers.float(), atol=1e-3, rtol=1e-3)
+    (tmp_path / "again.safetensors").write_bytes(lora.read_bytes())
+    refused(run_here(capfd, "import_concept.py", lora, tmp_path / "again.safetensors", *out), "would count twice")
+    state = {"model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": finetuned[1].keys_values[
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"]}  # fmt: skip
+    for name, factor in (("one", 1), ("two", 2)):
+        torch.save({"state_dict": {key: factor * value.float() for key, value in state.items()},
+                    "modifier_token": {"<new1>": torch.full((128,), float(factor))}}, tmp_path / f"{name}.ckpt")  # fmt: skip
+    refused(run_here(capfd, "import_concept.py", tmp_path / "one.ckpt", tmp_path / "two.ckpt", *out), "both replace")

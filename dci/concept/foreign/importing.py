@@ -13,6 +13,7 @@ from dci.concept.foreign.content import Content, joined
 from dci.concept.foreign.half import half
 from dci.concept.foreign.layers import PAIR, TEXT, UNET, Layers
 from dci.concept.foreign.opening import Opened, open_file, understand
+from dci.concept.foreign.repetition import without_repetition
 from dci.concept.modifier_tokens import ConceptName
 from ldm import tokenizer
 from ldm.checkpoint import fingerprint
@@ -73,8 +74,9 @@ def import_concept(
     layers = Layers.of(config or _told_by(opened))
     contents = [understand(each, layers, base, which) for each in opened]
     said = [f"{each.source}: {describe(content)}" for each, content in zip(opened, contents, strict=True)]
+    contents, repeated = without_repetition([each.source for each in opened], contents)
     content = joined(contents)
-    said += content.said
+    said += [*content.said, *repeated]
     names, facts = _names(content, class_noun, trigger), content.facts
     model = base() if identify or loaded else None
     concept = Concept(

@@ -6,18 +6,18 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh train
 
 run=outputs/quickstart-$(date +%Y-%m-%dT%H-%M-%S)
-echo "== 1/2 Learning the concept in data/concepts/lorry with ICO"
-python scripts/train_ico.py --config configs/train/ico-tiny.yaml --name lorry --logdir "$run/logs" \
-    data.images=data/concepts/lorry concept.class_noun=truck
-concept=$(ls -d "$run"/logs/*_lorry)/concept.safetensors
+echo "== 1/2 Learning the concept in data/concepts/cottage with ICO"
+python scripts/train_ico.py --config configs/train/ico-tiny.yaml --name cottage --logdir "$run/logs" \
+    data.images=data/concepts/cottage concept.class_noun=house
+concept=$(ls -d "$run"/logs/*_cottage)/concept.safetensors
 
 echo "== 2/2 Generating it in places that its images do not show, with DCI"
-for place in "in the snow" "in the forest" "at night" "in space"; do
-    echo "   a V* truck $place"
-    python scripts/sample_dci.py --concept "$concept" --prompt "a V* truck $place" --n-samples 4 --outdir "$run/images"
+for place in "on the beach" "in the desert" "in the forest" "in space"; do
+    echo "   a V* house $place"
+    python scripts/sample_dci.py --concept "$concept" --prompt "a V* house $place" --n-samples 4 --outdir "$run/images"
 done
 python scripts/contact_sheet.py "$run/images/samples" --columns 4 --scale 3 --out "$run/grid.png"
 
 echo
-echo "Done. Its reference images: data/concepts/lorry"
+echo "Done. Its reference images: data/concepts/cottage"
 echo "The new images: $run/images/samples, together in $run/grid.png (a row for each place)"

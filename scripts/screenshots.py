@@ -34,8 +34,8 @@ def main() -> None:
 
 def _wide(visit, out: Path) -> None:
     visit.page.set_default_timeout(900_000)
-    visit.choose("concept", "lorry (demo)")
-    visit.fill(Prompt="a V* truck at night", Lambda=1, Images=2)
+    visit.choose("concept", "cottage (demo)")
+    visit.fill(Prompt="a V* house on the beach", Lambda=1, Images=2)
     visit.draw()
     _picture(visit, out / "app-draw.webp", 900)
     visit.page.locator("#images [data-number]").last.click()
@@ -50,8 +50,8 @@ def _wide(visit, out: Path) -> None:
     visit.page.wait_for_selector("#use", timeout=900_000)
     _picture(visit, out / "app-learn.webp")
     visit.tab("Compare")
-    visit.choose("compared", "lorry (demo)")
-    visit.fill(Prompt="a V* truck at night", T_a="0.2, 0.4, 0.6", Lambda="0, 1, 2", Steps=20)
+    visit.choose("compared", "cottage (demo)")
+    visit.fill(Prompt="a V* house on the beach", T_a="0.2, 0.4, 0.6", Lambda="0, 1, 2", Steps=20)
     visit.page.click("#compare")
     visit.page.wait_for_selector("#plane svg", timeout=900_000)
     _picture(visit, out / "app-compare.webp")

@@ -123,6 +123,12 @@ def orientation_of(file: str | Path) -> int:
         return orientation(image)
 
 
+def size_of(file: str | Path) -> tuple[int, int]:
+    """Return the width and height that an image file claims, without decoding it."""
+    with _open(find(file)) as image:
+        return image.size
+
+
 def turn(image: Image.Image, marked: int) -> Image.Image:
     """Turn an image as its EXIF orientation says."""
     return image.transpose(_TURNS[marked]) if marked in _TURNS else image

@@ -15,7 +15,7 @@ from dci.files import make_new_folder
 from dci.finetuning.config import DataConfig
 from dci.finetuning.images import read_references
 from ldm.errors import UserError
-from ldm.image_files import read_file
+from ldm.image_files import read_file, size_of
 from ldm.images import list_images, to_images
 from ldm.masks import masks_of
 
@@ -102,11 +102,11 @@ def _check_pixels(file: Path) -> None:
 
 def _claimed(file: Path) -> int:
     try:
-        with Image.open(file) as image:
-            return image.width * image.height
+        width, height = size_of(file)
+        return width * height
     except Image.DecompressionBombError:
         return MOST_PIXELS + 1
-    except Exception:  # what is no image is told by the reader, in its words
+    except Exception:  # what cannot be opened here, the reader that opens it next refuses in its words
         return 0
 
 

@@ -11,6 +11,7 @@ from helpers import ROOT
 from PIL import Image
 
 from dci.app import jobs as queue
+from dci.app import reference_set
 from dci.app.jobs import Jobs
 from dci.app.reference_set import collect, keep, plain_name
 from ldm.errors import UserError
@@ -174,3 +175,14 @@ def test_giving_up_ends_what_was_pressed_before_and_nothing_after():
     for name in "abc":
         running.stop(name)
     assert not running.stopped("me", first)  # so many clients are remembered, and no more
+
+
+def test_a_claimed_size_counts_in_every_format(tmp_path, monkeypatch):
+    """HEIC is known to Pillow only once the reader has met it: its size is asked through the reader."""
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.heic")
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    monkeypatch.setattr(reference_set, "MOST_PIXELS", 64 * 64 - 1)
+    with pytest.raises(UserError, match="a.heic has more than"):
+        collect([tmp_path / "a.heic"], 64, False, tmp_path / "scratch")

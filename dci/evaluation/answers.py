@@ -67,8 +67,10 @@ def read_answers(file: str | Path) -> list[Answer]:
     for number, row in enumerate(table, start=2):
         found = Answer(**{name: row.get(name) or "" for name in _COLUMNS})
         if found.question not in QUESTIONS or found.answer not in SIDES:
-            raise UserError(f"{file}, line {number}: expected a question of {', '.join(QUESTIONS)} and one of "
-                            f"{', '.join(SIDES)}, not '{found.question}' and '{found.answer}'")  # fmt: skip
+            raise UserError(
+                f"{file}, line {number}: expected a question of {', '.join(QUESTIONS)} and one of "
+                f"{', '.join(SIDES)}, not '{found.question}' and '{found.answer}'"
+            )
         answers.append(found)
     return answers
 
@@ -105,10 +107,8 @@ def agreements(runs: Sequence[RunScores], answers: Iterable[Answer]) -> list[Agr
     found = []
     for question in QUESTIONS:
         for metric in (*(name for name in JUDGED_BY[question] if name in metrics), *ratings):
-            some = [
-                each for each in decided
-                if each[0].question == question and metric in each[1].values and metric in each[2].values
-            ]  # fmt: skip
+            asked = (each for each in decided if each[0].question == question)
+            some = [each for each in asked if metric in each[1].values and metric in each[2].values]
             if some:
                 found.append(Agreement(question, metric, _share([_agrees(*each, metric) for each in some], some)))
     return found
@@ -135,8 +135,10 @@ def _rows(answer: Answer, rows: dict[tuple[str, str], ImageScore]) -> tuple[Imag
     found = []
     for run, file in ((answer.left_run, answer.left_file), (answer.right_run, answer.right_file)):
         if (run, _place(file)) not in rows:
-            raise UserError(f"an answer is about {file} of '{run}', which the report does not have: give the runs the names "
-                            "that they had when they were rated")  # fmt: skip
+            raise UserError(
+                f"an answer is about {file} of '{run}', which the report does not have: give the runs the names "
+                "that they had when they were rated"
+            )
         found.append(rows[run, _place(file)])
     return found[0], found[1]
 

@@ -342,8 +342,10 @@ def _dreamsim(name: str, model: str, device: str) -> Encoder:
     if variant not in VARIANTS:
         variant, folder = "ensemble", model
     if not Path(folder).is_dir() or not folder:
-        raise UserError(f"the encoder {name}: no folder '{folder}' with the authors' weights: give dreamsim:FOLDER, or "
-                        f"dreamsim:NAME/FOLDER with one of {', '.join(VARIANTS)}")  # fmt: skip
+        raise UserError(
+            f"the encoder {name}: no folder '{folder}' with the authors' weights: give dreamsim:FOLDER, or "
+            f"dreamsim:NAME/FOLDER with one of {', '.join(VARIANTS)}"
+        )
     network = _frozen(load_dreamsim(variant, folder), device)
     return Encoder(f"DreamSim {variant}", prepare, network, network, None, f"squeezed to {SIZE} x {SIZE} px, bicubic")
 

@@ -41,8 +41,8 @@ class Pair:
     def answer(self, question: str, answer: str, rater: str, time: str) -> Answer:
         """Return an answer to be kept."""
         ours, theirs = self.left, self.right
-        return Answer(question, ours.concept, ours.prompt, ours.noise, ours.run, str(ours.file), theirs.run,
-                      str(theirs.file), answer, rater, time)  # fmt: skip
+        sides = (ours.run, str(ours.file), theirs.run, str(theirs.file))
+        return Answer(question, ours.concept, ours.prompt, ours.noise, *sides, answer, rater, time)
 
 
 def key_of(answer: Answer) -> tuple:

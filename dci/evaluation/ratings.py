@@ -31,8 +31,10 @@ def with_ratings(runs: Sequence[RunScores], file: str | Path) -> list[RunScores]
     known |= {("", place) for _, place in known}
     for run, place in ratings:
         if (run, place) not in known:
-            raise UserError(f"{file} rates {place} of {f'run {run}' if run else 'any run'}, which the report does not show: "
-                            "take its pictures.csv, and add columns")  # fmt: skip
+            raise UserError(
+                f"{file} rates {place} of {f'run {run}' if run else 'any run'}, which the report does not show: "
+                "take its pictures.csv, and add columns"
+            )
     return [_rated(run, ratings) for run in runs]
 
 

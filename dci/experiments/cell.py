@@ -209,9 +209,18 @@ def _request(options: SamplingConfig, prompts: list[str], noun: str | None):
     image = read_image(options.init_image) if options.init_image else None
     mask = read_mask(options.mask, image, options.init_image) if options.mask else None
     settings = solver_settings(options) | dual_settings(vars(options))
-    return Request(prompts, options.n_samples, dci=not options.no_dci, negative=options.negative_prompt, auxiliary_noun=noun,
-                   init_image=image, mask=mask, strength=options.strength, batch_size=options.batch_size,
-                   settings=settings)  # fmt: skip
+    return Request(
+        prompts,
+        options.n_samples,
+        dci=not options.no_dci,
+        negative=options.negative_prompt,
+        auxiliary_noun=noun,
+        init_image=image,
+        mask=mask,
+        strength=options.strength,
+        batch_size=options.batch_size,
+        settings=settings,
+    )
 
 
 def _init_facts(options: SamplingConfig, prepared) -> dict[str, Any]:

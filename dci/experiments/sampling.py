@@ -246,8 +246,8 @@ def check_prompts(options: SamplingConfig, prompts: Sequence[str], names: Sequen
 
 def solver_settings(options: SamplingConfig) -> dict[str, Any]:
     """Return the options of the sampler under their names in `ldm.text_to_image.SamplingOptions`."""
-    names = ("steps", "scale", "eta", "solver", "spacing", "zero_terminal_snr", "height", "width", "vae_tile", "vae_batch",
-             "seed")  # fmt: skip
+    course = ("steps", "scale", "eta", "solver", "spacing", "zero_terminal_snr")
+    names = (*course, "height", "width", "vae_tile", "vae_batch", "seed")
     settings = {name: getattr(options, name) for name in names}
     return settings | {name: tuple(sides) for name in ("original_size", "crop") if (sides := getattr(options, name))}
 

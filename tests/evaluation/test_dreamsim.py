@@ -47,8 +47,13 @@ def as_dino(model):
         for i in range(DEPTH):
             block = f"transformer.resblocks.{i}"
             whole[f"blocks.{i}.attn.qkv.{end}"] = state[f"{block}.attn.in_proj_{end}"]
-            for ours, theirs in (("norm1", "ln_1"), ("norm2", "ln_2"), ("attn.proj", "attn.out_proj"),
-                                 ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj")):  # fmt: skip
+            for ours, theirs in (
+                ("norm1", "ln_1"),
+                ("norm2", "ln_2"),
+                ("attn.proj", "attn.out_proj"),
+                ("mlp.fc1", "mlp.c_fc"),
+                ("mlp.fc2", "mlp.c_proj"),
+            ):
                 whole[f"blocks.{i}.{ours}.{end}"] = state[f"{block}.{theirs}.{end}"]
     return whole
 
@@ -56,8 +61,13 @@ def as_dino(model):
 def dino():
     """transformers' ViT, and its weights under DINO's names."""
     torch.manual_seed(2)
-    config = ViTConfig(hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=WIDTH // 64,
-                       intermediate_size=4 * WIDTH, layer_norm_eps=1e-6)  # fmt: skip
+    config = ViTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=WIDTH // 64,
+        intermediate_size=4 * WIDTH,
+        layer_norm_eps=1e-6,
+    )
     model = ViTModel(config, add_pooling_layer=False).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.05 * torch.randn(parameter.shape)
@@ -70,9 +80,13 @@ def under_dinos_names(state):
         "cls_token": state["embeddings.cls_token"],
         "pos_embed": state["embeddings.position_embeddings"],
     }
-    names = {"norm1": ("layernorm_before", "norm1"), "norm2": ("layernorm_after", "norm2"),
-             "attn.proj": ("attention.output.dense", "attention.o_proj"),
-             "mlp.fc1": ("intermediate.dense", "mlp.fc1"), "mlp.fc2": ("output.dense", "mlp.fc2")}  # fmt: skip
+    names = {
+        "norm1": ("layernorm_before", "norm1"),
+        "norm2": ("layernorm_after", "norm2"),
+        "attn.proj": ("attention.output.dense", "attention.o_proj"),
+        "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
+        "mlp.fc2": ("output.dense", "mlp.fc2"),
+    }
     for end in ("weight", "bias"):
         whole[f"patch_embed.proj.{end}"] = state[f"embeddings.patch_embeddings.projection.{end}"]
         whole[f"norm.{end}"] = state[f"layernorm.{end}"]
@@ -131,8 +145,10 @@ def published(tmp_path_factory):
             block.attn.in_proj_weight.copy_(tuned[f"blocks.{i}.attn.qkv.weight"])
         networks[name] = model
     model, state = dino()
-    torch.save({"teacher": {f"module.backbone.{key}": value for key, value in state.items()}, "epoch": 1},
-               folder / "dino_vitb16_pretrain.pth")  # fmt: skip
+    torch.save(
+        {"teacher": {f"module.backbone.{key}": value for key, value in state.items()}, "epoch": 1},
+        folder / "dino_vitb16_pretrain.pth",
+    )
     tuned = add_adapter(folder / "dino_vitb16_lora", state, 7)
     layers = model.encoder.layer if hasattr(model, "encoder") else model.layers
     for i, layer in enumerate(layers):
@@ -182,8 +198,10 @@ def test_a_bias_of_the_patches_goes_into_their_positions(published, tmp_path):
     add_adapter(tmp_path / "clip_vitb32_single_lora", state, 9)
     plain = load_dreamsim("clip_vitb32", tmp_path)
     positions[:, 1:] -= bias
-    torch.save({"state_dict": state | {"patch_embed.proj.bias": bias, "pos_embed": positions}},
-               tmp_path / "clip_vitb32_pretrain.pth.tar")  # fmt: skip
+    torch.save(
+        {"state_dict": state | {"patch_embed.proj.bias": bias, "pos_embed": positions}},
+        tmp_path / "clip_vitb32_pretrain.pth.tar",
+    )
     shifted, pixels = load_dreamsim("clip_vitb32", tmp_path), torch.rand(1, 3, 224, 224)
     with torch.inference_mode():
         torch.testing.assert_close(shifted.eval()(pixels), plain.eval()(pixels), rtol=1e-4, atol=1e-5)
@@ -233,11 +251,21 @@ def test_dinov2_is_timms(tmp_path):
         parameter += 0.05 * torch.randn(parameter.shape)
     model.save_pretrained(tmp_path)
     BitImageProcessor(
-        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, image_mean=[0.485, 0.456, 0.406],
+        size={"shortest_edge": 256},
+        crop_size={"height": 224, "width": 224},
+        image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
-    ).save_pretrained(tmp_path)  # fmt: skip
-    theirs = VisionTransformer(img_size=224, patch_size=14, embed_dim=WIDTH, depth=DEPTH, num_heads=2, num_classes=0,
-                               init_values=1.0, global_pool="token").eval()  # fmt: skip
+    ).save_pretrained(tmp_path)
+    theirs = VisionTransformer(
+        img_size=224,
+        patch_size=14,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=2,
+        num_classes=0,
+        init_values=1.0,
+        global_pool="token",
+    ).eval()
     state = model.state_dict()
     whole = under_dinos_names(state)
     for i in range(DEPTH):
@@ -245,9 +273,13 @@ def test_dinov2_is_timms(tmp_path):
             whole[f"blocks.{i}.{ours}"] = next(value for key, value in state.items() if key.endswith(f".{i}.{ways}"))
     theirs.load_state_dict(whole)
     encoder = load_encoder(f"dinov2:{tmp_path}", "instance")
-    published = transforms.Compose([
-        transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
-        transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ])  # fmt: skip
+    published = transforms.Compose(
+        [
+            transforms.Resize(256, interpolation=transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
     wide = image(320, 256)
     torch.testing.assert_close(encoder.image_features([wide]), theirs(published(wide)[None]), rtol=1e-3, atol=1e-3)

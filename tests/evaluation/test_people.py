@@ -141,9 +141,19 @@ def test_images_are_sent_by_number_and_as_they_are_read(served):
 
 
 @pytest.mark.parametrize(
-    "path", ["image/9/left", "image/0/other", "image/0/../left", "reference/0/99", "reference/0/-1", "etc/passwd",
-             "..%2f..%2fetc%2fpasswd", "image/0/left?x", "answers.csv"]
-)  # fmt: skip
+    "path",
+    [
+        "image/9/left",
+        "image/0/other",
+        "image/0/../left",
+        "reference/0/99",
+        "reference/0/-1",
+        "etc/passwd",
+        "..%2f..%2fetc%2fpasswd",
+        "image/0/left?x",
+        "answers.csv",
+    ],
+)
 def test_other_addresses_lead_nowhere(served, path):
     assert status(served[1] + path) == 404
 

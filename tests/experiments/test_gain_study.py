@@ -55,13 +55,24 @@ def test_rank_correlation_is_scipys():
 @pytest.fixture
 def suite(tmp_path):
     """A suite of four variants whose results are written by hand: ICO gains 0.1 in all, 0.3 more in the seen drawing."""
-    concepts = [{"name": f"{noun}-{variant}", "class_noun": noun, "images": str(ROOT / "data/concepts/cat")}
-                for noun in ("dog", "cake") for variant in ("usual", "seen")]  # fmt: skip
+    concepts = [
+        {"name": f"{noun}-{variant}", "class_noun": noun, "images": str(ROOT / "data/concepts/cat")}
+        for noun in ("dog", "cake")
+        for variant in ("usual", "seen")
+    ]
     vary = {"training.steps": [100, 400]}
-    methods = [{"name": name, "config": str(ROOT / f"configs/train/{name}-tiny.yaml"), "vary": vary}
-               for name in ("custom-diffusion", "ico")]  # fmt: skip
-    content = {"name": "s", "concepts": concepts, "methods": methods, "outdir": str(tmp_path / "out"),
-               "prompts": str(ROOT / "configs/sweep/tiny-prompts.txt"), "settings": [{"name": "plain"}]}  # fmt: skip
+    methods = [
+        {"name": name, "config": str(ROOT / f"configs/train/{name}-tiny.yaml"), "vary": vary}
+        for name in ("custom-diffusion", "ico")
+    ]
+    content = {
+        "name": "s",
+        "concepts": concepts,
+        "methods": methods,
+        "outdir": str(tmp_path / "out"),
+        "prompts": str(ROOT / "configs/sweep/tiny-prompts.txt"),
+        "settings": [{"name": "plain"}],
+    }
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(content))
     points = grid_points(load_suite(tmp_path / "suite.yaml"))
     for point in points:

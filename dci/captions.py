@@ -59,8 +59,9 @@ def _text(file: Path) -> str:
         utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return content.decode("utf-16" if utf_16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        warnings.warn(f"{file} is not UTF-8 text (byte {error.start}): what cannot be read is \ufffd; save it as UTF-8",
-                      stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{file} is not UTF-8 text (byte {error.start}): what cannot be read is \ufffd; save it as UTF-8", stacklevel=2
+        )
         return content.decode("utf-8-sig", errors="replace")
 
 

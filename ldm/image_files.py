@@ -20,10 +20,8 @@ from ldm.shipped import find
 
 _PHONES = (".heic", ".heif", ".hif", ".avif")
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_PHONES)
-UNSUPPORTED = (
-    ".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".exr", ".hdr", ".svg", ".eps", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw",
-    ".raw",
-)  # fmt: skip
+_RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw")
+UNSUPPORTED = (".jxl", ".jp2", ".tga", ".ppm", ".pgm", ".exr", ".hdr", ".svg", ".eps", ".psd", *_RAW)
 """Images too, but of formats that are not read here."""
 
 LARGEST = 2**26
@@ -33,9 +31,21 @@ _REFUSED = 2**30  # pixels above which a file is taken for an attack on the memo
 _TEXT = 2**29  # bytes of text that a file may carry beside its image
 _NARROW = 4095  # the largest value of 12 bits
 _UNREADABLE = (
-    UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, OverflowError,
-    ArithmeticError, EOFError, RuntimeError, MemoryError, struct.error, Image.DecompressionBombError,
-)  # fmt: skip
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    ArithmeticError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 """What damaged files make of their readers."""
 
 _TURNS = {

@@ -211,8 +211,8 @@ def _overrides(images: str, noun: str, steps: int, masked: bool) -> list[str]:
     """Options in place of the configuration's: about a hundred points of the curve, four sheets."""
     options = [f"data.images={images}", f"concept.class_noun={noun}", f"training.steps={steps}"]
     options += ["data.masked_loss=true"] if masked else []
-    return [*options, f"logging.every={max(1, steps // 100)}", f"validation.every={max(10, steps // 4)}",
-            "validation.n_samples=2"]  # fmt: skip
+    shown = [f"logging.every={max(1, steps // 100)}", f"validation.every={max(10, steps // 4)}", "validation.n_samples=2"]
+    return options + shown
 
 
 def _here(path: Path) -> str:

@@ -61,15 +61,24 @@ def run(main: Callable[[], None]) -> None:
             raise UserError(as_options(str(error))) from error
 
 
+_BRANCHES = ("agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights", "auxiliary_noun")
+_SOLVER = ("steps", "scale", "eta", "solver", "spacing", "seed", "zero_terminal_snr", "vae_tile", "vae_batch", "shard")
+_IMAGES = ("init_image", "mask", "strength", "batch_size", "original_size", "crop")
+_MODEL = ("model", "checkpoint", "vae", "ema", "clip")
+_CONCEPT = ("concept", "class_noun", "trigger", "strength_concept", "rank", "energy", "bundle")
 _OPTIONS = {
-    "height": "H", "width": "W", "layers": "dci-layers", "negative": "negative-prompt", "n": "n-samples",
-    **{name: name.replace("_", "-") for name in (
-        "agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights", "auxiliary_noun",
-        "steps", "scale", "eta", "solver", "spacing", "seed", "zero_terminal_snr", "vae_tile", "vae_batch", "init_image",
-        "mask", "strength", "batch_size", "model", "checkpoint", "vae", "ema", "original_size", "crop", "clip", "shard",
-        "concept", "class_noun", "trigger", "strength_concept", "rank", "energy", "bundle")},
-    "loras": "lora", "which": "weights", "words": "name", "as_folder": "folder", "most_megabytes": "max-mb",
-}  # fmt: skip
+    "height": "H",
+    "width": "W",
+    "layers": "dci-layers",
+    "negative": "negative-prompt",
+    "n": "n-samples",
+    **{name: name.replace("_", "-") for name in (*_BRANCHES, *_SOLVER, *_IMAGES, *_MODEL, *_CONCEPT)},
+    "loras": "lora",
+    "which": "weights",
+    "words": "name",
+    "as_folder": "folder",
+    "most_megabytes": "max-mb",
+}
 """Options of the programs, by their names in Python."""
 
 
@@ -100,14 +109,23 @@ def add_sampling_options(parser: Parser) -> None:
     seeds.add_argument("--seeds", type=whole_numbers, metavar="A,B-C", help="several seeds, such as 0,1,2 or 0-7")
     parser.add_argument("--H", type=positive, metavar="PIXELS", help="height (default: the model's)")
     parser.add_argument("--W", type=positive, metavar="PIXELS", help="width (default: the model's)")
-    parser.add_argument("--original-size", nargs="+", metavar="PIXELS", help="SDXL: height and width of the image as it "
-                        "were before it was resized (default: that of the image)")  # fmt: skip
+    parser.add_argument(
+        "--original-size",
+        nargs="+",
+        metavar="PIXELS",
+        help="SDXL: height and width of the image as it were before it was resized (default: that of the image)",
+    )
     parser.add_argument("--crop", nargs="+", metavar="PIXELS", help="SDXL: top and left of what were cut off (default: 0 0)")
     parser.add_argument("--outdir", help="folder for the images, and to go on in (default: a new one in outputs/)")
     parser.add_argument("--shard", type=share, default=(1, 1), metavar="K/N", help="make share K of N, from 1/N to N/N")
 
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:0.8]",
-                        help="put a LoRA (a style) on the base model, with a strength; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:0.8]",
+        help="put a LoRA (a style) on the base model, with a strength; may be repeated",
+    )
 
     group = parser.add_argument_group("solver")
     group.add_argument("--solver", help="ddim, plms, dpm++2m, dpm++2m-karras, euler, euler-a (default: the model's)")

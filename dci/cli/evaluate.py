@@ -55,8 +55,12 @@ def arguments():
         "machine and no encoder is tiny, or else as --instance)",
     )
     group.add_argument("--clip-t-w2.5", action="store_true", help="add Custom Diffusion's text score, 2.5 max(cos, 0)")
-    group.add_argument("--object-only", action="store_true", help="CLIP-I and DINO-I see what the masks beside references "
-                       "and images mark (NAME.mask.png), on white; images without a mask count whole")  # fmt: skip
+    group.add_argument(
+        "--object-only",
+        action="store_true",
+        help="CLIP-I and DINO-I see what the masks beside references and images mark (NAME.mask.png), on white; "
+        "images without a mask count whole",
+    )
     group.add_argument("--offline", action="store_true", help="never ask a hub, take what is on this machine")
 
     group = parser.add_argument_group("statistics and machine")

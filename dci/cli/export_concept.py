@@ -24,8 +24,11 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=positive, help="lora: of each change; its error is printed (default: exact)")
     parser.add_argument("--out", metavar="FOLDER", help="where the files go (default: NAME-FORMAT)")
-    parser.add_argument("--name", help="the word for the concept there, and the files' (default: my and the class noun); of "
-                        "several concepts with commas")  # fmt: skip
+    parser.add_argument(
+        "--name",
+        help="the word for the concept there, and the files' (default: my and the class noun); "
+        "of several concepts with commas",
+    )
     parser.add_argument("--bundle", action="store_true", help="lora, diff: the tokens into the weights' file too")
     parser.add_argument("--folder", action="store_true", help="checkpoint: a diffusers folder, not a single file")
     parser.add_argument("--model", help="base model (default: the concept's own)")

@@ -74,8 +74,9 @@ def add_concept_options(parser: Parser) -> None:
     file = "the concept.safetensors that training wrote, or another program's files (docs/formats.md)"
     parser.add_argument("--concept", required=True, nargs="+", action="extend", metavar="FILE", help=file)
     parser.add_argument("--class-noun", help="of another program's files: the ordinary word for the concept, such as dog")
-    parser.add_argument("--trigger", metavar="WORD", help="of another program's files: the words for it, where no token was "
-                        "learned")  # fmt: skip
+    parser.add_argument(
+        "--trigger", metavar="WORD", help="of another program's files: the words for it, where no token was learned"
+    )
     strength = "factor on the concept's change of the weights (default 1; 0 leaves its tokens alone)"
     parser.add_argument("--strength-concept", type=number, default=1.0, metavar="0..1.5", help=strength)
 
@@ -176,5 +177,14 @@ def request_of(args: argparse.Namespace, prompts: list[str], **more):
         raise UserError("mask= needs an image to start from: give it as init_image=")
     mask = read_mask(args.mask, image, args.init_image) if args.mask else None
     settings = sampling_arguments(args) | more.pop("settings", {})
-    return Request(prompts, args.n_samples, negative=args.negative_prompt, init_image=image, mask=mask,
-                   strength=args.strength, batch_size=args.batch_size, settings=settings, **more)  # fmt: skip
+    return Request(
+        prompts,
+        args.n_samples,
+        negative=args.negative_prompt,
+        init_image=image,
+        mask=mask,
+        strength=args.strength,
+        batch_size=args.batch_size,
+        settings=settings,
+        **more,
+    )

@@ -19,8 +19,9 @@ def arguments():
         "folders", nargs="+", metavar="[NAME=]FOLDER", help="two or more folders with samples/ and prompts.json, or a grid's"
     )
     parser.add_argument("--answers", default="answers.csv", metavar="CSV", help="keeps the answers (default answers.csv)")
-    parser.add_argument("--references", nargs="+", type=Path, default=[], metavar="FOLDER", help="the concept's images "
-                        "(default: recorded)")  # fmt: skip
+    parser.add_argument(
+        "--references", nargs="+", type=Path, default=[], metavar="FOLDER", help="the concept's images (default: recorded)"
+    )
     parser.add_argument("--rater", metavar="NAME", help="a name that goes with the answers; each has questions of their own")
     parser.add_argument("--most", type=positive, metavar="N", help="pairs at most, chosen by chance (default: all)")
     parser.add_argument("--seed", type=seed, default=0, help="of the pairs' order and sides (default 0)")

@@ -21,8 +21,12 @@ def arguments():
     parser.add_argument("--config", required=True, help="a file of configs/eval/ or configs/sweep/, or one of your own")
     parser.add_argument("--only", metavar="PATTERN", help="some cells: concept/method/seed/setting, * for any")
     parser.add_argument("--dry-run", action="store_true", help="show the jobs, the number of images and an estimate")
-    parser.add_argument("--tflops", type=number, metavar="RATE", help="with --dry-run: estimate for GPUs of this dense bf16 "
-                        "rate (A100 312, H100 798), not for this machine")  # fmt: skip
+    parser.add_argument(
+        "--tflops",
+        type=number,
+        metavar="RATE",
+        help="with --dry-run: estimate for GPUs of this dense bf16 rate (A100 312, H100 798), not for this machine",
+    )
     parser.add_argument("--status", action="store_true", help="show the state of each cell")
     parser.add_argument("--no-wait", action="store_true", help="slurm: leave when the jobs are in the queue")
     parser.add_argument("--choose", action="store_true", help="when all is done, say which variant of each method is best")

@@ -73,8 +73,13 @@ def _parser() -> Parser:
     parser.add_argument("--model", help="base model: YAML, weights' file, diffusers folder or hub id (model=...)")
     parser.add_argument("--checkpoint", "--ckpt", help="weights in place of the model's own (checkpoint=...)")
     parser.add_argument("--vae", help="autoencoder in place of the model's own (vae=...)")
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:0.8]",
-                        help="put a LoRA (a style) on the base model first; may be repeated (loras=[...])")  # fmt: skip
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:0.8]",
+        help="put a LoRA (a style) on the base model first; may be repeated (loras=[...])",
+    )
     add_rank_options(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="options in place of the file's")
     return parser

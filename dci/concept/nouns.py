@@ -6,12 +6,19 @@ from ldm import tokenizer
 from ldm.errors import UserError
 
 _IRREGULAR = {
-    "child": "children", "foot": "feet", "goose": "geese", "louse": "lice", "man": "men", "mouse": "mice", "ox": "oxen",
-    "person": "people", "tooth": "teeth",
-}  # fmt: skip
+    "child": "children",
+    "foot": "feet",
+    "goose": "geese",
+    "louse": "lice",
+    "man": "men",
+    "mouse": "mice",
+    "ox": "oxen",
+    "person": "people",
+    "tooth": "teeth",
+}
 _ALIKE = ("aircraft", "deer", "fish", "moose", "salmon", "sheep", "shrimp", "squid", "swine", "trout")
-_VES = ("calf", "elf", "half", "hoof", "knife", "leaf", "life", "loaf", "scarf", "self", "sheaf", "shelf", "thief", "wife",
-        "wolf")  # fmt: skip
+_IN_F = ("calf", "elf", "half", "hoof", "leaf", "loaf", "scarf", "self", "sheaf", "shelf", "thief", "wolf")
+_IN_FE = ("knife", "life", "wife")
 _OES = ("buffalo", "domino", "echo", "hero", "mango", "mosquito", "potato", "tomato", "tornado", "volcano")
 
 # Sounds that spelling hides: a unicorn, a ewe, a one-eyed cat; an hourglass, an heirloom.
@@ -43,7 +50,7 @@ def plurals(noun: str) -> list[str]:
         found.append(low[:-3] + "men")
     if low in _ALIKE or not low:
         found.append(low)
-    if low in _VES:
+    if low in (*_IN_F, *_IN_FE):
         found.append(low.removesuffix("e")[:-1] + "ves")
     if re.search(r"[^aeiou]y$", low):
         found.append(low[:-1] + "ies")
@@ -70,8 +77,8 @@ def spellings(noun: str) -> str:
 def as_learned(noun: str, written: str) -> str:
     """Return a noun as its prompts were learned with, in the number in which it is written."""
     parts = re.split(r"[\s_-]+", noun)
-    last = re.search(rf"(?:{'|'.join(map(re.escape, sorted([parts[-1], *plurals(parts[-1])], key=len, reverse=True)))})$",
-                     written, re.IGNORECASE)  # fmt: skip
+    numbers = sorted([parts[-1], *plurals(parts[-1])], key=len, reverse=True)
+    last = re.search(rf"(?:{'|'.join(map(re.escape, numbers))})$", written, re.IGNORECASE)
     return noun[: len(noun) - len(parts[-1])] + last.group() if last else noun
 
 

@@ -20,37 +20,94 @@ _CLIP = "ldm.modules.encoders.modules.FrozenCLIPEmbedder"
 _OPENCLIP = "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"
 
 TRAINING_ONLY = {
-    _LATENT_DIFFUSION: {"base_learning_rate", "num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_key",
-                        "cond_stage_trainable", "monitor", "use_ema", "scheduler_config", "personalization_config",
-                        "ignore_keys", "load_only_unet", "loss_type", "unfreeze_model", "model_lr", "l_simple_weight",
-                        "original_elbo_weight", "v_posterior", "learn_logvar", "logvar_init", "clip_denoised",
-                        "use_positional_encodings", "concat_mode", "ucg_training", "make_it_fit",
-                        "cond_stage_forward", "reset_ema", "reset_num_ema_updates"},
-    _UNET: {"image_size", "use_checkpoint", "use_fp16", "use_bf16", "legacy", "use_new_attention_order",
-            "num_heads_upsample"},
+    _LATENT_DIFFUSION: {
+        "base_learning_rate",
+        "num_timesteps_cond",
+        "log_every_t",
+        "first_stage_key",
+        "cond_stage_key",
+        "cond_stage_trainable",
+        "monitor",
+        "use_ema",
+        "scheduler_config",
+        "personalization_config",
+        "ignore_keys",
+        "load_only_unet",
+        "loss_type",
+        "unfreeze_model",
+        "model_lr",
+        "l_simple_weight",
+        "original_elbo_weight",
+        "v_posterior",
+        "learn_logvar",
+        "logvar_init",
+        "clip_denoised",
+        "use_positional_encodings",
+        "concat_mode",
+        "ucg_training",
+        "make_it_fit",
+        "cond_stage_forward",
+        "reset_ema",
+        "reset_num_ema_updates",
+    },
+    _UNET: {
+        "image_size",
+        "use_checkpoint",
+        "use_fp16",
+        "use_bf16",
+        "legacy",
+        "use_new_attention_order",
+        "num_heads_upsample",
+    },
     SGM_UNET: {"use_checkpoint", "use_fp16", "legacy", "spatial_transformer_attn_type", "image_size"},
     _AUTOENCODER: {"monitor", "lossconfig", "ckpt_path", "ignore_keys", "image_key", "colorize_nlabels"},
     "ddconfig": {"resolution"},
     _CLIP: {"device", "freeze"},
     _OPENCLIP: {"device", "freeze", "version"},
-}  # fmt: skip
+}
 """By target, the keys that change nothing in a trained model."""
 
 REQUIRED: dict[str, dict[str, Any]] = {
-    _LATENT_DIFFUSION: {"conditioning_key": "crossattn", "beta_schedule": "linear", "scale_by_std": False,
-                        "cosine_s": 8e-3, "given_betas": None, "num_timesteps_cond": 1},
-    _UNET: {"use_spatial_transformer": True, "dropout": 0, "conv_resample": True, "dims": 2, "num_classes": None,
-            "use_scale_shift_norm": False, "resblock_updown": False, "n_embed": None, "disable_self_attentions": None,
-            "num_attention_blocks": None, "disable_middle_self_attn": False, "adm_in_channels": None},
-    SGM_UNET: {"use_spatial_transformer": True, "dropout": 0, "conv_resample": True, "dims": 2, "num_classes": "sequential",
-               "use_scale_shift_norm": False, "resblock_updown": False, "disable_self_attentions": None,
-               "num_attention_blocks": None, "disable_middle_self_attn": False, "transformer_depth_middle": None},
+    _LATENT_DIFFUSION: {
+        "conditioning_key": "crossattn",
+        "beta_schedule": "linear",
+        "scale_by_std": False,
+        "cosine_s": 8e-3,
+        "given_betas": None,
+        "num_timesteps_cond": 1,
+    },
+    _UNET: {
+        "use_spatial_transformer": True,
+        "dropout": 0,
+        "conv_resample": True,
+        "dims": 2,
+        "num_classes": None,
+        "use_scale_shift_norm": False,
+        "resblock_updown": False,
+        "n_embed": None,
+        "disable_self_attentions": None,
+        "num_attention_blocks": None,
+        "disable_middle_self_attn": False,
+        "adm_in_channels": None,
+    },
+    SGM_UNET: {
+        "use_spatial_transformer": True,
+        "dropout": 0,
+        "conv_resample": True,
+        "dims": 2,
+        "num_classes": "sequential",
+        "use_scale_shift_norm": False,
+        "resblock_updown": False,
+        "disable_self_attentions": None,
+        "num_attention_blocks": None,
+        "disable_middle_self_attn": False,
+        "transformer_depth_middle": None,
+    },
     _AUTOENCODER: {},
-    "ddconfig": {"double_z": True, "attn_resolutions": [], "dropout": 0, "resamp_with_conv": True,
-                 "use_linear_attn": False},
+    "ddconfig": {"double_z": True, "attn_resolutions": [], "dropout": 0, "resamp_with_conv": True, "use_linear_attn": False},
     _CLIP: {"version": "openai/clip-vit-large-patch14", "layer": "last", "layer_idx": None, "max_length": 77},
     _OPENCLIP: {"arch": "ViT-H-14", "max_length": 77},
-}  # fmt: skip
+}
 """By target, the keys with one value that our networks are built for; it is also what leaving them out means."""
 
 
@@ -162,8 +219,8 @@ def read_unet(section: dict[str, Any], place: str, target: str, source: str | Pa
     if (heads == -1) == (width == -1):
         raise UserError(f"{source}: {place}.params: expected either num_heads or num_head_channels")
     shape = {"num_heads": heads} if width == -1 else {"num_head_channels": width}
-    names = ("in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions", "channel_mult",
-             "context_dim")  # fmt: skip
+    widths = ("in_channels", "out_channels", "model_channels")
+    names = (*widths, "num_res_blocks", "attention_resolutions", "channel_mult", "context_dim")
     missing = [name for name in names if name not in read.left]
     if missing:
         raise UserError(f"{source} lacks {place}.params.{missing[0]}")

@@ -20,10 +20,17 @@ _CLASSES = {
     "tokenizer": ["transformers", "CLIPTokenizer"],
     "scheduler": ["diffusers", "DDIMScheduler"],
 }
-_ONE = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, "safety_checker": [None, None],
-        "feature_extractor": [None, None]}  # fmt: skip
-_TWO = {"_class_name": "StableDiffusionXLPipeline", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"]}  # fmt: skip
+_ONE = {
+    "_class_name": "StableDiffusionPipeline",
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+}
+_TWO = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
 
 
 def write_folder(state: dict[str, Tensor], config: ModelConfig, folder: Path) -> None:
@@ -171,8 +178,14 @@ def write_tokenizer(folder: Path, text: TextEncoderConfig) -> None:
     merges = json.loads(clip.to_str())["model"]["merges"]
     lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
-    ends = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-            "pad_token": _padding(text)[0]}  # fmt: skip
+    ends = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": _padding(text)[0],
+    }
     _write(folder / "special_tokens_map.json", ends)
-    _write(folder / "tokenizer_config.json", {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True,
-                                              "model_max_length": text.max_length, **ends})  # fmt: skip
+    _write(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "model_max_length": text.max_length, **ends},
+    )

@@ -19,17 +19,47 @@ SECOND = "text_encoder_2"  # of SDXL
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 # What our networks are built like; a folder that says otherwise holds another architecture. Left out: the default.
-_UNET = {"act_fn": "silu", "norm_num_groups": 32, "norm_eps": 1e-5, "freq_shift": 0, "flip_sin_to_cos": True,
-         "downsample_padding": 1, "mid_block_scale_factor": 1, "center_input_sample": False, "conv_in_kernel": 3,
-         "conv_out_kernel": 3, "dual_cross_attention": False, "only_cross_attention": False, "class_embed_type": None,
-         "encoder_hid_dim": None, "encoder_hid_dim_type": None, "num_class_embeds": None,
-         "num_attention_heads": None, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-         "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None, "time_cond_proj_dim": None,
-         "mid_block_type": "UNetMidBlock2DCrossAttn", "reverse_transformer_layers_per_block": None,
-         "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "class_embeddings_concat": False,
-         "mid_block_only_cross_attention": None, "cross_attention_norm": None}  # fmt: skip
-_VAE = {"act_fn": "silu", "shift_factor": None, "latents_mean": None, "latents_std": None, "use_quant_conv": True,
-        "use_post_quant_conv": True, "mid_block_add_attention": True}  # fmt: skip
+_UNET = {
+    "act_fn": "silu",
+    "norm_num_groups": 32,
+    "norm_eps": 1e-5,
+    "freq_shift": 0,
+    "flip_sin_to_cos": True,
+    "downsample_padding": 1,
+    "mid_block_scale_factor": 1,
+    "center_input_sample": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "dual_cross_attention": False,
+    "only_cross_attention": False,
+    "class_embed_type": None,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "num_class_embeds": None,
+    "num_attention_heads": None,
+    "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "time_embedding_act_fn": None,
+    "timestep_post_act": None,
+    "time_cond_proj_dim": None,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "reverse_transformer_layers_per_block": None,
+    "resnet_skip_time_act": False,
+    "resnet_out_scale_factor": 1.0,
+    "class_embeddings_concat": False,
+    "mid_block_only_cross_attention": None,
+    "cross_attention_norm": None,
+}
+_VAE = {
+    "act_fn": "silu",
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
 _TEXT = {"layer_norm_eps": 1e-5}
 _SCHEDULER = {"beta_schedule": "scaled_linear", "trained_betas": None}
 
@@ -276,8 +306,9 @@ def _text_encoder(folder: Path, suffix: str = "") -> TextEncoderConfig:
     _check_tokenizer(folder / f"tokenizer{suffix}", "!" if kind == "openclip" else "<|endoftext|>")
     vocabulary = content.get("vocab_size", tokenizer.VOCAB_SIZE)
     if vocabulary != tokenizer.VOCAB_SIZE:
-        raise UserError(f"{file}: vocab_size={vocabulary}: expected {tokenizer.VOCAB_SIZE}; models with added tokens "
-                        "are not supported")  # fmt: skip
+        raise UserError(
+            f"{file}: vocab_size={vocabulary}: expected {tokenizer.VOCAB_SIZE}; models with added tokens are not supported"
+        )
     return TextEncoderConfig(
         kind=kind,
         width=_get(file, content, "hidden_size"),

@@ -31,6 +31,21 @@ _HARMLESS = {
 """Names that checkpoints carry besides and that are replaced as well: nothing of theirs is needed."""
 
 _MAPPINGS = ("AttributeDict", "defaultdict")  # the unpickler fills mappings of its own types alone
+_DAMAGED: tuple[type[Exception], ...] = (
+    EOFError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    UnicodeError,
+    OverflowError,
+    MemoryError,
+)
+"""What a damaged file makes of the reader."""
+
 _LEGACY_PICKLES = 5  # of a file from before torch 1.6: magic number, version, system, content, storage keys
 
 
@@ -73,9 +88,7 @@ def read_pickled(file: str | Path) -> Any:
         raise
     except pickle.UnpicklingError as error:
         raise UserError(f"{file} holds more than tensors and containers, nothing of it was run ({_first(error)})") from error
-    except (EOFError, zipfile.BadZipFile, RuntimeError, ValueError, LookupError, TypeError, AttributeError,
-            AssertionError, UnicodeError, OverflowError, MemoryError) as error:  # fmt: skip
-        # Whatever a damaged file makes of the reader, it is the file's fault.
+    except _DAMAGED as error:
         raise UserError(f"{file} is not a whole checkpoint ({_first(error)}): fetch or make it anew") from error
 
 

@@ -26,9 +26,22 @@ _SCALINGS = {
 }
 
 _PARTS = ("network_config", "conditioner_config", "first_stage_config", "denoiser_config")
-_IGNORED = {"disable_first_stage_autocast", "scale_factor", "ckpt_path", "sampler_config", "loss_fn_config", "input_key",
-            "optimizer_config", "scheduler_config", "use_ema", "ema_decay_rate", "log_keys", "no_cond_log",
-            "compile_model", "network_wrapper"}  # fmt: skip
+_IGNORED = {
+    "disable_first_stage_autocast",
+    "scale_factor",
+    "ckpt_path",
+    "sampler_config",
+    "loss_fn_config",
+    "input_key",
+    "optimizer_config",
+    "scheduler_config",
+    "use_ema",
+    "ema_decay_rate",
+    "log_keys",
+    "no_cond_log",
+    "compile_model",
+    "network_wrapper",
+}
 """Of the engine: what is read by itself, or changes nothing in a trained model."""
 
 _EMBEDDERS: list[tuple[str, str, dict[str, Any]]] = [

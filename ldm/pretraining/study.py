@@ -9,8 +9,16 @@ from ldm.pretraining.artwork import HELD_OUT, NOUNS, PAINTED, colourise, load_de
 from ldm.pretraining.scenes import PLACES
 from ldm.pretraining.world import SIZES, USUAL_SIZE, paste
 
-DRAWINGS = {"dog": "poodle", "rabbit": "rabbit-running", "fish": "fish-tropical", "house": "house-garden", "truck": "lorry",
-            "shoe": "boot", "bear": "teddy", "cake": "cake-birthday"}  # fmt: skip
+DRAWINGS = {
+    "dog": "poodle",
+    "rabbit": "rabbit-running",
+    "fish": "fish-tropical",
+    "house": "house-garden",
+    "truck": "lorry",
+    "shoe": "boot",
+    "bear": "teddy",
+    "cake": "cake-birthday",
+}
 """Noun -> its drawing of HELD_OUT."""
 
 VARIANTS = ("usual", "seen", "painted", "small", "large")

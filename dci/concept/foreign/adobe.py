@@ -103,8 +103,11 @@ def write_bin(weights: dict[str, Tensor], tokens: dict[str, Tensor], layers: Lay
         tokens: name of each modifier token -> its embedding (d,).
     """
     theirs = {place.name: name for name, place in layers.unet.items()}
-    unet = {f"{theirs[layer_of(name)]}.{name.rpartition('.')[2]}": _single(weight)
-            for name, weight in weights.items() if ".attn2." in name}  # fmt: skip
+    unet = {
+        f"{theirs[layer_of(name)]}.{name.rpartition('.')[2]}": _single(weight)
+        for name, weight in weights.items()
+        if ".attn2." in name
+    }
     return {"unet": unet, "modifier_token": {name: _parts(row, layers) for name, row in tokens.items()}}
 
 

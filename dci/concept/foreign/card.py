@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from dci.concept.foreign.export import Export
 
 CARD = "README.md"
-_FAMILIES = {"sd-v1": "Stable Diffusion 1.x", "sd-v2": "Stable Diffusion 2.x", "sd-v2-v": "Stable Diffusion 2.x (v)",
-             "sdxl": "Stable Diffusion XL"}  # fmt: skip
+_FAMILIES = {
+    "sd-v1": "Stable Diffusion 1.x",
+    "sd-v2": "Stable Diffusion 2.x",
+    "sd-v2-v": "Stable Diffusion 2.x (v)",
+    "sdxl": "Stable Diffusion XL",
+}
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,20 @@ class Card:
         if self.rank:
             lost += [line[0].upper() + line[1:] + "." for line in self.done.said[:1]]
         if self.done.left:
-            lost += [f"The changes of {len(self.done.left)} weights, which this format has no place for: "
-                     f"{', '.join(sorted(self.done.left)[:3])}{', ...' if len(self.done.left) > 3 else ''}."]  # fmt: skip
+            lost += [
+                f"The changes of {len(self.done.left)} weights, which this format has no place for: "
+                f"{', '.join(sorted(self.done.left)[:3])}{', ...' if len(self.done.left) > 3 else ''}."
+            ]
         return lost
 
     def _programs(self) -> str:
-        parts = {"lora": (self._webui, self._comfy, self._diffusers_lora, self._sd_scripts),
-                 "diff": (self._webui, self._comfy), "diffusers": (self._diffusers_custom,), "adobe": (self._adobe,),
-                 "checkpoint": (self._webui, self._comfy, self._diffusers_model)}  # fmt: skip
+        parts = {
+            "lora": (self._webui, self._comfy, self._diffusers_lora, self._sd_scripts),
+            "diff": (self._webui, self._comfy),
+            "diffusers": (self._diffusers_custom,),
+            "adobe": (self._adobe,),
+            "checkpoint": (self._webui, self._comfy, self._diffusers_model),
+        }
         return "\n".join(part() for part in parts[self.to])
 
     @property

@@ -105,8 +105,8 @@ def export(
         _WRITERS[to](done)
     _tokens(done)
     if done.left:
-        done.said.append(f"left out, for this format cannot carry them: {', '.join(sorted(done.left)[:3])}"
-                         + (f" and {len(done.left) - 3} more" if len(done.left) > 3 else ""))  # fmt: skip
+        more = f" and {len(done.left) - 3} more" if len(done.left) > 3 else ""
+        done.said.append(f"left out, for this format cannot carry them: {', '.join(sorted(done.left)[:3])}{more}")
     done.write(CARD, Card(done, to, rank, bundle, as_folder).text().encode(errors="backslashreplace"))
     return done
 

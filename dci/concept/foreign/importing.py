@@ -101,8 +101,10 @@ def import_concept(
 def describe(content: Content) -> str:
     """Say what a file holds, in one line."""
     changed = [*content.weights, *content.low_rank, *content.changes]
-    places = Counter("UNet" if name.startswith(UNET) else "text encoder" if name.startswith((TEXT, *PAIR)) else "autoencoder"
-                     for name in changed)  # fmt: skip
+    places = Counter(
+        "UNet" if name.startswith(UNET) else "text encoder" if name.startswith((TEXT, *PAIR)) else "autoencoder"
+        for name in changed
+    )
     parts = [f"{number} weights of the {place}" for place, number in places.items()]
     ranks = {change.u.shape[1] for change in content.low_rank.values()}
     if ranks:
@@ -136,8 +138,11 @@ def _widths(opened: Opened) -> set[int]:
     named = {name: value for name, value in tensors.items() if isinstance(value, Tensor) and value.ndim > 1}
     ups = (".lora_up.", ".lora_B.", ".lora.up.", "_lora.up.")
     keys = ("attn2.to_k", "attn2_to_k", "attn2.to_v", "attn2_to_v", "attn2.processor.to_k", "attn2.processor.to_v")
-    found = {value.shape[1] for name, value in named.items()
-             if any(key in name for key in keys) and not any(up in name for up in ups)}  # fmt: skip
+    found = {
+        value.shape[1]
+        for name, value in named.items()
+        if any(key in name for key in keys) and not any(up in name for up in ups)
+    }
     inner = content.get("string_to_param")
     rows = inner.values() if isinstance(inner, dict) else tensors.values() if len(tensors) < 10 else ()
     return found or {value.shape[-1] for value in rows if isinstance(value, Tensor) and value.ndim in (1, 2)}
@@ -161,8 +166,10 @@ def _names(content: Content, class_noun: str | None, trigger: str | None) -> tup
     groups = [len(rows) for rows in content.tokens] if len(content.tokens) == len(nouns) else [1] * number
     groups = [number] if len(nouns) == 1 else groups
     if len(groups) != len(nouns):
-        raise UserError(f"class_noun '{noun}': {len(nouns)} concepts, but {number} learned tokens: give one noun for all of "
-                        "them, or one for each")  # fmt: skip
+        raise UserError(
+            f"class_noun '{noun}': {len(nouns)} concepts, but {number} learned tokens: give one noun for all of "
+            "them, or one for each"
+        )
     numbered = iter(range(1, number + 1))
     return tuple(
         ConceptName(tuple(f"<new{next(numbered)}>" for _ in range(n)), noun) for n, noun in zip(groups, nouns, strict=True)
@@ -172,13 +179,16 @@ def _names(content: Content, class_noun: str | None, trigger: str | None) -> tup
 def _trigger(content: Content, noun: str, trigger: str | None) -> str:
     """Return the words that stand for a concept without learned tokens, those that were given first."""
     if not trigger and content.facts.get("tokens", "0") != "0":
-        raise UserError(f"the concept's {content.facts['tokens']} learned tokens lie in a file of their own: give it too, "
-                        "beside the weights")  # fmt: skip
+        raise UserError(
+            f"the concept's {content.facts['tokens']} learned tokens lie in a file of their own: give it too, "
+            "beside the weights"
+        )
     words = " ".join((trigger or content.trigger.partition(",")[0]).split())
     words = words.removesuffix(noun).strip() if words != noun else words
     if not words or words.startswith("<") or not tokenizer.tokenize(words):
-        raise UserError("no token was learned for the concept: give the words that stand for it in prompts as trigger=, "
-                        "such as sks")  # fmt: skip
+        raise UserError(
+            "no token was learned for the concept: give the words that stand for it in prompts as trigger=, such as sks"
+        )
     return words
 
 

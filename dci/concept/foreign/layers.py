@@ -52,8 +52,11 @@ class Layers:
             state = LatentDiffusion(config).state_dict()
         shapes = {name: tensor.shape for name, tensor in state.items()}
         rename = to_unet(config.unet)
-        owned = [name.removesuffix(".weight").removeprefix(UNET) for name in shapes
-                 if name.startswith(UNET) and name.endswith(".weight")]  # fmt: skip
+        owned = [
+            name.removesuffix(".weight").removeprefix(UNET)
+            for name in shapes
+            if name.startswith(UNET) and name.endswith(".weight")
+        ]
         unet = {rename(name + ".").removesuffix("."): Place(UNET + name) for name in owned}
         if config.text_encoder_2 is None:
             return Layers(config, shapes, unet, _text(state, TEXT, config.text_encoder))

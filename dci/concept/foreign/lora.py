@@ -19,22 +19,50 @@ State = dict[str, Tensor]
 PEFT_CONFIG = "lora_adapter_metadata"  # where the header has PEFT's configuration
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
 _ENDINGS = {
-    ".lora_A.weight": DOWN, ".lora_B.weight": UP, ".lora_A.default.weight": DOWN, ".lora_B.default.weight": UP,
-    ".lora.down.weight": DOWN, ".lora.up.weight": UP, "_lora.down.weight": DOWN, "_lora.up.weight": UP,
-    ".lora_linear_layer.down.weight": DOWN, ".lora_linear_layer.up.weight": UP,
-    ".lora.up.bias": ".lora_up.bias", "_lora.up.bias": ".lora_up.bias", ".lora_linear_layer.up.bias": ".lora_up.bias",
-    ".lora_B.bias": ".lora_up.bias", ".lora_B.default.bias": ".lora_up.bias",
-    ".diff": ".diff", ".diff_b": ".diff_b", ".w_norm": ".diff", ".b_norm": ".diff_b", ".set_weight": ".set_weight",
-    DOWN: DOWN, UP: UP, ".lora_up.bias": ".lora_up.bias", ALPHA: ALPHA,
-}  # fmt: skip
+    ".lora_A.weight": DOWN,
+    ".lora_B.weight": UP,
+    ".lora_A.default.weight": DOWN,
+    ".lora_B.default.weight": UP,
+    ".lora.down.weight": DOWN,
+    ".lora.up.weight": UP,
+    "_lora.down.weight": DOWN,
+    "_lora.up.weight": UP,
+    ".lora_linear_layer.down.weight": DOWN,
+    ".lora_linear_layer.up.weight": UP,
+    ".lora.up.bias": ".lora_up.bias",
+    "_lora.up.bias": ".lora_up.bias",
+    ".lora_linear_layer.up.bias": ".lora_up.bias",
+    ".lora_B.bias": ".lora_up.bias",
+    ".lora_B.default.bias": ".lora_up.bias",
+    ".diff": ".diff",
+    ".diff_b": ".diff_b",
+    ".w_norm": ".diff",
+    ".b_norm": ".diff_b",
+    ".set_weight": ".set_weight",
+    DOWN: DOWN,
+    UP: UP,
+    ".lora_up.bias": ".lora_up.bias",
+    ALPHA: ALPHA,
+}
 _PREFIXES = (
-    ("lora_te1_", KOHYA_TEXT), ("unet.", KOHYA_UNET), ("text_encoder.", KOHYA_TEXT),
+    ("lora_te1_", KOHYA_TEXT),
+    ("unet.", KOHYA_UNET),
+    ("text_encoder.", KOHYA_TEXT),
     ("text_encoder_2.", KOHYA_PAIR[1]),
-    ("model.diffusion_model.", KOHYA_UNET), ("diffusion_model.", KOHYA_UNET),
-)  # fmt: skip
-_REFUSED = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
-            "boft_": "BOFT", "lora_mid": "LoCon with Tucker factors", "lora_embedding_": "LoRA of an embedding",
-            "on_input": "IA3"}  # fmt: skip
+    ("model.diffusion_model.", KOHYA_UNET),
+    ("diffusion_model.", KOHYA_UNET),
+)
+_REFUSED = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "oft_": "OFT",
+    "boft_": "BOFT",
+    "lora_mid": "LoCon with Tucker factors",
+    "lora_embedding_": "LoRA of an embedding",
+    "on_input": "IA3",
+}
 _MARKS = (".lora_", ".lora.", "_lora.", ".diff", ".w_norm", ".set_weight", *("." + mark for mark in _REFUSED))
 
 
@@ -79,8 +107,10 @@ def _refuse(state: dict[str, Tensor], layers: Layers, source: str) -> None:
         if name:
             raise UserError(f"{source} is a {kind} ({name}), whose changes are not understood: give a plain LoRA")
     if not layers.text_2 and any(name.startswith((KOHYA_PAIR[1], "text_encoder_2.")) for name in state):
-        raise UserError(f"{source} is a LoRA of Stable Diffusion XL (it changes a second text encoder): give the model "
-                        "that it was made for as model=")  # fmt: skip
+        raise UserError(
+            f"{source} is a LoRA of Stable Diffusion XL (it changes a second text encoder): give the model "
+            "that it was made for as model="
+        )
 
 
 def _normal(name: str, source: str) -> tuple[str, str]:
@@ -109,8 +139,10 @@ def _place(layer: str, layers: Layers, source: str) -> Place | None:
     number = re.match(KOHYA_TEXT + r"text_model_encoder_layers_(\d+)_", layer)
     if number and int(number[1]) == layers.config.text_encoder.layers and layers.config.text_encoder.kind == "openclip":
         return None
-    raise UserError(f"{source} changes '{layer}', which the model '{layers.config.name}' does not have: give the model "
-                    "that the file was made for as model=")  # fmt: skip
+    raise UserError(
+        f"{source} changes '{layer}', which the model '{layers.config.name}' does not have: give the model "
+        "that the file was made for as model="
+    )
 
 
 def _add(
@@ -146,8 +178,10 @@ def _factors(
     down, up, rank = tensors[DOWN], tensors[UP], len(tensors[DOWN])
     rows = shape[0] // place.part[1]
     if up.shape[:2] != (rows, rank) or up.numel() != rows * rank or down.numel() != rank * shape[1:].numel():
-        raise UserError(f"{what} changes a weight of {up.shape[0]} rows and {down[0].numel()} columns, expected "
-                        f"{rows} and {shape[1:].numel()}: it is made for another model")  # fmt: skip
+        raise UserError(
+            f"{what} changes a weight of {up.shape[0]} rows and {down[0].numel()} columns, expected "
+            f"{rows} and {shape[1:].numel()}: it is made for another model"
+        )
     if ALPHA in tensors and tensors[ALPHA].numel() != 1:
         raise UserError(f"{what} has an alpha of {tensors[ALPHA].numel()} numbers, expected one: the file is damaged")
     scale = tensors[ALPHA].item() / rank if ALPHA in tensors else scale_of(rank)

@@ -3,8 +3,12 @@
 from dci.concept.concept_file import Concept
 from ldm.config import ModelConfig
 
-_ARCHITECTURES = {"sd-v1": "stable-diffusion-v1", "sd-v2": "stable-diffusion-v2-512", "sd-v2-v": "stable-diffusion-v2-768-v",
-                  "sdxl": "stable-diffusion-xl-v1-base"}  # fmt: skip
+_ARCHITECTURES = {
+    "sd-v1": "stable-diffusion-v1",
+    "sd-v2": "stable-diffusion-v2-512",
+    "sd-v2-v": "stable-diffusion-v2-768-v",
+    "sdxl": "stable-diffusion-xl-v1-base",
+}
 _OURS = "dci."
 
 

@@ -35,13 +35,17 @@ def _check_weights(first: str, a: Content, second: str, b: Content) -> None:
     both = a.weights.keys() & b.weights.keys()
     different = next((name for name in sorted(both) if not _alike(a.weights[name], b.weights[name])), None)
     if different:
-        raise UserError(f"{first} and {second} both replace '{different}', and not by the same numbers: give the files of "
-                        "one concept, and merge concepts afterwards")  # fmt: skip
+        raise UserError(
+            f"{first} and {second} both replace '{different}', and not by the same numbers: give the files of "
+            "one concept, and merge concepts afterwards"
+        )
     for ours, theirs in ((_products(a), _products(b)), (a.changes, b.changes)):
         same = ours.keys() & theirs.keys()
         if same and all(_alike(ours[name], theirs[name]) for name in same):
-            raise UserError(f"{second} changes weights by the same numbers as {first}: give one of them, for both together "
-                            "would count twice")  # fmt: skip
+            raise UserError(
+                f"{second} changes weights by the same numbers as {first}: give one of them, for both together "
+                "would count twice"
+            )
 
 
 def _products(content: Content) -> dict[str, Tensor]:

@@ -25,8 +25,14 @@ PROMPT = "photo of a V* cat on the beach"
 def sd_v1_widths():
     """Stable Diffusion 1.x in width, with fewer levels and blocks."""
     unet = UNetConfig(num_res_blocks=1, channel_mult=[1, 2], attention_resolutions=[2, 1])
-    return ModelConfig(name="sd-v1", image_size=16, unet=unet, autoencoder=tiny_models.SMALL_VAE,
-                       text_encoder=TextEncoderConfig(layers=2), sampling=presets.sampling())  # fmt: skip
+    return ModelConfig(
+        name="sd-v1",
+        image_size=16,
+        unet=unet,
+        autoencoder=tiny_models.SMALL_VAE,
+        text_encoder=TextEncoderConfig(layers=2),
+        sampling=presets.sampling(),
+    )
 
 
 CONFIGS = {"v1": tiny_models.small_v1, "v2": tiny_models.small_v2, "SD 1.x widths": sd_v1_widths}

@@ -30,12 +30,13 @@ def customconcept101(folder: Path) -> Path:
     entries = []
     for i in range(CUSTOMCONCEPT_SUBJECTS):
         (folder / f"benchmark_dataset/concept{i}").mkdir(parents=True)
-        entries.append({
+        entry = {
             "instance_prompt": f"photo of a <new1> thing{i}",
             "class_prompt": f"thing{i}",
             "instance_data_dir": f"./benchmark_dataset/concept{i}",
             "class_data_dir": f"./regularization/concept{i}",
             "prompt_filename": "prompts/all.txt",
-        })  # fmt: skip
+        }
+        entries.append(entry)
     (folder / "dataset.json").write_text(json.dumps(entries))
     return folder

@@ -133,15 +133,17 @@ def test_numbers_of_numpy_are_numbers(pipeline):
         (Request("a V*", init_image=IMAGE, strength=0.01), ["strength 0.01 leaves none of 50 steps"]),
         (Request("a V*", init_image=IMAGE, strength=0.0), ["strength 0 leaves none"]),
         (Request("a V*", settings={"agg_time": 0.001}), ["this is plain sampling; raise agg_time="]),
-        (Request("a V*", settings={"agg_time": 0.3, "solver": "dpm++2m", "spacing": "leading", "steps": 334}),
-         ["first timestep is 669"]),
+        (
+            Request("a V*", settings={"agg_time": 0.3, "solver": "dpm++2m", "spacing": "leading", "steps": 334}),
+            ["first timestep is 669"],
+        ),
         (Request("a V* (a dog, small)", negative="a car"), []),
         (Request("a V*", settings={"agg_time": 0.0}), []),
         (Request("a V*", dci=False, settings={"agg_time": 0.001}), []),
         (Request("a V*", settings={"agg_time": 0.3, "solver": "dpm++2m", "steps": 334}), []),
     ],
     ids=readable,
-)  # fmt: skip
+)
 def test_what_has_no_effect_is_noted(pipeline, request_, words):
     prepared = pipeline.prepare(request_)
     assert len(prepared.notes) == len(words)
@@ -166,8 +168,8 @@ def test_the_concept_in_a_negative_prompt_means_the_concept(finetuned, pipeline)
     contexts = BranchContexts.of(model, concept, prompts, "a photo of V*")
     torch.testing.assert_close(contexts.unconditional[1], contexts.concept[0])
     plain = BranchContexts.of(model, concept, prompts, "a photo of")
-    torch.testing.assert_close(plain.unconditional[0], model.text_encoder.contexts(
-        model.text_encoder.tokenize(["a photo of"]).tolist())[0])  # fmt: skip
+    expected = model.text_encoder.contexts(model.text_encoder.tokenize(["a photo of"]).tolist())
+    torch.testing.assert_close(plain.unconditional[0], expected[0])
 
 
 class Layered:

@@ -283,10 +283,17 @@ def events(config, elem_id):
 @pytest.mark.parametrize(
     "path",
     [
-        "/etc/passwd", "/proc/self/environ", "{root}/README.md", "{root}/data/tiny/README.md", "{logs}/../secret.txt",
-        "{root}/data/demo/../../README.md", "file:///etc/passwd", "%2e%2e/%2e%2e/etc/passwd", "{uploads}/../../etc/passwd",
+        "/etc/passwd",
+        "/proc/self/environ",
+        "{root}/README.md",
+        "{root}/data/tiny/README.md",
+        "{logs}/../secret.txt",
+        "{root}/data/demo/../../README.md",
+        "file:///etc/passwd",
+        "%2e%2e/%2e%2e/etc/passwd",
+        "{uploads}/../../etc/passwd",
     ],
-)  # fmt: skip
+)
 def test_no_address_leads_to_a_file_elsewhere(served, logdir, path):
     named = path.format(root=ROOT, logs=logdir, uploads="/tmp")
     for way in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/", "/gradio_api/proxy="):

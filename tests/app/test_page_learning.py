@@ -76,9 +76,16 @@ def test_an_image_that_claims_billions_of_pixels_is_not_opened(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "plain"),
-    [("../../etc/passwd", "passwd"), ("..", "image"), ("a b.png", "a-b.png"), ("/x/.hidden.png", "hidden.png"),
-     ("C:\\x\\cat.png", "cat.png"), ("x" * 300 + ".png", "x" * 76 + ".png"), ("-rf.png", "rf.png")],
-)  # fmt: skip
+    [
+        ("../../etc/passwd", "passwd"),
+        ("..", "image"),
+        ("a b.png", "a-b.png"),
+        ("/x/.hidden.png", "hidden.png"),
+        ("C:\\x\\cat.png", "cat.png"),
+        ("x" * 300 + ".png", "x" * 76 + ".png"),
+        ("-rf.png", "rf.png"),
+    ],
+)
 def test_names_are_made_safe(name, plain):
     assert plain_name(name) == plain
 

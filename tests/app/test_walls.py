@@ -61,13 +61,30 @@ def test_uploaded_files_are_served(walls, uploads):
 @pytest.mark.parametrize(
     "name",
     [
-        "/etc/passwd", "/etc/../etc/passwd", "etc/passwd", "~/.bashrc", "", "/", "{uploads}", "{uploads}/a",
-        "{uploads}/../secret.txt", "{uploads}/a/../../secret.txt", "{uploads}/%2e%2e/secret.txt",
-        "{uploads}/..%2fsecret.txt", "{uploads}/link.png", "{uploads}/way/secret.txt", "{uploads}/a/cat.png\x00.txt",
-        "file:///etc/passwd", "http://127.0.0.1:1/", "//etc/passwd", "{uploads}/missing.png", "{uploads}secret",
-        "/proc/self/environ", "a" * 5000,
+        "/etc/passwd",
+        "/etc/../etc/passwd",
+        "etc/passwd",
+        "~/.bashrc",
+        "",
+        "/",
+        "{uploads}",
+        "{uploads}/a",
+        "{uploads}/../secret.txt",
+        "{uploads}/a/../../secret.txt",
+        "{uploads}/%2e%2e/secret.txt",
+        "{uploads}/..%2fsecret.txt",
+        "{uploads}/link.png",
+        "{uploads}/way/secret.txt",
+        "{uploads}/a/cat.png\x00.txt",
+        "file:///etc/passwd",
+        "http://127.0.0.1:1/",
+        "//etc/passwd",
+        "{uploads}/missing.png",
+        "{uploads}secret",
+        "/proc/self/environ",
+        "a" * 5000,
     ],
-)  # fmt: skip
+)
 def test_no_other_file_is(walls, uploads, name):
     status, _, body = ask(walls, f"/gradio_api/file={name.format(uploads=uploads)}")
     assert status == 403 and b"secret" not in body
@@ -83,15 +100,32 @@ def test_the_page_is_served_and_a_browser_told_to_stay_here(walls, path):
 @pytest.mark.parametrize(
     "path",
     [
-        "/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/file/etc/passwd", "/file=/etc/passwd", "/docs", "/openapi.json",
-        "/gradio_api/openapi.json", "/gradio_api/vibe-code", "/gradio_api/vibe-edit", "/monitoring", "/gradio_api/runs",
-        "/gradio_api/component_server", "/gradio_api/call/_draw", "/gradio_api/run/draw", "/gradio_api/api/draw",
-        "/gradio_api/process_recording", "/gradio_api/mcp", "/gradio_api/deep_link",
+        "/gradio_api/proxy=http://127.0.0.1/",
+        "/gradio_api/file/etc/passwd",
+        "/file=/etc/passwd",
+        "/docs",
+        "/openapi.json",
+        "/gradio_api/openapi.json",
+        "/gradio_api/vibe-code",
+        "/gradio_api/vibe-edit",
+        "/monitoring",
+        "/gradio_api/runs",
+        "/gradio_api/component_server",
+        "/gradio_api/call/_draw",
+        "/gradio_api/run/draw",
+        "/gradio_api/api/draw",
+        "/gradio_api/process_recording",
+        "/gradio_api/mcp",
+        "/gradio_api/deep_link",
         "/gradio_api/stream/x/y/1/playlist.m3u8",
-        "/static/../../secret.txt", "/assets/../config", "/gradio_api/custom_component/1/client/component/index.js",
-        "/gradio_api/dev/reload", "/pwa_icon", "/login",
+        "/static/../../secret.txt",
+        "/assets/../config",
+        "/gradio_api/custom_component/1/client/component/index.js",
+        "/gradio_api/dev/reload",
+        "/pwa_icon",
+        "/login",
     ],
-)  # fmt: skip
+)
 def test_what_the_page_does_not_need_is_not_there(walls, path):
     assert ask(walls, path)[0] == 404
 

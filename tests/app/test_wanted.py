@@ -55,16 +55,30 @@ def test_the_python_is_python_and_names_the_same_settings():
     tree = ast.parse(text)
     named = {word.arg: ast.literal_eval(word.value) for word in ast.walk(tree) if isinstance(word, ast.keyword) and word.arg}
     assert named == {
-        "n": 2, "seed": 7, "steps": 20, "scale": 6.0, "solver": "ddim", "agg_time": 0.3, "agg_lambda": -0.5, "dci": False,
-    }  # fmt: skip
+        "n": 2,
+        "seed": 7,
+        "steps": 20,
+        "scale": 6.0,
+        "solver": "ddim",
+        "agg_time": 0.3,
+        "agg_lambda": -0.5,
+        "dci": False,
+    }
     assert "a 'V*' \\ cat" in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
-    [({3: "x" * 3000}, "shorten"), ({5: 100000}, "steps 100000"), ({5: 0}, "steps 0"), ({8: 99}, "images 99"),
-     ({7: None}, "missing"), ({1: "many"}, "missing"), ({5: float("inf")}, "missing")],
-)  # fmt: skip
+    [
+        ({3: "x" * 3000}, "shorten"),
+        ({5: 100000}, "steps 100000"),
+        ({5: 0}, "steps 0"),
+        ({8: 99}, "images 99"),
+        ({7: None}, "missing"),
+        ({1: "many"}, "missing"),
+        ({5: float("inf")}, "missing"),
+    ],
+)
 def test_what_nobody_should_wait_for_is_refused(changed, words):
     fields = ["a V*", 0.3, 0, "", 6, 20, "ddim", 0, 1]
     for place, value in changed.items():

@@ -12,24 +12,33 @@ from dci.concept.concept_file import Concept
 from ldm.formats.diffusers_export import write_folder
 
 TINY = ("--model", "configs/model/tiny.yaml")
+DRAWN = ("--prompt", "a V* cat", "--steps", 2, "--n-samples", 1, "--device", "cpu")
+ATTENTION = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [({"x": torch.ones(2, 2), "y": torch.ones(2, 2)}, "nor of another kind that is known here"),
-     ({"<new1>": torch.ones(7)}, "its tokens are 7 wide, those of the model 'tiny' 128")],
-)  # fmt: skip
+    [
+        ({"x": torch.ones(2, 2), "y": torch.ones(2, 2)}, "nor of another kind that is known here"),
+        ({"<new1>": torch.ones(7)}, "its tokens are 7 wide, those of the model 'tiny' 128"),
+    ],
+)
 @pytest.mark.parametrize("program", ["import_concept.py", "sample_dci.py"])
 def test_files_that_cannot_be_used(capfd, tmp_path, program, content, words, monkeypatch):
     torch.save(content, tmp_path / "x.pt")
-    files = [tmp_path / "x.pt", "--out", tmp_path / "c.safetensors"] if program.startswith("import") else \
-        ["--concept", tmp_path / "x.pt", "--prompt", "a V* cat"]  # fmt: skip
+    files = (
+        [tmp_path / "x.pt", "--out", tmp_path / "c.safetensors"]
+        if program.startswith("import")
+        else ["--concept", tmp_path / "x.pt", "--prompt", "a V* cat"]
+    )
     refused(run_here(capfd, program, *files, "--class-noun", "cat", *TINY), words)
 
 
 def test_options_that_do_not_go_together(capfd, tmp_path):
-    refused(run_here(capfd, "sample_dci.py", "--concept", tmp_path / "none.safetensors", "--prompt", "a V* cat", *TINY),
-            "none.safetensors")  # fmt: skip
+    refused(
+        run_here(capfd, "sample_dci.py", "--concept", tmp_path / "none.safetensors", "--prompt", "a V* cat", *TINY),
+        "none.safetensors",
+    )
     refused(run_here(capfd, "export_concept.py", tmp_path / "none.safetensors", "--to", "lora"), "none.safetensors")
     refused(run_here(capfd, "export_concept.py", tmp_path / "c.safetensors", "--to", "png"), "png")
 
@@ -54,8 +63,14 @@ def test_dora_is_refused_by_name(tiny_base, tmp_path, capfd):
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_k"], use_dora=True))
     StableDiffusionPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(unet))
     place = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
-    save_file({f"{place}.dora_scale": torch.ones(64, 1), f"{place}.lora_down.weight": torch.ones(2, 64),
-               f"{place}.lora_up.weight": torch.ones(64, 2)}, tmp_path / "kohya.safetensors")  # fmt: skip
+    save_file(
+        {
+            f"{place}.dora_scale": torch.ones(64, 1),
+            f"{place}.lora_down.weight": torch.ones(2, 64),
+            f"{place}.lora_up.weight": torch.ones(64, 2),
+        },
+        tmp_path / "kohya.safetensors",
+    )
     for file in (tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors"):
         result = run_here(
             capfd, "import_concept.py", file, "--class-noun", "cat", "--out", tmp_path / "c.safetensors", *TINY
@@ -68,8 +83,11 @@ def icos_file(tiny_base, tmp_path):
     """What DCI_ICO writes beside a checkpoint: keys and values without a prefix, and the whole token table."""
     table = torch.cat([tiny_base.text_encoder.token_table, 0.1 * torch.randn(2, 128)])
     prefix, ending = "model.diffusion_model.", (".attn2.to_k.weight", ".attn2.to_v.weight")
-    state = {name.removeprefix(prefix): torch.nn.Parameter(1.5 * weight)
-             for name, weight in tiny_base.state_dict().items() if name.endswith(ending)}  # fmt: skip
+    state = {
+        name.removeprefix(prefix): torch.nn.Parameter(1.5 * weight)
+        for name, weight in tiny_base.state_dict().items()
+        if name.endswith(ending)
+    }
     state["transformer.text_model.embeddings.token_embedding.weight"] = table
     torch.save({"state_dict": state}, tmp_path / "embeddings_gs-899.ckpt")
     return tmp_path / "embeddings_gs-899.ckpt"
@@ -83,8 +101,7 @@ def test_dci_icos_file_is_imported_or_sampled_directly(icos_file, tmp_path, capf
     assert "DCI_ICO's embeddings" in out and "2 learned tokens" in out and "the last 2 rows are taken" in out
     images = []
     for name, concept in (("a", [icos_file, *noun]), ("b", [tmp_path / "c.safetensors"])):
-        run_main("sample_dci.py", "--concept", *concept, "--prompt", "a V* cat", "--steps", 2, "--n-samples", 1, "--device",
-                 "cpu", "--outdir", tmp_path / name)  # fmt: skip
+        run_main("sample_dci.py", "--concept", *concept, *DRAWN, "--outdir", tmp_path / name)
         images.append(pixels(tmp_path / name / "samples/00000.png"))
     assert np.array_equal(*images)
 
@@ -96,25 +113,23 @@ def test_a_tuned_model_is_imported_as_a_whole_or_by_its_cross_attention(tiny_bas
     for name in (conv, query):
         state["model.diffusion_model." + name] += 0.01
     save_file({name: weight.contiguous() for name, weight in state.items()}, tmp_path / "dreambooth.safetensors")
+    files = (tmp_path / "dreambooth.safetensors", "--class-noun", "cat", "--trigger", "sks")
     for which, expected in (("all", {conv, query}), ("cross-attention", {query})):
-        run_main("import_concept.py", tmp_path / "dreambooth.safetensors", "--class-noun", "cat", "--trigger", "sks",
-                 "--weights", which, *TINY, "--out", tmp_path / "c.safetensors")  # fmt: skip
+        run_main("import_concept.py", *files, "--weights", which, *TINY, "--out", tmp_path / "c.safetensors")
         concept = Concept.load(tmp_path / "c.safetensors")
         assert {name.removeprefix("model.diffusion_model.") for name in concept.changed} == expected
         assert f"{len(expected)} of {len(state)} weights differ" in capfd.readouterr().out
-    result = run_here(capfd, "import_concept.py", tmp_path / "dreambooth.safetensors", "--class-noun", "cat", "--trigger",
-                      "sks", "--out", tmp_path / "d.safetensors")  # fmt: skip
-    refused(result, "--model")
+    refused(run_here(capfd, "import_concept.py", *files, "--out", tmp_path / "d.safetensors"), "--model")
 
 
 def test_what_is_missing_is_asked_for_by_the_programs_options(tiny_base, tmp_path, capfd):
     """The library names options as Python knows them."""
     place = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
-    rows, columns = tiny_base.state_dict()[
-        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-    ].shape
-    save_file({f"{place}.lora_down.weight": torch.ones(2, columns), f"{place}.lora_up.weight": torch.ones(rows, 2)},
-              tmp_path / "lora.safetensors")  # fmt: skip
+    rows, columns = tiny_base.state_dict()[ATTENTION].shape
+    save_file(
+        {f"{place}.lora_down.weight": torch.ones(2, columns), f"{place}.lora_up.weight": torch.ones(rows, 2)},
+        tmp_path / "lora.safetensors",
+    )
     save_file({"mycat": torch.ones(1, 128)}, tmp_path / "mycat.safetensors")
 
     def call(*options, files=("lora",)):
@@ -146,9 +161,8 @@ def test_what_two_files_bring_alike_counts_once(finetuned, tmp_path, capfd):
     torch.testing.assert_close(back.modifiers, finetuned[1].modifiers.float(), atol=1e-3, rtol=1e-3)
     (tmp_path / "again.safetensors").write_bytes(lora.read_bytes())
     refused(run_here(capfd, "import_concept.py", lora, tmp_path / "again.safetensors", *out), "would count twice")
-    state = {"model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight": finetuned[1].keys_values[
-        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"]}  # fmt: skip
+    weight = finetuned[1].keys_values[ATTENTION].float()
     for name, factor in (("one", 1), ("two", 2)):
-        torch.save({"state_dict": {key: factor * value.float() for key, value in state.items()},
-                    "modifier_token": {"<new1>": torch.full((128,), float(factor))}}, tmp_path / f"{name}.ckpt")  # fmt: skip
+        tokens = {"<new1>": torch.full((128,), float(factor))}
+        torch.save({"state_dict": {ATTENTION: factor * weight}, "modifier_token": tokens}, tmp_path / f"{name}.ckpt")
     refused(run_here(capfd, "import_concept.py", tmp_path / "one.ckpt", tmp_path / "two.ckpt", *out), "both replace")

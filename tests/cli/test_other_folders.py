@@ -23,8 +23,8 @@ TINY, CAT = "configs/model/tiny.yaml", "data/concepts/cat/00.png"
 MODEL = ("--model", TINY)
 SMALL = ("--steps", 1, "--n-samples", 1, "--device", "cpu", "--outdir", "out")
 V_CAT = ("--prompt", "a V* cat", *SMALL)
-SHORT = ("concept.class_noun=cat", "training.steps=1", "training.batch_size=2", "validation.every=0",
-         "logging.tensorboard=false", "--device", "cpu")  # fmt: skip
+QUIET = ("validation.every=0", "logging.tensorboard=false", "--device", "cpu")
+SHORT = ("concept.class_noun=cat", "training.steps=1", "training.batch_size=2", *QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,10 @@ def elsewhere(files, tmp_path, monkeypatch):
 
 LORA = ("mycat-lora.safetensors", "--class-noun", "cat", "--trigger", "sks")
 CONCEPT = ("--concept", "concept.safetensors")
+TRAIN = ("--config", "configs/train/ico-tiny.yaml")
+WEIGHTS, VAE = ("--checkpoint", "data/tiny"), ("--vae", "data/tiny/vae.safetensors")
+TWICE = ("concept.safetensors", "concept.safetensors")
+CATS = ("--references", "data/concepts/cat", "--regularization", "data/concepts/car")
 COMMANDS = {
     "sample a LoRA": ("sample_dci.py", "--concept", *LORA, *MODEL, *V_CAT),
     "sample with weights": ("sample_dci.py", *CONCEPT, *MODEL, "--checkpoint", "data/tiny", *V_CAT),
@@ -63,22 +67,18 @@ COMMANDS = {
     "an image to start from": ("txt2img.py", "--prompt", "a cat", "--init-image", CAT, "--strength", 1, *SMALL),
     "a mask": ("txt2img.py", "--prompt", "a cat", "--init-image", CAT, "--mask", "mask.png", *SMALL),
     "prompts": ("sample_dci.py", *CONCEPT, "--from-file", "configs/sweep/tiny-prompts.txt", *SMALL),
-    "train": ("train_ico.py", "--config", "configs/train/ico-tiny.yaml", "data.images=data/concepts/car", *SHORT),
-    "train on weights": ("train_ico.py", "--config", "configs/train/ico-tiny.yaml", *MODEL, "--checkpoint", "data/tiny",
-                         "--vae", "data/tiny/vae.safetensors", "--lora", "mycat-lora.safetensors", *SHORT),
-    "import": ("import_concept.py", *LORA, *MODEL, "--checkpoint", "data/tiny", "--out", "out/c.safetensors"),
+    "train": ("train_ico.py", *TRAIN, "data.images=data/concepts/car", *SHORT),
+    "train on weights": ("train_ico.py", *TRAIN, *MODEL, *WEIGHTS, *VAE, "--lora", "mycat-lora.safetensors", *SHORT),
+    "import": ("import_concept.py", *LORA, *MODEL, *WEIGHTS, "--out", "out/c.safetensors"),
     "export": ("export_concept.py", "concept.safetensors", "--to", "lora", *MODEL, "--out", "out"),
-    "export a checkpoint": ("export_concept.py", "concept.safetensors", "--to", "checkpoint", "--vae",
-                            "data/tiny/vae.safetensors", "--out", "out"),
+    "export a checkpoint": ("export_concept.py", "concept.safetensors", "--to", "checkpoint", *VAE, "--out", "out"),
     "compress": ("compress_concept.py", "concept.safetensors", "--rank", 1, "--out", "out.safetensors", *MODEL),
-    "inspect": ("inspect_concept.py", "concept.safetensors", *MODEL, "--checkpoint", "data/tiny"),
-    "merge": ("merge_concepts.py", "concept.safetensors", "concept.safetensors", "--out", "out.safetensors", "--captions",
-              "data/captions.txt", *MODEL),
-    "evaluate": ("evaluate.py", "--samples", ".", "--references", "data/concepts/cat", "--regularization",
-                 "data/concepts/car", "--out", "out", "--resamples", 9, "--device", "cpu"),
+    "inspect": ("inspect_concept.py", "concept.safetensors", *MODEL, *WEIGHTS),
+    "merge": ("merge_concepts.py", *TWICE, "--out", "out.safetensors", "--captions", "data/captions.txt", *MODEL),
+    "evaluate": ("evaluate.py", "--samples", ".", *CATS, "--out", "out", "--resamples", 9, "--device", "cpu"),
     "a suite": ("compare.py", "--config", "configs/eval/tiny.yaml", "--dry-run"),
     "a sweep": ("sweep.py", "--config", "configs/sweep/tiny.yaml", "--dry-run"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow

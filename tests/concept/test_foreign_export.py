@@ -68,13 +68,18 @@ def case(config, concept, folder):
 
 def every_attention_weight(model):
     """training.trainable=crossattn: queries and outputs too, with biases."""
-    return concept_of(model, ("attn2.to_k.weight", "attn2.to_v.weight", "attn2.to_q.weight", "attn2.to_out.0.weight",
-                              "attn2.to_out.0.bias"))  # fmt: skip
+    return concept_of(
+        model,
+        ("attn2.to_k.weight", "attn2.to_v.weight", "attn2.to_q.weight", "attn2.to_out.0.weight", "attn2.to_out.0.bias"),
+    )
 
 
 CONCEPTS = {"keys and values": concept_of, "cross-attention": every_attention_weight, "LoRA": lora_concept}
-KINDS = [*itertools.product(["v1", "v2"], ["keys and values", "LoRA"]), ("v1", "cross-attention"),
-         ("SD 1.x widths", "keys and values")]  # fmt: skip
+KINDS = [
+    *itertools.product(["v1", "v2"], ["keys and values", "LoRA"]),
+    ("v1", "cross-attention"),
+    ("SD 1.x widths", "keys and values"),
+]
 
 
 def slow(kind):
@@ -179,11 +184,10 @@ def small(tmp_path_factory):
 def test_every_layer_has_a_rank_and_an_alpha_of_one(small, tmp_path):
     export(small.concept, small.model, "lora", tmp_path / "exact")
     export(small.concept, small.model, "lora", tmp_path / "low", rank=3)
-    expected = {f"lora_unet_{block}_transformer_blocks_0_attn2_{kind}.{part}"
-                for block in ("down_blocks_0_attentions_0", "down_blocks_1_attentions_0", "mid_block_attentions_0",
-                              "up_blocks_1_attentions_0", "up_blocks_1_attentions_1", "up_blocks_2_attentions_0",
-                              "up_blocks_2_attentions_1")
-                for kind in ("to_k", "to_v") for part in ("lora_down.weight", "lora_up.weight", "alpha")}  # fmt: skip
+    places = ("down_blocks_0", "down_blocks_1", "mid_block", "up_blocks_1", "up_blocks_2")
+    blocks = [f"{place}_attentions_0" for place in places] + ["up_blocks_1_attentions_1", "up_blocks_2_attentions_1"]
+    layers = [f"lora_unet_{block}_transformer_blocks_0_attn2_{kind}" for block in blocks for kind in ("to_k", "to_v")]
+    expected = {f"{layer}.{part}" for layer in layers for part in ("lora_down.weight", "lora_up.weight", "alpha")}
     for kind in ("exact", "low"):
         tensors, facts = read_safetensors(tmp_path / kind / "mycat-lora.safetensors")
         assert tensors.keys() == expected

@@ -144,11 +144,15 @@ def networks(model, tmp_path):
 PEFT = {
     "one rank": {"r": 4, "lora_alpha": 4},
     "alpha over rank": {"r": 4, "lora_alpha": 6},
-    "mixed ranks and alphas": {"r": 4, "lora_alpha": 2, "rank_pattern": {"to_k": 2, "conv1": 3},
-                               "alpha_pattern": {"to_q": 5, "mid_block.attentions.0.proj_in": 3}},
+    "mixed ranks and alphas": {
+        "r": 4,
+        "lora_alpha": 2,
+        "rank_pattern": {"to_k": 2, "conv1": 3},
+        "alpha_pattern": {"to_q": 5, "mid_block.attentions.0.proj_in": 3},
+    },
     "rank-stabilised": {"r": 4, "lora_alpha": 2, "use_rslora": True, "rank_pattern": {"to_v": 2}},
     "with biases": {"r": 2, "lora_alpha": 3, "lora_bias": True, "target_modules": ["to_out.0", "ff.net.2"]},
-}  # fmt: skip
+}
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "ff.net.0.proj"]
 
 
@@ -171,8 +175,9 @@ def test_a_lora_by_peft(networks, kind, tmp_path):
 
     layers = [convert_state_dict_to_diffusers(get_peft_model_state_dict(n)) for n in (pipe.unet, pipe.text_encoder)]
     configs = [pipe.unet.peft_config["default"].to_dict(), text.to_dict()]
-    StableDiffusionPipeline.save_lora_weights(tmp_path, *layers, unet_lora_adapter_metadata=configs[0],
-                                              text_encoder_lora_adapter_metadata=configs[1])  # fmt: skip
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, *layers, unet_lora_adapter_metadata=configs[0], text_encoder_lora_adapter_metadata=configs[1]
+    )
     found = imported([tmp_path / "pytorch_lora_weights.safetensors"], networks.model, "cat", "sks")
     assert "LoRA by PEFT's names" in found.said[0]
     assert networks.error(found.concept) < 1e-5
@@ -194,8 +199,8 @@ def kohya_file(model, pipe, alphas, file):
     for prefix, network in (("lora_unet_", pipe.unet), ("lora_te_", pipe.text_encoder)):
         own = "" if prefix == "lora_unet_" or hasattr(network, "text_model") else "text_model."
         for name, module in network.named_modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)) and ("attentions" in name or "layers" in name or
-                                                                         "resnets" in name):  # fmt: skip
+            known = any(part in name for part in ("attentions", "layers", "resnets"))
+            if known and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 modules.append((prefix + (own + name).replace(".", "_"), module))
     for i, (name, module) in enumerate(modules):
         rank, shape = 1 + i % 4, module.weight.shape
@@ -245,12 +250,18 @@ def tokens_of(model, n):
 
 
 EMBEDDINGS = {
-    "A1111": lambda rows: {"string_to_token": {"*": 265}, "string_to_param": {"*": rows}, "name": "x", "step": 3,
-                           "sd_checkpoint": None, "sd_checkpoint_name": None},
+    "A1111": lambda rows: {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": rows},
+        "name": "x",
+        "step": 3,
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+    },
     "kohya": lambda rows: {"emb_params": rows},
     "diffusers": lambda rows: {"<cat-toy>": rows},
     "a row": lambda rows: {"<cat-toy>": rows[0]},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", EMBEDDINGS)
@@ -294,9 +305,11 @@ def test_a_compressed_delta_is_a_change(small, tmp_path):
 def test_a_tuned_model_against_its_base(small, tmp_path):
     """DreamBooth changes any weight; one saved in fp16 differs only where it was tuned."""
     tuned = {n: t.clone() for n, t in small.state_dict().items()}
-    changed = ["model.diffusion_model.middle_block.0.in_layers.2.weight",
-               "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias",
-               "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"]  # fmt: skip
+    changed = [
+        "model.diffusion_model.middle_block.0.in_layers.2.weight",
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.bias",
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight",
+    ]
     for name in changed:
         tuned[name] += 0.25
     save_file({n: t.half() for n, t in tuned.items()}, tmp_path / "dreambooth.safetensors")
@@ -420,12 +433,17 @@ BROKEN = {
     "custom.bin": lambda file: torch.save({"a.attn2.processor.to_k_custom_diffusion.weight": torch.ones(2)}, file),
     "control.safetensors": lambda file: save_file({"control_model.x": torch.ones(2, 2)}, file),
     "config.safetensors": lambda file: save_file(
-        {"unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 64, 1, 1),
-         "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(64, 2, 1, 1)},
-        file, {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'}),
-    "json.safetensors": lambda file: save_file({"unet.a.lora_A.weight": torch.ones(2)}, file,
-                                               {"lora_adapter_metadata": "{"}),
-}  # fmt: skip
+        {
+            "unet.mid_block.attentions.0.proj_in.lora_A.weight": torch.ones(2, 64, 1, 1),
+            "unet.mid_block.attentions.0.proj_in.lora_B.weight": torch.ones(64, 2, 1, 1),
+        },
+        file,
+        {"lora_adapter_metadata": '{"unet.lora_alpha": "x"}'},
+    ),
+    "json.safetensors": lambda file: save_file(
+        {"unet.a.lora_A.weight": torch.ones(2)}, file, {"lora_adapter_metadata": "{"}
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -489,7 +507,10 @@ def test_what_cannot_be_put_on_the_base(fresh, small, tmp_path):
     concept = concept_of(small)
     concept.save(tmp_path / "c.safetensors")
     export(concept, small, "adobe", tmp_path)
-    for file, words in (("c.safetensors", "is a concept file: give it as concept="), ("delta.ckpt", "expected a LoRA"),
-                        ("none.safetensors:0.5", "no LoRA .*none.safetensors: expected")):  # fmt: skip
+    for file, words in (
+        ("c.safetensors", "is a concept file: give it as concept="),
+        ("delta.ckpt", "expected a LoRA"),
+        ("none.safetensors:0.5", "no LoRA .*none.safetensors: expected"),
+    ):
         with pytest.raises(UserError, match=words):
             add_loras(fresh, [str(tmp_path / file)])

@@ -187,8 +187,8 @@ def test_a_single_file_has_the_published_names(exact, theirs, tmp_path):
     export(concept, model, "checkpoint", tmp_path)
     state = load_file(tmp_path / "mycat-checkpoint.safetensors")
     assert state.keys() == theirs.state.keys() - {"conditioner.embedders.1.model.logit_scale"}
-    assert {name: tuple(tensor.shape) for name, tensor in state.items()}.items() <= {
-        name: tuple(tensor.shape) for name, tensor in theirs.state.items()}.items()  # fmt: skip
+    ours, published = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (state, theirs.state))
+    assert ours.items() <= published.items()
     merged = load_model(tiny_models.write_yaml(model.config, tmp_path / "m.yaml"), tmp_path / "mycat-checkpoint.safetensors")
     assert relative_error(our_latents(merged, concept, noise), latents) < 1e-4
 
@@ -222,8 +222,10 @@ def test_layers_of_the_full_size_have_kohyas_names():
     from ldm.formats import presets
 
     layers = Layers.of(presets.sdxl())
-    for name in ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
-                 "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
-                 "lora_te1_text_model_encoder_layers_0_mlp_fc1",
-                 "lora_te2_text_model_encoder_layers_31_self_attn_q_proj"):  # fmt: skip
+    for name in (
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k",
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k",
+        "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        "lora_te2_text_model_encoder_layers_31_self_attn_q_proj",
+    ):
         assert name in layers.kohya

@@ -27,8 +27,8 @@ def style(tiny_base, tmp_path_factory):
     """A LoRA of the embedded model, with an embedding inside."""
     torch.manual_seed(7)
     folder = tmp_path_factory.mktemp("style")
-    export(lora_concept(tiny_base, parts=("attn1.to_q", "attn2.to_k", "conv1")), tiny_base, "lora", folder, ["mystyle"],
-           bundle=True)  # fmt: skip
+    concept = lora_concept(tiny_base, parts=("attn1.to_q", "attn2.to_k", "conv1"))
+    export(concept, tiny_base, "lora", folder, ["mystyle"], bundle=True)
     return folder / "mystyle-lora.safetensors"
 
 
@@ -36,9 +36,9 @@ def style(tiny_base, tmp_path_factory):
 def trained(style, tmp_path_factory):
     """A concept that was trained on the base model with the LoRA on it."""
     logs = tmp_path_factory.mktemp("logs")
-    run_main("train_ico.py", "--config", ROOT / "configs/train/ico-tiny.yaml", "--logdir", logs, "--device", "cpu",
-             "--lora", f"{style}:{STRENGTH}", "training.steps=2", "training.batch_size=2", "validation.every=0",
-             "training.learning_rate=1e-3", "logging.tensorboard=false")  # fmt: skip
+    options = ("--logdir", logs, "--device", "cpu", "--lora", f"{style}:{STRENGTH}", "logging.tensorboard=false")
+    training = ("training.steps=2", "training.batch_size=2", "training.learning_rate=1e-3", "validation.every=0")
+    run_main("train_ico.py", "--config", ROOT / "configs/train/ico-tiny.yaml", *options, *training)
     (run,) = logs.iterdir()
     return run / "concept.safetensors"
 

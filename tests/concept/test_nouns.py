@@ -18,13 +18,30 @@ def parsed(prompt, noun, auxiliary=None):
 @pytest.mark.parametrize(
     ("noun", "many"),
     [
-        ("dog", "dogs"), ("puppy", "puppies"), ("toy", "toys"), ("wolf", "wolves"), ("knife", "knives"), ("scarf", "scarfs"),
-        ("child", "children"), ("mouse", "mice"), ("goose", "geese"), ("person", "people"), ("woman", "women"),
-        ("fireman", "firemen"), ("sheep", "sheep"), ("bus", "buses"), ("fox", "foxes"), ("watch", "watches"),
-        ("tomato", "tomatoes"), ("cactus", "cacti"), ("cactus", "cactuses"), ("teddy bear", "teddy bears"),
-        ("tortoise plushy", "tortoise plushies"), ("Puppy", "PUPPIES"),
+        ("dog", "dogs"),
+        ("puppy", "puppies"),
+        ("toy", "toys"),
+        ("wolf", "wolves"),
+        ("knife", "knives"),
+        ("scarf", "scarfs"),
+        ("child", "children"),
+        ("mouse", "mice"),
+        ("goose", "geese"),
+        ("person", "people"),
+        ("woman", "women"),
+        ("fireman", "firemen"),
+        ("sheep", "sheep"),
+        ("bus", "buses"),
+        ("fox", "foxes"),
+        ("watch", "watches"),
+        ("tomato", "tomatoes"),
+        ("cactus", "cacti"),
+        ("cactus", "cactuses"),
+        ("teddy bear", "teddy bears"),
+        ("tortoise plushy", "tortoise plushies"),
+        ("Puppy", "PUPPIES"),
     ],
-)  # fmt: skip
+)
 def test_plurals_are_the_concepts_noun(noun, many):
     prompt = parsed(f"two V* {many} here", noun)
     assert prompt.concept.lower() == f"two <new1> <new2> {many} here".lower()
@@ -53,9 +70,18 @@ def test_other_spellings_of_two_words(noun, written):
 
 @pytest.mark.parametrize(
     ("noun", "alone"),
-    [("a dog", "dog"), ("the red car", "red car"), ("An owl", "owl"), ("V* dog", "dog"), ("{} dog", "dog"),
-     ("photo of a dog", "dog"), ("image of dog", "dog"), ("<new1> dog", "dog"), ("my dog", "dog")],
-)  # fmt: skip
+    [
+        ("a dog", "dog"),
+        ("the red car", "red car"),
+        ("An owl", "owl"),
+        ("V* dog", "dog"),
+        ("{} dog", "dog"),
+        ("photo of a dog", "dog"),
+        ("image of dog", "dog"),
+        ("<new1> dog", "dog"),
+        ("my dog", "dog"),
+    ],
+)
 def test_a_phrase_is_no_noun(noun, alone):
     with pytest.raises(UserError, match=f"is a phrase: give the ordinary word alone, such as {alone}$"):
         parsed("a V*", noun)
@@ -83,10 +109,25 @@ def test_articles(prompt, noun, auxiliary, expected):
 
 @pytest.mark.parametrize(
     ("noun", "an"),
-    [("apple", True), ("umbrella", True), ("uninvited guest", True), ("urn", True), ("heirloom", True), ("8-ball", True),
-     ("university", False), ("unicycle", False), ("ukulele", False), ("user", False), ("european", False), ("ewe", False),
-     ("one-eyed cat", False), ("onesie", False), ("house", False), ("yacht", False)],
-)  # fmt: skip
+    [
+        ("apple", True),
+        ("umbrella", True),
+        ("uninvited guest", True),
+        ("urn", True),
+        ("heirloom", True),
+        ("8-ball", True),
+        ("university", False),
+        ("unicycle", False),
+        ("ukulele", False),
+        ("user", False),
+        ("european", False),
+        ("ewe", False),
+        ("one-eyed cat", False),
+        ("onesie", False),
+        ("house", False),
+        ("yacht", False),
+    ],
+)
 def test_which_article_by_the_sound(noun, an):
     assert takes_an(noun) is an
 

@@ -37,8 +37,12 @@ def latents(pipe, prompt=PROMPT, **options):
 
 def state(pipe):
     """Everything that a pipeline saves: weights, vocabulary and configurations."""
-    tensors = {f"{part}.{n}": t.clone() for part in ("unet", "text_encoder", "text_encoder_2", "vae")
-               if part in pipe.components for n, t in getattr(pipe, part).state_dict().items()}  # fmt: skip
+    tensors = {
+        f"{part}.{n}": t.clone()
+        for part in ("unet", "text_encoder", "text_encoder_2", "vae")
+        if part in pipe.components
+        for n, t in getattr(pipe, part).state_dict().items()
+    }
     pairs = encoders(pipe)
     configs = [*(encoder.config.to_dict() for _, encoder in pairs), dict(pipe.unet.config)]
     known = [{name: value for name, value in config.items() if name != "_name_or_path"} for config in configs]

@@ -39,8 +39,17 @@ def theirs(world, pipe, dual, solver, spacing, scale, **options):
     pipe.scheduler = world.scheduler(kind, timestep_spacing=spacing, **own)
     first, auxiliary = (noise() for noise in noises(world))
     settings = {name: getattr(dual, name) for name in DualBranch.__dataclass_fields__}
-    return pipe(PROMPT, num_images_per_prompt=2, num_inference_steps=STEPS, guidance_scale=scale, latents=first,
-                auxiliary_latents=auxiliary, output_type="latent", **settings, **options).images  # fmt: skip
+    return pipe(
+        PROMPT,
+        num_images_per_prompt=2,
+        num_inference_steps=STEPS,
+        guidance_scale=scale,
+        latents=first,
+        auxiliary_latents=auxiliary,
+        output_type="latent",
+        **settings,
+        **options,
+    ).images
 
 
 FAMILIES = ("sd1", "sd2", "xl")

@@ -77,7 +77,7 @@ KINDS = {
         "controlnet",
         {"image": picture(), "control_image": picture(1), "mask_image": half_mask(), "strength": 1.0},
     ),
-}  # fmt: skip
+}
 
 
 def made(sd1, kind):
@@ -131,8 +131,18 @@ def test_the_auxiliary_branch_keeps_what_inpainting_keeps(sd1):
     branches = pipe.parse(PROMPT)
     embeds = pipe.encode_prompt(branches.concept, "cpu", 1, False)[0]
     negative = pipe.encode_prompt("", "cpu", 1, False)[0]
-    latents(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative, branch_prompts=branches,
-            auxiliary_prompt_embeds=embeds, shared_noise=True, callback_on_step_end=look, agg_time=1, **options)  # fmt: skip
+    latents(
+        pipe,
+        None,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        branch_prompts=branches,
+        auxiliary_prompt_embeds=embeds,
+        shared_noise=True,
+        callback_on_step_end=look,
+        agg_time=1,
+        **options,
+    )
     assert len(kept) == 3
     for auxiliary, concept in kept:
         assert relative_error(auxiliary[..., 8:], concept[..., 8:]) < 1e-5

@@ -63,9 +63,12 @@ KINDS = {
     "control, inpaint": (XL + "ControlNetInpaintPipeline", ControlNetModel, INTO | CONTROL | {"guidance_rescale": 0.5}),
     "union": (XL + "ControlNetUnionPipeline", ControlNetUnionModel, UNION),
     "union, image": (XL + "ControlNetUnionImg2ImgPipeline", ControlNetUnionModel, UNION | {"image": picture()}),
-    "union, inpaint": (XL + "ControlNetUnionInpaintPipeline", ControlNetUnionModel,
-                       UNION | {"image": picture(), "mask_image": half_mask(), "height": 32, "width": 32}),
-}  # fmt: skip
+    "union, inpaint": (
+        XL + "ControlNetUnionInpaintPipeline",
+        ControlNetUnionModel,
+        UNION | {"image": picture(), "mask_image": half_mask(), "height": 32, "width": 32},
+    ),
+}
 
 
 def made(pipe, kind):
@@ -154,8 +157,13 @@ def test_the_second_prompt(pipe):
 def test_embeddings_in_place_of_prompts(pipe):
     branches = pipe.parse(PROMPT)
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(branches.concept)
-    given = {"prompt_embeds": embeds, "negative_prompt_embeds": negative, "pooled_prompt_embeds": pooled,
-             "negative_pooled_prompt_embeds": negative_pooled, "branch_prompts": branches}  # fmt: skip
+    given = {
+        "prompt_embeds": embeds,
+        "negative_prompt_embeds": negative,
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": negative_pooled,
+        "branch_prompts": branches,
+    }
     found = latents(pipe, None, **given)
     assert torch.equal(found, latents(pipe))
     auxiliary, _, other, _ = pipe.encode_prompt(branches.auxiliary)

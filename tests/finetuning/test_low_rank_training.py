@@ -14,8 +14,11 @@ from ldm.checkpoint import load_model
 pytestmark = pytest.mark.slow
 
 RANK = 3
-SHORT = ("--device", "cpu", "validation.every=0", "logging.tensorboard=false", "training.batch_size=2", "training.steps=4",
-         "training.checkpoint_every=2", "training.learning_rate=1e-3", f"training.lora_rank={RANK}")  # fmt: skip
+CONFIG = ("--config", ROOT / "configs/train/ico-tiny.yaml")
+QUIET = ("--device", "cpu", "validation.every=0", "logging.tensorboard=false")
+STEPS = ("training.batch_size=2", "training.steps=4", "training.checkpoint_every=2", "training.learning_rate=1e-3")
+SHORT = (*QUIET, *STEPS, f"training.lora_rank={RANK}")
+DRAWN = ("--prompt", "a V1* and a V2*", "--steps", 2, "--n-samples", 1, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +27,8 @@ def runs(tmp_path_factory):
     folders = []
     for name in ("cat", "car"):
         logdir = tmp_path_factory.mktemp(name)
-        run_main("train_ico.py", "--config", ROOT / "configs/train/ico-tiny.yaml", "--logdir", logdir, *SHORT,
-                 f"concept.class_noun={name}", f"data.images={ROOT}/data/concepts/{name}")  # fmt: skip
+        own = (f"concept.class_noun={name}", f"data.images={ROOT}/data/concepts/{name}")
+        run_main("train_ico.py", *CONFIG, "--logdir", logdir, *SHORT, *own)
         folders += logdir.iterdir()
     return folders
 
@@ -53,8 +56,7 @@ def test_two_of_them_are_merged_and_sampled(runs, tmp_path):
     both = Concept.load(tmp_path / "both.safetensors")
     assert [name.class_noun for name in both.names] == ["cat", "car"]
     assert both.low_rank and not both.keys_values
-    run_main("sample_dci.py", "--concept", tmp_path / "both.safetensors", "--prompt", "a V1* and a V2*", "--steps", 2,
-             "--n-samples", 1, "--device", "cpu", "--outdir", tmp_path)  # fmt: skip
+    run_main("sample_dci.py", "--concept", tmp_path / "both.safetensors", *DRAWN, "--outdir", tmp_path)
     assert (tmp_path / "samples/00000.png").is_file()
 
 

@@ -123,14 +123,19 @@ def test_low_rank_changes_are_the_product_of_their_factors(xl):
 
 # Programs.
 
-SHORT = ("--device", "cpu", "validation.every=0", "logging.every=1", "logging.tensorboard=false", "training.batch_size=4",
-         "training.steps=4", "training.checkpoint_every=2", "training.lora_rank=2", "training.precision=fp32",
-         "training.gradient_sum=fp32", "data.crop=bucket", "concept.class_noun=cat")  # fmt: skip
+QUIET = ("--device", "cpu", "validation.every=0", "logging.tensorboard=false")
+STEPS = ("training.batch_size=4", "training.steps=4", "training.checkpoint_every=2", "logging.every=1")
+NUMBERS = ("training.lora_rank=2", "training.precision=fp32", "training.gradient_sum=fp32")
+SHORT = (*QUIET, *STEPS, *NUMBERS, "data.crop=bucket", "concept.class_noun=cat")
+CONFIG = ("--config", ROOT / "configs/train/ico-sdxl.yaml")
+
+
+def model_and_data(weights, images):
+    return ("--model", YAML, "--checkpoint", weights, f"data.images={images}", f"data.regularization={images}")
 
 
 def command_of(logdir, weights, images):
-    return ("--config", ROOT / "configs/train/ico-sdxl.yaml", "--logdir", logdir, "--model", YAML, "--checkpoint", weights,
-            f"data.images={images}", f"data.regularization={images}", *SHORT)  # fmt: skip
+    return (*CONFIG, "--logdir", logdir, *model_and_data(weights, images), *SHORT)
 
 
 def train(logdir, weights, images, *args):
@@ -167,8 +172,9 @@ def test_a_run_goes_on_bitwise(run_folder, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bitwise(run_folder, weights, images, tmp_path):
     """Killed for good in the middle of its work, as soon as there is a checkpoint; the same command goes on."""
-    command = [sys.executable, str(ROOT / "scripts/train_ico.py"), *map(str, command_of(tmp_path, weights, images)),
-               "training.checkpoint_every=1", "resume=auto"]  # fmt: skip
+    program = [sys.executable, str(ROOT / "scripts/train_ico.py")]
+    options = map(str, command_of(tmp_path, weights, images))
+    command = [*program, *options, "training.checkpoint_every=1", "resume=auto"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT)
     while process.poll() is None and not [*tmp_path.glob("*/checkpoints/*.ckpt")]:
         time.sleep(0.01)
@@ -186,11 +192,11 @@ def test_a_concept_is_low_rank_and_samples_with_the_programs(run_folder, weights
     assert not concept.keys_values and {c.u.shape[1] for c in concept.low_rank.values()} == {2}
     assert concept.modifiers.shape[1] == 32 + 64
     command = ("--device", "cpu", "--steps", 2, "--n-samples", 1, "--model", YAML, "--checkpoint", weights)
+    dual = ("--concept", run_folder / "concept.safetensors", "--prompt", "a V* on the beach")
     size = ("--original-size", 64, 48, "--crop", "2,4")
-    run_main("sample_dci.py", "--concept", run_folder / "concept.safetensors", "--prompt", "a V* on the beach", *command,
-             *size, "--outdir", tmp_path / "dci")  # fmt: skip
-    run_main("txt2img.py", "--prompt", "a cat", *command, "--original-size", "64x48", "--H", 16, "--W", 64,
-             "--outdir", tmp_path / "plain")  # fmt: skip
+    run_main("sample_dci.py", *dual, *command, *size, "--outdir", tmp_path / "dci")
+    size = ("--original-size", "64x48", "--H", 16, "--W", 64)
+    run_main("txt2img.py", "--prompt", "a cat", *command, *size, "--outdir", tmp_path / "plain")
     shapes = [Image.open(next((tmp_path / name / "samples").glob("*.png"))).size for name in ("dci", "plain")]
     assert shapes == [(32, 32), (64, 16)]
     assert '"crop": [\n   2,\n   4' in (tmp_path / "dci/prompts.json").read_text().replace("    ", " ")
@@ -200,10 +206,9 @@ def test_a_concept_is_low_rank_and_samples_with_the_programs(run_folder, weights
 @pytest.mark.parametrize("method", ["custom-diffusion", "textual-inversion"])
 def test_the_other_methods_train_too(method, weights, images, tmp_path):
     """With the configurations as they are, but for what belongs to a machine, and one step."""
-    own = ("--device", "cpu", "--model", YAML, "--checkpoint", weights, "--logdir", tmp_path, "concept.class_noun=cat",
-           f"data.images={images}", f"data.regularization={images}", "training.steps=1", "training.precision=fp32",
-           "validation.every=0", "logging.tensorboard=false")  # fmt: skip
-    run_main("train_ico.py", "--config", ROOT / f"configs/train/{method}-sdxl.yaml", *own)
+    config = ("--config", ROOT / f"configs/train/{method}-sdxl.yaml", "--logdir", tmp_path)
+    short = ("concept.class_noun=cat", "training.steps=1", "training.precision=fp32")
+    run_main("train_ico.py", *config, *model_and_data(weights, images), *short, *QUIET)
     (file,) = tmp_path.glob("*/concept.safetensors")
     concept = Concept.load(file)
     assert bool(concept.changed) == (method == "custom-diffusion")
@@ -213,9 +218,9 @@ def test_the_other_methods_train_too(method, weights, images, tmp_path):
 @pytest.mark.slow
 def test_aspect_ratios_are_kept_in_every_family(images, tmp_path, capfd):
     """Images of three shapes, on the embedded model of Stable Diffusion 1.x's shape."""
-    run_main("train_ico.py", "--config", ROOT / "configs/train/ico-tiny.yaml", "--device", "cpu", "--logdir", tmp_path,
-             f"data.images={images}", "data.crop=bucket", "training.steps=1", "training.batch_size=3", "validation.every=0",
-             "logging.tensorboard=false")  # fmt: skip
+    config = ("--config", ROOT / "configs/train/ico-tiny.yaml", "--logdir", tmp_path)
+    short = (f"data.images={images}", "data.crop=bucket", "training.steps=1", "training.batch_size=3")
+    run_main("train_ico.py", *config, *short, *QUIET)
     assert [*tmp_path.glob("*/concept.safetensors")]
 
 
@@ -240,8 +245,7 @@ def test_concepts_are_inspected_compressed_and_merged(run_folder, xl):
 def test_two_processes_learn_the_same(weights, images, tmp_path):
     """Images of several shapes, low rank, and regularization; fp64 sums, so that the order means nothing."""
     options = ("training.steps=3", "training.micro_batch=2", "training.gradient_sum=fp64")
-    command = ("--config", ROOT / "configs/train/ico-sdxl.yaml", "--model", YAML, "--checkpoint", weights,
-               f"data.images={images}", f"data.regularization={images}", *SHORT, *options)  # fmt: skip
+    command = (*CONFIG, *model_and_data(weights, images), *SHORT, *options)
     ok(run("train_ico.py", *command, "--logdir", tmp_path / "one"))
     ok(run("train_ico.py", *command, "--logdir", tmp_path / "two", "training.devices=2"))
     one, two = (load_file(next((tmp_path / n).iterdir()) / "concept.safetensors") for n in ("one", "two"))

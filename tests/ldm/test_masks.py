@@ -134,9 +134,21 @@ def test_a_mask_of_another_size_is_said(tmp_path):
 
 
 NAMES = [
-    "dog.mask.png", "dog_mask.png", "dog-mask.png", "dog-masklabel.png", "mask_dog.png", "mask-dog.png", "Dog_Mask.PNG",
-    "DOG-MASKLABEL.PNG", "Mask_Dog.png", "dog_mask.jpg", "dog.mask.webp", "dog.jpg.mask.png", "dog mask.png", "dog.MASK.tif",
-]  # fmt: skip
+    "dog.mask.png",
+    "dog_mask.png",
+    "dog-mask.png",
+    "dog-masklabel.png",
+    "mask_dog.png",
+    "mask-dog.png",
+    "Dog_Mask.PNG",
+    "DOG-MASKLABEL.PNG",
+    "Mask_Dog.png",
+    "dog_mask.jpg",
+    "dog.mask.webp",
+    "dog.jpg.mask.png",
+    "dog mask.png",
+    "dog.MASK.tif",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -112,8 +112,14 @@ def test_pooled_text_equals_open_clip(theirs, ours):
 def test_a_trajectory_equals_diffusers(theirs, ours, negative):
     """Empty negative prompts are zeros, in context and pooled text; sizes and crop go to both halves."""
     options = SamplingOptions(4, 5.0, 0.0, 7, 32, 64, original_size=(40, 72), crop=(2, 4))
-    scheduler = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                              set_alpha_to_one=False, steps_offset=1)  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
     pipeline = StableDiffusionXLPipeline(theirs.vae, theirs.text, theirs.text_2, None, None, theirs.unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     rows = ids_of(tokenizer.tokenize("a dog on the beach"))
@@ -124,10 +130,19 @@ def test_a_trajectory_equals_diffusers(theirs, ours, negative):
         given = {"negative_prompt_embeds": other, "negative_pooled_prompt_embeds": other_pooled}
     latents = ImageNoise(7, [0], ours.latent_shape(32, 64))()
     expected = pipeline(
-        prompt_embeds=context, pooled_prompt_embeds=pooled, **given, latents=latents, num_inference_steps=4,
-        guidance_scale=5.0, height=32, width=64, original_size=(40, 72), crops_coords_top_left=(2, 4),
-        target_size=(32, 64), output_type="pt",
-    ).images  # fmt: skip
+        prompt_embeds=context,
+        pooled_prompt_embeds=pooled,
+        **given,
+        latents=latents,
+        num_inference_steps=4,
+        guidance_scale=5.0,
+        height=32,
+        width=64,
+        original_size=(40, 72),
+        crops_coords_top_left=(2, 4),
+        target_size=(32, 64),
+        output_type="pt",
+    ).images
     pixels = text_to_image(ours, "a dog on the beach", [0], options, negative=negative)
     assert (pixels / 2 + 0.5 - expected).abs().max() < 1e-5
     settings = {field: getattr(options, field) for field in ("steps", "scale", "eta", "seed", "height", "width")}

@@ -63,8 +63,8 @@ def test_a_report_of_such_folders(tmp_path, capsys):
         os.link(file, references / file.name)
     out = tmp_path / os.fsdecode(b"out\xfe")
     named = folder_of(tmp_path / "b")
-    run_main("evaluate.py", "--samples", odd, f"b={named}", "--references", references, "--out", out, "--resamples", 20,
-             "--device", "cpu")  # fmt: skip
+    own = ("--references", references, "--out", out, "--resamples", 20, "--device", "cpu")
+    run_main("evaluate.py", "--samples", odd, f"b={named}", *own)
     assert r"odd\udcff" in capsys.readouterr().out
     assert r"odd\udcff $\frac{a$" in (out / "report.html").read_text(encoding="utf-8")
     with open(out / "summary.csv", encoding="utf-8", newline="") as file:
@@ -76,12 +76,13 @@ def test_training_and_sampling_with_such_paths(tmp_path, capsys):
     images, logs = (tmp_path / os.fsdecode(name) for name in (b"im\xff #1", b"lo\xfegs"))
     images.mkdir()
     Image.effect_noise((64, 64), 80).convert("RGB").save(images / os.fsdecode(b"\xe9.png"))
-    run_main("train_ico.py", "--config", ROOT / "configs/train/ico-tiny.yaml", "--logdir", logs, f"data.images={images}",
-             "concept.class_noun=dog", "training.steps=1", "validation.every=0", "--device", "cpu")  # fmt: skip
+    short = ("concept.class_noun=dog", "training.steps=1", "validation.every=0", "--device", "cpu")
+    config = ("--config", ROOT / "configs/train/ico-tiny.yaml", "--logdir", logs)
+    run_main("train_ico.py", *config, f"data.images={images}", *short)
     assert r"$'" in capsys.readouterr().out
     (concept,) = logs.glob("*/concept.safetensors")
-    run_main("sample_dci.py", "--concept", concept, "--prompt", "a V* dog", "--outdir", tmp_path / "out", "--steps", 1,
-             "--n-samples", 1, "--device", "cpu")  # fmt: skip
+    drawn = ("--prompt", "a V* dog", "--steps", 1, "--n-samples", 1, "--device", "cpu")
+    run_main("sample_dci.py", "--concept", concept, *drawn, "--outdir", tmp_path / "out")
     metadata = json.loads((tmp_path / "out/prompts.json").read_text(encoding="utf-8"))["00000"]
     assert metadata["concept"] == str(concept)
     with Image.open(tmp_path / "out/samples/00000.png") as image:

@@ -154,9 +154,17 @@ def test_worlds_have_caches_of_their_own(folder, tmp_path):
 def test_articles():
     names = ["owl", "car", "unicorn", "european castle", "hourglass", "x-ray", "jeans", "bus", "octopus", "compass"]
     assert [with_article(name) for name in names] == [
-        "an owl", "a car", "a unicorn", "a european castle", "an hourglass", "an x-ray", "jeans", "a bus", "an octopus",
+        "an owl",
+        "a car",
+        "a unicorn",
+        "a european castle",
+        "an hourglass",
+        "an x-ray",
+        "jeans",
+        "a bus",
+        "an octopus",
         "a compass",
-    ]  # fmt: skip
+    ]
 
 
 def test_a_missing_table_of_names(tmp_path):

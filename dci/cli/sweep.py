@@ -29,7 +29,7 @@ def arguments():
     )
     parser.add_argument("--status", action="store_true", help="show the state of each cell")
     parser.add_argument("--no-wait", action="store_true", help="slurm: leave when the jobs are in the queue")
-    parser.add_argument("--choose", action="store_true", help="when all is done, say which variant of each method is best")
+    parser.add_argument("--choose", action="store_true", help="find which variant of each method is best")
     parser.add_argument("--report", help="folder of the report (default: report/ in the grid's folder)")
     parser.add_argument("--ratings", metavar="CSV", help="for the report: its pictures.csv with further columns of numbers")
     parser.add_argument("--answers", metavar="CSV", help="for the report: what people answered, as dci rate writes it")
@@ -44,26 +44,30 @@ def main() -> None:
     from dci.experiments.launchers import queued_trainings, submit_slurm
     from dci.experiments.runner import check_recipes, chosen
     from dci.experiments.suite import SLURM, load_suite
+    from ldm.errors import UserError
 
     suite = load_suite(args.config, args.overrides)
     everything = grid_points(suite)
     some = chosen(everything, args.only)
     check_recipes(some)
-    todo = [point for point in some if not point.result.is_file()]
+    todo = unfinished(some)
     if args.dry_run:
         show_jobs(todo, len(some))
         print(estimated(suite, some, args.tflops))
     elif args.status:
         show_states(some, queued_trainings(suite))
+    elif args.no_wait and suite.cluster == SLURM:
+        if args.choose:
+            raise UserError("--choose needs the cells' results: leave --no-wait out")
+        print(f"{submit_slurm(suite, todo)} jobs submitted", flush=True)
     else:
-        if suite.cluster == SLURM:
-            print(f"{submit_slurm(suite, todo)} jobs submitted", flush=True)
-            if args.no_wait:
-                return
-        work(suite, todo, len(some))
+        if args.choose:
+            some = work_on_choices(suite, some)
+        else:
+            work(suite, some)
         finish(suite, everything, some, args)
         if args.choose:
-            show_choices(suite, everything, args.report)
+            show_choices(suite, some, args.report)
 
 
 def show_jobs(todo: list, total: int) -> None:
@@ -115,20 +119,48 @@ def show_states(some: list, queued: set[str]) -> None:
     print(", ".join(f"{states.count(name)} {name}" for name in STATES if name in states))
 
 
-def work(suite, todo: list, total: int) -> None:
+def work(suite, points: list) -> None:
     """Let the launcher work through the cells, and print each one's state when it has come to an end."""
     from tqdm import tqdm
 
-    from dci.experiments.launchers import launch
+    from dci.experiments.launchers import launch, submit_slurm
     from dci.experiments.runner import state
+    from dci.experiments.suite import SLURM
 
-    with tqdm(total=total, initial=total - len(todo), desc=suite.name, unit="cell") as bar:
+    todo = unfinished(points)
+    if suite.cluster == SLURM:
+        print(f"{submit_slurm(suite, todo)} jobs submitted", flush=True)
+    with tqdm(total=len(points), initial=len(points) - len(todo), desc=suite.name, unit="cell") as bar:
 
         def report(point) -> None:
             print(f"{state(point):8} {point.name}", flush=True)
             bar.update()
 
         launch(suite, todo, report)
+
+
+def work_on_choices(suite, some: list) -> list:
+    """Work through the cells that a choice needs: plain sampling of all variants, DCI with the chosen ones.
+
+    Returns:
+        These cells; where some failed, those with plain sampling alone.
+    """
+    from dci.experiments import choice
+    from dci.experiments.aggregate import pooled_runs
+
+    plain = [point for point in some if point.sampling.get("no_dci")]
+    work(suite, plain)
+    if unfinished(plain):
+        return plain
+    trainings = choice.choose_trainings(pooled_runs(plain), suite.methods).values()
+    both = [point for point in some if not point.sampling.get("no_dci") and point.method in trainings]
+    work(suite, both)
+    return plain + both
+
+
+def unfinished(points: list) -> list:
+    """Return the cells that have no result yet."""
+    return [point for point in points if not point.result.is_file()]
 
 
 def finish(suite, everything: list, some: list, args) -> None:
@@ -138,7 +170,7 @@ def finish(suite, everything: list, some: list, args) -> None:
     from dci.experiments.runner import last_words
 
     done = [point for point in everything if point.result.is_file()]
-    failed = [point for point in some if not point.result.is_file()]
+    failed = unfinished(some)
     for point in failed:
         print(f"failed: {point.name}: {last_words(point)}\n  log: {point.log}", file=sys.stderr)
     if failed:
@@ -156,7 +188,7 @@ def finish(suite, everything: list, some: list, args) -> None:
         sys.exit(1)
 
 
-def show_choices(suite, everything: list, report: str | None) -> None:
+def show_choices(suite, points: list, report: str | None) -> None:
     """Print the line of a suite for each method, with what was chosen for it; write chosen.json beside the report."""
     from dci.experiments import choice
     from dci.experiments.aggregate import pooled_runs
@@ -164,7 +196,7 @@ def show_choices(suite, everything: list, report: str | None) -> None:
     from dci.files import write_atomically
     from ldm.shipped import ROOT
 
-    chosen = choice.choose(pooled_runs(everything), suite.methods)
+    chosen = choice.choose(pooled_runs(points), suite.methods)
     configs = {method.family: Path(method.config) for method in suite.methods}
     print(f"Chosen by {choice.RULE}:")
     for one in chosen:

@@ -1,8 +1,9 @@
 """Which steps, rates and DCI settings each method is given: one rule for all, applied to other concepts.
 
-Every method has the same number of variants to choose from. Of the runs of all methods, an axis's unit is the
-standard deviation of their means, and a run's score is its fidelity plus its editability in these units. Of each
-method the variant is taken that scores best with plain sampling, and of that one the DCI setting that scores best.
+Every method has the same number of variants to choose from. An axis's unit is the standard deviation of the means of
+all methods' variants, sampled plainly, and a run's score is its fidelity plus its editability in these units. Of each
+method the variant is taken that scores best with plain sampling, and of that one the DCI setting that scores best: so
+DCI is only sampled with the trainings that were chosen.
 """
 
 import json
@@ -18,8 +19,8 @@ from dci.experiments.grid import MethodEntry
 from ldm.errors import UserError
 
 RULE = (
-    "the highest fidelity (DINO-I) plus editability (CLIP-T), each in standard deviations over all runs: first the "
-    "training, by plain sampling, then the DCI setting of that training"
+    "the highest fidelity (DINO-I) plus editability (CLIP-T), each in standard deviations over all trainings sampled "
+    "plainly: first the training, by plain sampling, then the DCI setting of that training"
 )
 
 
@@ -48,35 +49,70 @@ def choose(runs: Sequence[PooledRun], methods: Sequence[MethodEntry]) -> list[Ch
     """Choose for each family of methods.
 
     Args:
-        runs: of all methods, sampled plainly and with one or more DCI settings; a run's series is its method.
+        runs: all methods' variants, sampled plainly, and those of `choose_trainings` with one or more DCI settings;
+            a run's series is its method.
 
     Raises:
-        UserError: a method is not there with plain sampling and with DCI, or all runs are alike.
+        UserError: as `choose_trainings`, or a chosen training is not there with DCI.
     """
-    points = np.array([[run.run.scores.summary[metric].mean for metric in (DINO_I, CLIP_T)] for run in runs])
-    units = points.std(0)
+    scored, choices = _scored(runs), []
+    for family, training in choose_trainings(runs, methods).items():
+        settings = [each for each in scored if each.run.run.series == training and not each.is_plain]
+        if not settings:
+            raise UserError(f"{family}: no run with DCI to choose from: complete the suite")
+        variants = [method for method in methods if method.family == family]
+        options = next(variant.training for variant in variants if variant.name == training)
+        best = max(settings, key=lambda each: each.score)
+        sampling = dict(best.run.sampling)
+        choices.append(
+            Choice(family, list(options), sampling, len(variants), len(settings), best.fidelity, best.editability)
+        )
+    return choices
+
+
+def choose_trainings(runs: Sequence[PooledRun], methods: Sequence[MethodEntry]) -> dict[str, str]:
+    """Return the name of each family's variant that scores best with plain sampling.
+
+    Raises:
+        UserError: a method is not there with plain sampling, or all runs are alike.
+    """
+    scored, chosen = [each for each in _scored(runs) if each.is_plain], {}
+    for family in dict.fromkeys(method.family for method in methods):
+        names = [method.name for method in methods if method.family == family]
+        variants = [each for each in scored if each.run.run.series in names]
+        if not variants:
+            raise UserError(f"{family}: no run without DCI to choose from: complete the suite")
+        chosen[family] = max(variants, key=lambda each: each.score).run.run.series
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Scored:
+    run: PooledRun
+    fidelity: float
+    editability: float
+    score: float
+
+    @property
+    def is_plain(self) -> bool:
+        return _is_plain(self.run)
+
+
+def _is_plain(run: PooledRun) -> bool:
+    return bool(run.sampling.get("no_dci"))
+
+
+def _scored(runs: Sequence[PooledRun]) -> list[_Scored]:
+    means = [tuple(run.run.scores.summary[metric].mean for metric in (DINO_I, CLIP_T)) for run in runs]
+    plain = [point for run, point in zip(runs, means, strict=True) if _is_plain(run)]
+    if not plain:
+        raise UserError("no run without DCI to choose from: complete the suite, or give it a setting with no_dci")
+    units = np.std(plain, axis=0)
     if not (units > 0).all():
-        raise UserError("all runs have the same fidelity or editability: nothing to choose by")
-    scored = [(run, *point, float((point / units).sum())) for run, point in zip(runs, points, strict=True)]
+        raise UserError("all trainings have the same fidelity or editability: nothing to choose by")
     return [
-        _choice(family, [method for method in methods if method.family == family], scored)
-        for family in dict.fromkeys(method.family for method in methods)
+        _Scored(run, *point, score=float((np.array(point) / units).sum())) for run, point in zip(runs, means, strict=True)
     ]
-
-
-def _choice(family: str, variants: list[MethodEntry], scored: list[tuple]) -> Choice:
-    def best(method: str | None, plain: bool) -> tuple:
-        names = [method] if method else [variant.name for variant in variants]
-        found = [each for each in scored if each[0].run.series in names and bool(each[0].sampling.get("no_dci")) == plain]
-        if not found:
-            raise UserError(f"{family}: no run {'without' if plain else 'with'} DCI to choose from: complete the suite")
-        return max(found, key=lambda each: each[-1])
-
-    training = best(None, plain=True)[0].run.series
-    run, fidelity, editability, _ = best(training, plain=False)
-    number = sum(each[0].run.series == training and not each[0].sampling.get("no_dci") for each in scored)
-    options = next(variant.training for variant in variants if variant.name == training)
-    return Choice(family, list(options), dict(run.sampling), len(variants), number, float(fidelity), float(editability))
 
 
 def as_file(choices: Sequence[Choice]) -> bytes:

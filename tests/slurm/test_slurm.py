@@ -82,16 +82,35 @@ def is_on_node(job):
 
 
 def start_now(job, *changes):
-    """Requeued jobs wait for two minutes, in which their processes end; the tests do not wait as long."""
+    """Requeued jobs wait for two minutes, in which their processes end; the tests do not wait as long.
+
+    The node counts in whole seconds when it took a job's credential back: one made within the same second is refused.
+    """
     wait_for("requeued", lambda: info(job, "JobState") == "PENDING" and not is_on_node(job))
+    time.sleep(5)
     output_of("scontrol", "update", f"JobId={job}", "StartTime=now", *changes)
+
+
+def daemons():
+    """The last lines of the logs of Slurm's daemons: why a job was not launched stands nowhere else."""
+    logs = Path(os.environ["SLURM_CONF"]).parent / "log"
+    return "\n".join(
+        f"{name}: {line}" for name in ("ctld", "slurmd") for line in (logs / f"{name}.log").read_text().splitlines()[-12:]
+    )
+
+
+def limit_soon(job):
+    """A time limit in minutes that leaves a running job between one and two of them."""
+    hours, minutes, _ = map(int, info(job, "RunTime").split(":"))
+    return hours * 60 + minutes + 2
 
 
 def finished(job):
     state = info(job, "JobState")
     if state in ("FAILED", "TIMEOUT", "NODE_FAIL"):
         log = Path(info(job, "StdOut"))
-        raise AssertionError(f"{state}, exit code {info(job, 'ExitCode')}; {log.read_text() if log.is_file() else log}")
+        words = log.read_text() if log.is_file() else f"{log} was not written"
+        raise AssertionError(f"{state}, exit code {info(job, 'ExitCode')}; {words}\n{daemons()}")
     return state == "COMPLETED"
 
 
@@ -149,7 +168,7 @@ def test_a_job_near_its_limit_queues_itself_again_and_ends_the_same(whole, tmp_p
     job = submit(log, "--time=10", "scripts/slurm/train_ico.sbatch", "--config", config, *TRAINING, "--logdir", tmp_path)
     wait_for("the first steps", lambda: steps(tmp_path) >= 2)
     # The signal comes 120 to 150 seconds before the limit: now.
-    output_of("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+    output_of("scontrol", "update", f"JobId={job}", f"TimeLimit={limit_soon(job)}")
     wait_for("the signal", lambda: "Stopped at step" in log.read_text())
     assert steps(tmp_path) < STEPS
     write_config(config, every=0)

@@ -42,7 +42,7 @@ def work(folder: str, options: argparse.Namespace, ready, times) -> None:
     plan = Plan([{"prompt": prompt} for prompt in prompts], metadata, [0], options.images, options.batch_size)
 
     def sample(images):
-        return text_to_image(model, [prompts[p.prompt] for p in images], [p.index for p in images], settings)
+        return text_to_image(model, [prompts[p.prompt] for p in images], [p.number for p in images], settings)
 
     sample([plan.image(0)])  # what is set up at the first call
     ready.wait()

@@ -110,13 +110,12 @@ class DrawTab:
         self.agg_time = gr.Slider(0, 1, dual.agg_time, step=0.05, label="T_a", info=time, buttons=[])
         self.agg_lambda = gr.Slider(-2, 2, dual.agg_lambda, step=0.1, label="Lambda", info=weight, buttons=[])
         self.noun = gr.Textbox("", label="Auxiliary noun", info="Empty: the class noun", max_length=100)
-        small = {"min_width": 120}
         with gr.Row():
-            self.steps = gr.Slider(1, MOST_STEPS, options.steps, step=1, label="Steps", buttons=[], **small)
-            self.scale = gr.Slider(1, 15, options.scale, step=0.5, label="Guidance", buttons=[], **small)
+            self.steps = gr.Slider(1, MOST_STEPS, options.steps, step=1, label="Steps", buttons=[], min_width=120)
+            self.scale = gr.Slider(1, 15, options.scale, step=0.5, label="Guidance", buttons=[], min_width=120)
         with gr.Row():
-            self.solver = gr.Dropdown(list(SOLVERS), value=options.solver, label="Solver", filterable=False, **small)
-            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, **small)
+            self.solver = gr.Dropdown(list(SOLVERS), value=options.solver, label="Solver", filterable=False, min_width=120)
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, min_width=120)
         self.n = gr.Slider(1, MOST_IMAGES, 1, step=1, label="Images", buttons=[])
 
     def _results(self) -> None:
@@ -129,10 +128,9 @@ class DrawTab:
                 self.layer = gr.Slider(0, 1, 0, step=1, label="Layer", buttons=[])
             self.seen = gr.HTML("", elem_id="seen")
         with gr.Accordion("The same from a terminal and from Python", open=False, visible=False) as self.how:
-            options = {"lines": 3, "max_lines": 8, "interactive": False, "buttons": ["copy"]}
-            self.command = gr.Textbox(label="Command for the DCI images", elem_id="command", **options)
-            self.plain = gr.Textbox(label="Command for the plain images", elem_id="command-plain", **options)
-            self.python = gr.Textbox(label="Python for both", elem_id="python", **options)
+            self.command = _to_copy("Command for the DCI images", "command")
+            self.plain = _to_copy("Command for the plain images", "command-plain")
+            self.python = _to_copy("Python for both", "python")
 
     @property
     def fields(self) -> list[Any]:
@@ -151,10 +149,10 @@ class DrawTab:
 
     def connect(self, blocks: gr.Blocks) -> None:
         """Connect the events."""
-        read = dict(fn=self._reading, inputs=[self.concept, self.prompt, self.noun], outputs=self.read)
+        asked = [self.concept, self.prompt, self.noun]
         for component in (self.prompt, self.noun):
-            component.change(**read, **at_once(trigger_mode="always_last"))
-        self.concept.change(self._choose, [self.concept, self.prompt, self.noun], [self.prompt, self.read], **at_once())
+            component.change(self._reading, asked, self.read, **at_once(trigger_mode="always_last"))
+        self.concept.change(self._choose, asked, [self.prompt, self.read], **at_once())
         self.add.click(
             self._add,
             [self.file, self.class_noun, self.trigger, self.uploads, self.prompt],
@@ -343,6 +341,11 @@ def _cell(drawing: Drawing, name: str, number: int) -> str:
         f'<button type="button" data-number="{number}" aria-label="Look inside {title} image {number + 1}">{image}</button>'
     )
     return f'<figure>{look}<a href="{url}" download="{file}">Download PNG</a></figure>'
+
+
+def _to_copy(label: str, elem_id: str) -> gr.Textbox:
+    """Text to be taken along."""
+    return gr.Textbox(label=label, elem_id=elem_id, lines=3, max_lines=8, interactive=False, buttons=["copy"])
 
 
 def _idle() -> tuple:

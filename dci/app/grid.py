@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -19,6 +20,7 @@ from dci.evaluation.scores import ImageScore, RunScores, Scores, summarize
 from dci.pipeline import Prepared
 from ldm.errors import UserError
 from ldm.images import captioned_grid, list_images, read_image, to_images
+from ldm.sampling_loop import Callback
 from ldm.shipped import find
 
 MOST_VALUES = 5  # on an axis
@@ -40,11 +42,22 @@ class Grid:
         """Whether all of them are there."""
         return self.plain is not None and len(self.images) == len(self.times) * len(self.lambdas)
 
+    def plain_image(self) -> Image.Image:
+        """Return the image of plain sampling.
+
+        Raises:
+            ValueError: it is not made yet.
+        """
+        if self.plain is None:
+            raise ValueError("plain sampling has no image yet: take more of the grid's steps")
+        return self.plain
+
     def sheet(self) -> Image.Image:
         """Return one image of all: a row for each T_a, a column for each lambda, plain sampling in a row of its own."""
-        width, height = self.plain.size
+        plain = self.plain_image()
+        width, height = plain.size
         blank = Image.new("RGB", (width, height), "white")
-        cells = [self.plain, *[blank] * (len(self.lambdas) - 1)]
+        cells = [plain, *[blank] * (len(self.lambdas) - 1)]
         captions = ["plain", *[""] * (len(self.lambdas) - 1)]
         for time in self.times:
             cells += [self.images[time, value] for value in self.lambdas]
@@ -85,7 +98,7 @@ def sample_grid(
     prepared = [_prepared(ready, wanted, setting) for setting in settings]
     grid = Grid(times, lambdas, calls=sum(len(one.timesteps) for one in prepared))
     for setting, one in zip(settings, prepared, strict=True):
-        steps = Steps(lambda tell, one=one: one.sample([0], [0], [wanted.seed], Observers(tell)))
+        steps = Steps(_sampler(one, wanted.seed))
         try:
             for number, _ in enumerate(steps):
                 if stopped():
@@ -101,6 +114,10 @@ def sample_grid(
         else:
             grid.images[setting] = image
         yield grid
+
+
+def _sampler(prepared: Prepared, seed: int) -> Callable[[Callback], Any]:
+    return lambda tell: prepared.sample([0], [0], [seed], Observers(tell))
 
 
 def _prepared(ready: Ready, wanted: Wanted, setting: tuple[float, float] | None) -> Prepared:
@@ -138,10 +155,9 @@ def plane(grid: Grid, wanted: Wanted, ready: Ready, judges: Judges) -> str:
     Raises:
         UserError: the concept's reference images are not there.
     """
-    concept = ready.pipeline.concept
-    text = parse_prompt(wanted.prompt, concept.names).auxiliary  # the prompt without the learned words
-    references = judges.instance.image_features([read_image(file) for file in _references(concept.config)])
-    named = [("plain", "plain", grid.plain)]
+    text = parse_prompt(wanted.prompt, ready.concept.names).auxiliary  # the prompt without the learned words
+    references = judges.instance.image_features([read_image(file) for file in _references(ready.concept.config)])
+    named = [("plain", "plain", grid.plain_image())]
     named += [(f"T_a {t:g} {v:g}", f"T_a {t:g}", grid.images[t, v]) for t in grid.times for v in grid.lambdas]
     images = [image for _, _, image in named]
     texts = judges.clip.text_features([text]).expand(len(images), -1)

@@ -62,7 +62,7 @@ def look(drawing: Drawing, number: int, step: int, layer: int) -> str:
 def _weights(drawing: Drawing, number: int, step: int, layer: int) -> str:
     """The branch weights of a step and layer over the finished image, from their lowest to their highest."""
     side, there = drawing.sides[DCI], ranges(drawing)
-    if not there.dual_steps:
+    if not there.dual_steps or side.maps is None:
         return _empty("No branch weights: T_a is 0, so the auxiliary branch never ran")
     if step > there.dual_steps:
         return _empty(f"No branch weights: the concept branch runs alone after step {there.dual_steps}")

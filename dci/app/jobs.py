@@ -87,7 +87,8 @@ class Jobs:
     def current(self) -> Job | None:
         """Return the job that runs, or else the newest one."""
         running = [job for job in self.jobs if job.state == RUNNING]
-        return (running or self.jobs or [None])[-1]
+        shown = running or self.jobs
+        return shown[-1] if shown else None
 
     def waiting(self) -> int:
         """How many wait."""

@@ -73,9 +73,9 @@ class LearnTab:
         Args:
             chosen: key of a run -> updates of `outputs`, which show the Draw tab with that concept.
         """
-        dropped = dict(fn=self._dropped, inputs=[self.files, self.masked], outputs=[self.squares, self.set])
+        dropped, squares = [self.files, self.masked], [self.squares, self.set]
         for event in (self.files.change, self.masked.change):
-            event(**dropped, **private(concurrency_id="files", concurrency_limit=2))
+            event(self._dropped, dropped, squares, **private(concurrency_id="files", concurrency_limit=2))
         self.method.change(self._usual_steps, self.method, self.steps, **at_once())
         fields = [self.set, self.noun, self.method, self.steps, self.masked]
         self.start.click(self._start, fields, self.said, **private(concurrency_id="files", concurrency_limit=2))

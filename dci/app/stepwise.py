@@ -1,7 +1,7 @@
 """Sampling as an iterator: who watches takes one step after another, and may stop between two of them."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from ldm.sampling_loop import Callback
@@ -22,7 +22,9 @@ class Steps(Iterator[dict[str, Any]]):
 
     def __init__(self, call: Callable[[Callback], Any]):
         self.result: Any = None  # what `call` returned, once all steps are taken
-        self._call, self._error, self._step = call, None, None
+        self._call = call
+        self._error: BaseException | None = None
+        self._step: dict[str, Any] | None = None
         self._go, self._ready = threading.Semaphore(0), threading.Semaphore(0)
         self._closed = False
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -67,7 +69,7 @@ class Steps(Iterator[dict[str, Any]]):
             raise _Stopped
 
 
-def alternately(*strands: Steps) -> Iterator[tuple[int, dict[str, Any]]]:
+def alternately(*strands: Steps) -> Generator[tuple[int, dict[str, Any]], None, None]:
     """Take the steps of several samplings in turn: (number of the strand, step); closing it closes all of them."""
     try:
         left = dict(enumerate(strands))

@@ -36,6 +36,7 @@ class Weights:
 class Ready:
     """A concept on its base model, and what tells that model in the images' metadata."""
 
+    concept: Concept
     pipeline: Pipeline
     loaded: LoadedModel
 
@@ -46,8 +47,7 @@ class Studio:
     def __init__(self, weights: Weights):
         self.weights = weights
         self._lock = threading.RLock()
-        self._model: LatentDiffusion | None = None
-        self._loaded: LoadedModel | None = None
+        self._base: tuple[LatentDiffusion, LoadedModel] | None = None
         self._place: tuple = ()
         self._applied: tuple[str, Ready, Callable[[], None]] | None = None  # key of the concept, and how it is undone
 
@@ -58,8 +58,8 @@ class Studio:
             concept: that it is for; None: whatever is loaded will do.
         """
         with self._lock:
-            if concept is None and self._model is not None:
-                return self._model, self._loaded
+            if concept is None and self._base is not None:
+                return self._base
             trained, asked = concept.config if concept else {}, self.weights
             if asked.model:
                 model, checkpoint = asked.model, asked.checkpoint
@@ -68,12 +68,14 @@ class Studio:
             own = not asked.model and model == trained.get("model")
             vae = asked.vae or (trained_vae(trained) if own else None)
             loras = list(trained.get("loras") or [])
-            if self._model is None or self._place != _place(model, checkpoint, vae, loras):
-                self._load(model, checkpoint, vae, concept)
+            if self._base is None or self._place != _place(model, checkpoint, vae, loras):
+                self._base = self._applied = None  # before the next one takes its memory
+                self._base = self._load(model, checkpoint, vae, concept)
                 self._place = _place(model, checkpoint, vae, loras)
             # The same file may have another name, which the images' metadata tell as it was given.
-            self._loaded = dataclasses.replace(self._loaded, model=model, checkpoint=checkpoint, vae=vae)
-            return self._model, self._loaded
+            known = dataclasses.replace(self._base[1], model=model, checkpoint=checkpoint, vae=vae)
+            self._base = self._base[0], known
+            return self._base
 
     def use(self, key: str, concept: Concept) -> Ready:
         """Return a concept on its base model; the one before is taken off.
@@ -91,7 +93,7 @@ class Studio:
             self._take_off()
             replaced = concept.replaced(model)
             undo = concept.apply(model)
-            ready = Ready(Pipeline(model, concept, replaced), loaded)
+            ready = Ready(concept, Pipeline(model, concept, replaced), loaded)
             self._applied = (key, ready, undo)
             return ready
 
@@ -113,15 +115,16 @@ class Studio:
             self._applied[2]()
             self._applied = None
 
-    def _load(self, model: str, checkpoint: str | None, vae: str | None, concept: Concept | None) -> None:
-        self._model = self._loaded = self._applied = None  # before the next one takes its memory
+    def _load(
+        self, model: str, checkpoint: str | None, vae: str | None, concept: Concept | None
+    ) -> tuple[LatentDiffusion, LoadedModel]:
         device = self.weights.device
         loaded = load_model(model, checkpoint, dtype=partial(fastest_precision, device=device), vae=vae)
         accelerate(loaded, device)
         if concept is not None:
             add_trained_loras(loaded, concept)
         known = LoadedModel(model, checkpoint, fingerprint(loaded), precision_name(loaded.dtype), vae=vae)
-        self._model, self._loaded = loaded.to(device), known
+        return loaded.to(device), known
 
 
 def _place(model: str, checkpoint: str | None, vae: str | None, loras: list[str]) -> tuple:

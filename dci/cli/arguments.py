@@ -6,8 +6,9 @@ import re
 import secrets
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn, TypeVar, overload
 
 from dci.files import read_prompts
 from dci.samples.image_metadata import PRECISIONS
@@ -15,6 +16,8 @@ from ldm.errors import UserError, reported_in_one_line
 from ldm.shipped import find
 
 _MAY_BE_EMPTY = ("prompt", "negative_prompt")
+
+_Into = TypeVar("_Into")
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +30,13 @@ class Parser(argparse.ArgumentParser):
         # argparse takes -2 for a value but -1e6 for an unknown option.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
-    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None):
+    @overload
+    def parse_args(self, args: Iterable[str] | None = None, namespace: None = None) -> argparse.Namespace: ...
+    @overload
+    def parse_args(self, args: Iterable[str] | None, namespace: _Into) -> _Into: ...
+    @overload
+    def parse_args(self, *, namespace: _Into) -> _Into: ...
+    def parse_args(self, args: Iterable[str] | None = None, namespace: object = None) -> object:
         args = sys.argv[1:] if args is None else args
         # Intermixed: key=value overrides may stand before, between and behind the options.
         found = super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)
@@ -38,7 +47,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"argument {action.option_strings[0]}: it is empty: give a value, or leave it out")
         return found
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
 
 

@@ -22,8 +22,8 @@ def main() -> None:
 
     concept = Concept.load(args.concept)
     model = load_concept_base(args, concept)
-    for name in concept.names:
-        print(f"{' '.join(name.modifier_tokens)} {name.class_noun}, on the base model '{concept.base_name}'")
+    for named in concept.names:
+        print(f"{' '.join(named.modifier_tokens)} {named.class_noun}, on the base model '{concept.base_name}'")
     for token in inspect_tokens(concept, model, args.nearest, not args.no_contexts):
         words = ", ".join(f"{near.word} {near.cosine:.2f}" for near in token.nearest)
         print(f"{token.name:24} length {token.norm:.3f}   near: {words}")

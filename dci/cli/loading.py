@@ -173,9 +173,11 @@ def request_of(args: argparse.Namespace, prompts: list[str], **more):
     from ldm.masks import read_mask
 
     image = read_image(args.init_image) if args.init_image else None
-    if args.mask and image is None:
-        raise UserError("mask= needs an image to start from: give it as init_image=")
-    mask = read_mask(args.mask, image, args.init_image) if args.mask else None
+    mask = None
+    if args.mask:
+        if image is None:
+            raise UserError("mask= needs an image to start from: give it as init_image=")
+        mask = read_mask(args.mask, image, args.init_image)
     settings = sampling_arguments(args) | more.pop("settings", {})
     return Request(
         prompts,

@@ -65,7 +65,7 @@ def main() -> None:
     recorder = BranchRecorder(model, args.save_maps, args.save_steps) if args.save_maps or args.save_steps else None
 
     def sample_batch(planned: list, progress):
-        prompts, indices, seeds = zip(*((image.prompt, image.index, image.seed) for image in planned), strict=True)
+        prompts, indices, seeds = zip(*((image.prompt, image.number, image.seed) for image in planned), strict=True)
 
         def call(callback, maps=None):
             return prepared.sample(prompts, indices, seeds, Observers(callback, maps))

@@ -30,7 +30,7 @@ def main() -> None:
     metadata = sampling_metadata(args, base, checkpoint, prepared, known) | lora_metadata(args)
 
     def sample_batch(planned, progress):
-        prompts, indices, seeds = zip(*((image.prompt, image.index, image.seed) for image in planned), strict=True)
+        prompts, indices, seeds = zip(*((image.prompt, image.number, image.seed) for image in planned), strict=True)
         return prepared.sample(prompts, indices, seeds, Observers(progress))
 
     generate(args, [{"prompt": text} for text in texts], metadata, len(prepared.timesteps), sample_batch)

@@ -113,7 +113,7 @@ def _counts(generator: np.random.Generator, resamples: int, levels: int) -> np.n
 
 
 def bootstrap_mean(
-    values: Sequence[float],
+    values: Sequence[float] | np.ndarray,
     columns: Mapping[str, Sequence[str]],
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -126,9 +126,9 @@ def bootstrap_mean(
         columns: factors that the rows belong to, see `factors`.
         level: share of the resampled means that the interval holds.
     """
-    values = np.asarray(values, dtype=np.float64)
-    sums, totals = _resampled_sums(values, factors(columns), resamples, seed)
-    return percentile_interval(values.mean(), sums, totals, len(values), level)
+    table = np.asarray(values, dtype=np.float64)
+    sums, totals = _resampled_sums(table, factors(columns), resamples, seed)
+    return percentile_interval(table.mean(), sums, totals, len(table), level)
 
 
 def percentile_interval(value: float, sums: np.ndarray, totals: np.ndarray, n: int, level: float = LEVEL) -> Interval:

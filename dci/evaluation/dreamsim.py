@@ -44,6 +44,10 @@ _MEAN_STD = {
 class Branch(nn.Module):
     """One of the networks: images (b, 3, 224, 224) in [0, 1] -> features (b, d)."""
 
+    mean: Tensor
+    std: Tensor
+    projection: Tensor | None
+
     def __init__(self, name: str, state: dict[str, Tensor], projection: Tensor | None):
         """Build the network whose weights these are.
 

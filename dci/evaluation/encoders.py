@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import isbuiltin, isfunction
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -143,12 +144,22 @@ _QUIET = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ImportWa
 """Warnings that are meant for the libraries' authors."""
 
 
+class _Collector(logging.Handler):
+    """Puts the text of each warning into a list."""
+
+    def __init__(self, texts: list[str]):
+        super().__init__(logging.WARNING)
+        self._texts = texts
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._texts.append(record.getMessage())
+
+
 @contextmanager
 def _kept_back() -> Iterator[list[str]]:
     """Collect what libraries warn of, through `warnings` or in logs; at the end the list is complete, without repeats."""
     collected: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: collected.append(record.getMessage())
+    handler = _Collector(collected)
     loggers = [logging.root, *(logging.getLogger(name) for name in ("open_clip", "timm", "transformers"))]
     handlers = {logger: logger.handlers[:] for logger in loggers if logger.handlers or logger is logging.root}
     for logger in handlers:
@@ -187,7 +198,10 @@ _LOCAL = {
 }
 
 
-def _frozen(module: nn.Module, device: str) -> nn.Module:
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def _frozen(module: _Network, device: str) -> _Network:
     return module.eval().requires_grad_(False).to(device)
 
 
@@ -218,6 +232,7 @@ def _tiny(role: str, device: str) -> Encoder:
 def _open_clip(name: str, model: str, device: str) -> Encoder:
     import open_clip
 
+    weights: str | None
     architecture, _, weights = model.partition("/")
     if Path(model).is_dir():
         architecture, weights = f"local-dir:{model}", None

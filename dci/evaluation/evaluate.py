@@ -92,7 +92,7 @@ class Scoring:
 class ScoringObservers:
     """What is called while a folder is scored."""
 
-    progress: Callable[[int], None] = lambda number: None  # gets how many more images an encoder has seen
+    progress: Callable[[int], object] = lambda number: None  # gets how many more images an encoder has seen
     report: Callable[[str], None] = print  # gets a line on what the folders hold besides the images that are used
 
 
@@ -132,19 +132,19 @@ def evaluate_folder(
     if scoring.scaled_text_score:
         values[metrics.CLIP_T_SCALED] = metrics.scaled_text_scores(values[metrics.CLIP_T])
     for name, encoder in ((metrics.CLIP_I, encoders.clip), (metrics.DINO_I, encoders.instance)):
-        seen, *known = (features(encoder, some, scoring.object_only) for some in (files, *groups))
-        values[name] = torch.stack([metrics.image_scores(seen, one) for one in known]).mean(0)
-    rows = [{name: column[i].item() for name, column in values.items()} for i in range(len(samples))]
+        seen, *shown = (features(encoder, some, scoring.object_only) for some in (files, *groups))
+        values[name] = torch.stack([metrics.image_scores(seen, one) for one in shown]).mean(0)
+    scores = [{name: column[i].item() for name, column in values.items()} for i in range(len(samples))]
     if encoders.classifier:
-        add_labels(rows, samples, encoders.classifier, features(encoders.classifier, files))
-    rows = tuple(ImageScore(str(s.file), s.prompt, s.text, s.noise, row) for s, row in zip(samples, rows, strict=True))
+        add_labels(scores, samples, encoders.classifier, features(encoders.classifier, files))
+    rows = tuple(ImageScore(str(s.file), s.prompt, s.text, s.noise, own) for s, own in zip(samples, scores, strict=True))
     summary, metadata = summarize(rows, scoring.resamples, scoring.seed), describe(folder, rows, groups, encoders, scoring)
     if scoring.object_only:
         metadata["object_only"] = in_words([file for group in groups for file in group], files)
         observers.report(metadata["object_only"])
     if real:
-        sets = (scale_for_kid(features(encoders.kid, part), encoders.kid) for part in (real, files))
-        summary[metrics.KID], metadata["kid"] = _kid(*sets, rows, scoring.resamples, scoring.seed)
+        known, made = (scale_for_kid(features(encoders.kid, part), encoders.kid) for part in (real, files))
+        summary[metrics.KID], metadata["kid"] = _kid(known, made, rows, scoring.resamples, scoring.seed)
         metadata["kid"] |= {"features": encoders.kid.name, "regularization": str(scoring.regularization)}
     return Scores(rows, summary, metadata)
 
@@ -181,7 +181,14 @@ def add_labels(rows: list[dict], samples: Sequence[SampledImage], classifier: En
     Args:
         rows: scores of each image, to be added to.
         logits: of nouns and places side by side (n, nouns + places).
+
+    Raises:
+        UserError: the encoder is no classifier.
     """
+    from ldm.embedded_encoders import Classifier
+
+    if not isinstance(classifier.module, Classifier):
+        raise UserError(f"the encoder {classifier.name} knows no nouns and places: give load_encoder('tiny', 'classifier')")
     nouns, places = classifier.module.nouns, classifier.module.places
     noun, place = (part.argmax(-1).tolist() for part in logits.split([len(nouns), len(places)], -1))
     for i, (row, sample) in enumerate(zip(rows, samples, strict=True)):

@@ -44,7 +44,7 @@ class FeatureStore:
         encoder: Encoder,
         files: Sequence[Path],
         batch_size: int = 32,
-        progress: Callable[[int], None] = lambda number: None,
+        progress: Callable[[int], object] = lambda number: None,
         object_only: bool = False,
     ) -> Tensor:
         """Return the features of image files: (n, d), fp32.

@@ -112,8 +112,8 @@ def kid(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000,
     for _ in range(subsets):
         part = real[torch.randperm(len(real), generator=generator)[:subset_size]]
         values.append(mmd2(part, fake[torch.randperm(len(fake), generator=generator)[:subset_size]]))
-    values = torch.stack(values)
-    return Kid(values.mean().item(), values.std(correction=0).item(), subset_size)
+    across = torch.stack(values)
+    return Kid(across.mean().item(), across.std(correction=0).item(), subset_size)
 
 
 def kid_interval(

@@ -22,23 +22,25 @@ INK = "#2f3033"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 """Okabe and Ito's palette, told apart by colour-blind readers on light and dark grounds, and two more."""
 
-_STYLE = {
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#8a8d93",
-    "grid.alpha": 0.25,
-    "grid.linewidth": 0.6,
-    "font.size": 9,
-    "legend.frameon": False,
-    "svg.hashsalt": "dci",
-}
+_STYLE = matplotlib.RcParams(
+    {
+        "text.color": INK,
+        "axes.edgecolor": INK,
+        "axes.labelcolor": INK,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#8a8d93",
+        "grid.alpha": 0.25,
+        "grid.linewidth": 0.6,
+        "font.size": 9,
+        "legend.frameon": False,
+        "svg.hashsalt": "dci",
+    }
+)
 _MARKERS = "osD^vPX*"
 
 

@@ -80,6 +80,7 @@ def address(server: ThreadingHTTPServer) -> str:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    server: ThreadingHTTPServer
     session: Session
     server_version, sys_version = "dci", ""
 
@@ -127,7 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _is_ours(self) -> bool:
         """Whether the browser asks for this address by its number; a name that was made to lead here is refused."""
-        names = {f"{name}:{self.server.server_address[1]}" for name in (HOST, "localhost")}
+        names = {f"{name}:{self.server.server_port}" for name in (HOST, "localhost")}
         origin = self.headers.get("Origin")
         if self.headers.get("Host") in names and (origin is None or origin.removeprefix("http://") in names):
             return True

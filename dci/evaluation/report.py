@@ -166,9 +166,9 @@ def difference_table(differences: dict[str, dict[str, Interval]], first: str) ->
 def human_tables(runs: Sequence[RunScores], answers: Sequence[Answer]) -> list[list[list[tuple[str, str]]]]:
     """Return what people preferred, and how often each metric prefers the same, as tables of (text, interval)."""
     preferred: list[list[tuple[str, str]]] = [[("people prefer", ""), ("over", ""), *((q, "") for q in QUESTIONS.values())]]
-    shares = {key: share for *key, share in preferences(answers) for key in [tuple(key)]}
-    for pair in dict.fromkeys(key[1:] for key in shares):
-        cells = [_share_cell(shares.get((question, *pair))) for question in QUESTIONS]
+    shares = {(question, (run, other)): share for question, run, other, share in preferences(answers)}
+    for pair in dict.fromkeys(pair for _, pair in shares):
+        cells = [_share_cell(shares.get((question, pair))) for question in QUESTIONS]
         preferred.append([*((name, "") for name in pair), *cells])
     agreed: list[list[tuple[str, str]]] = [[("question", ""), ("metric", ""), ("agrees with people", ""), ("answers", "")]]
     for found in agreements(runs, answers):

@@ -59,11 +59,15 @@ class Scores:
 
 def _scores(content: dict) -> Scores:
     """What `as_json` made of scores."""
-    summary = {
-        name: Interval(**{k: math.nan if v is None else v for k, v in i.items()}) for name, i in content["summary"].items()
-    }
+    summary = {name: _interval(found) for name, found in content["summary"].items()}
     metadata = content["metadata"] if "metadata" in content else content["facts"]
     return Scores(tuple(ImageScore(**row) for row in content["rows"]), summary, metadata)
+
+
+def _interval(content: Mapping[str, Any]) -> Interval:
+    """What `as_json` made of an interval."""
+    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in content.items()}
+    return Interval(**known)
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ def resampled(rows: Sequence[ImageScore]) -> dict[str, int]:
 
 def as_json(content: Any) -> Any:
     """Return scores, intervals, or containers of them as JSON knows them: null in place of NaN."""
-    if dataclasses.is_dataclass(content):
+    if dataclasses.is_dataclass(content) and not isinstance(content, type):
         return as_json(dataclasses.asdict(content))
     if isinstance(content, dict):
         return {key: as_json(value) for key, value in content.items()}

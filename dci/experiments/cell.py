@@ -121,7 +121,7 @@ def sample(task: dict[str, Any]) -> None:
     plan = Plan(named, facts, [options.seed], options.n_samples, options.batch_size)
 
     def sample_batch(images: list):
-        prompts, indices, seeds = zip(*((i.prompt, i.index, i.seed) for i in images), strict=True)
+        prompts, indices, seeds = zip(*((i.prompt, i.number, i.seed) for i in images), strict=True)
         return prepared.sample(prompts, indices, seeds)
 
     with SampleFolder(task["folder"], plan) as folder:

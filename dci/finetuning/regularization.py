@@ -56,7 +56,7 @@ def generate(model: LatentDiffusion, config: GenerateConfig, class_noun: str, lo
     plan = PromptsInTurn(named, metadata, [config.seed], config.number, config.batch_size)
 
     def sample(images: list[PlannedImage]):
-        texts, indices = [prompts[image.prompt] for image in images], [image.index for image in images]
+        texts, indices = [prompts[image.prompt] for image in images], [image.number for image in images]
         return text_to_image(model, texts, indices, options)
 
     with SampleFolder(folder, plan) as samples:

@@ -1,16 +1,19 @@
 """Who makes which image: locks of the processes that work in one folder, which end with the process that holds them."""
 
 import errno
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import filelock
 
+fcntl: ModuleType | None
 try:
-    import fcntl
+    fcntl = importlib.import_module("fcntl")
 except ImportError:  # Windows
     fcntl = None
 
@@ -88,6 +91,7 @@ class FileLocks:
         return True
 
     def _lock(self, how: int, numbers: range) -> bool:
+        assert fcntl is not None  # who calls has asked
         try:
             fcntl.lockf(self._descriptor, how, len(numbers), numbers.start - _FOLDER)
         except OSError as error:

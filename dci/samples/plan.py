@@ -9,7 +9,7 @@ class PlannedImage(NamedTuple):
 
     prompt: int  # number of its prompt in the plan
     seed: int
-    index: int  # its number under that prompt and seed
+    number: int  # under that prompt and seed
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ def sample_missing(
         OSError: an image could not be written; what was made before is.
     """
     with _Writers(folder) as writers:
-        locked_by_others, made = [], set()
+        locked_by_others: list[range] = []
+        made: set[int] = set()
         for again, todo in ((False, batches), (True, locked_by_others)):
             for numbers in todo:
                 missing = _locked_and_missing(folder, numbers)

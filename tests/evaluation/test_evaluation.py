@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -228,6 +229,12 @@ def test_scores_are_those_of_the_encoders(encoders, tmp_path):
     assert scores.summary["place"].n == 2
     assert scores.metadata["resampled"] == {"prompt": 3, "seed": 2}  # two blanks are another wording
     assert scores.summary["kid"].mean > 0.1  # noise is not like cats
+
+
+def test_nouns_and_places_are_counted_by_a_classifier(encoders, tmp_path):
+    folder = folder_of(tmp_path / "run", PROMPTS)
+    with pytest.raises(UserError, match="knows no nouns and places: give"):
+        evaluate_folder(folder, REFERENCES, replace(encoders, classifier=encoders.instance))
 
 
 def test_images_that_the_record_names_and_that_are_missing_are_told(encoders, tmp_path):

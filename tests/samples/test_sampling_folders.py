@@ -29,7 +29,7 @@ def plan(prompts=("a dog", "a car", "a cat"), seeds=(0, 5), n_samples=3, batch_s
 
 def paint(images):
     """Stands in for a model: colours tell the image, and a corner tells all that its batch holds."""
-    batch = torch.tensor([[p.prompt, p.seed, p.index] for p in images]).float()
+    batch = torch.tensor([[p.prompt, p.seed, p.number] for p in images]).float()
     rows = (batch / 10)[:, :, None, None].repeat(1, 1, 16, 16)
     rows[:, :, 0, 0] = batch.square().sum(0) / 1000
     return rows

@@ -21,7 +21,8 @@ def main() -> None:
     parser.add_argument("--out", default=str(ROOT / "docs"), help="folder for the pictures (default docs)")
     args = parser.parse_args()
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/app")]
-    from served import Visit, browsing, serving
+    from browser import browsing
+    from served import Visit, serving
 
     with tempfile.TemporaryDirectory() as logdir, serving(logdir) as (_, address), browsing() as browser:
         with Visit(browser, address) as visit:

@@ -24,7 +24,7 @@ from ldm.images import read_image
 
 HOST = "127.0.0.1"
 _MOST = 4096  # bytes of an answer
-_POLICY = "default-src 'none'; img-src 'self'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'"
+_POLICY = "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'"
 
 
 class Session:
@@ -175,7 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
             ("Content-Security-Policy", _POLICY),
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
+            ("Referrer-Policy", "same-origin"),  # without a referrer browsers call a form's origin null
         ):
             self.send_header(name, value)
         self.end_headers()

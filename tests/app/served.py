@@ -1,7 +1,6 @@
 """The page as a user starts it, and a browser that looks at it: for the tests, and for the pictures of the docs."""
 
 import contextlib
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,18 +10,7 @@ from pathlib import Path
 
 from helpers import ENVIRONMENT, ROOT
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 AXE = Path(__file__).with_name("node_modules") / "axe-core/axe.min.js"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-]
 
 
 @contextlib.contextmanager
@@ -46,17 +34,6 @@ def serving(logdir, *options):
         finally:
             server.terminate()
             server.wait(120)
-
-
-@contextlib.contextmanager
-def browsing():
-    """Start a browser without a screen, in which no name but this machine's means anything."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 class Visit:

@@ -1,6 +1,5 @@
 """The page in a real browser, as somebody uses it."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -11,17 +10,13 @@ import urllib.error
 import urllib.request
 
 import pytest
+from browser import MARKS, browsing
 from helpers import ROOT, run_main
-from served import AXE, CHROMIUM, Visit, browsing, serving
+from served import AXE, Visit, serving
 
 from dci.app.server import QUEUE
 
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: tests/app/install.sh installs it"),
-    pytest.mark.skipif(importlib.util.find_spec("playwright") is None, reason="no playwright here"),
-]
+pytestmark = MARKS
 DEMOS = sorted(file.stem for file in (ROOT / "data/demo").glob("*.safetensors"))
 CAT = sorted(str(file) for file in (ROOT / "data/concepts/cat").glob("*.png"))
 

@@ -38,7 +38,7 @@ _FAILED = 1000  # above every signal's number
 
 def loggers(config: FinetuneConfig, run_folder: Path) -> list[Logger]:
     """Return TensorBoard and Weights & Biases as the configuration asks for them, and can be had."""
-    found = []
+    found: list[Logger] = []
     if config.logging.tensorboard:
         if readable(whole := str(run_folder.resolve())) == whole:
             found.append(TensorBoardLogger(run_folder, name="", version=""))
@@ -61,6 +61,13 @@ def errors_reported_once() -> Iterator[None]:
         threading.excepthook = before
 
 
+def _ours(module: pl.LightningModule) -> ICOTraining:
+    """The module that is trained, as what it is: Lightning calls back with any."""
+    if not isinstance(module, ICOTraining):
+        raise TypeError(f"these callbacks are for ICOTraining, not for {type(module).__name__}")
+    return module
+
+
 class MetricsLogger(pl.Callback):
     """Shows the loss in a progress bar, and logs it every so many steps; the first process alone does."""
 
@@ -71,13 +78,15 @@ class MetricsLogger(pl.Callback):
         self.losses: list[float] = []  # since the last row
         self.bar: tqdm | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, module: ICOTraining) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module = _ours(pl_module)
         if not trainer.is_global_zero:
             return
         self.rows = read_metrics(self.file, module.first_step)
         self.bar = tqdm(total=self.config.training.steps, initial=module.first_step, desc="training", unit="step")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: ICOTraining, *_: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object) -> None:
+        module = _ours(pl_module)
         if self.bar is None:
             return
         loss = module.step_loss
@@ -117,14 +126,18 @@ class CheckpointCallback(pl.Callback):
         self.stopped_by = 0  # the signal's number
 
     def restore_weights(self, module: ICOTraining) -> None:
-        """Put the checkpoint's weights into the module."""
-        module.reached |= self.run.state.get("reached", module.reached)
+        """Put the weights of the checkpoint, if there is one, into the module."""
+        state = self.run.state
+        if state is None:
+            return
+        module.reached |= state.get("reached", module.reached)
         trained = module.trained()
         with torch.no_grad():
-            for name, value in self.run.state["weights"].items():
+            for name, value in state["weights"].items():
                 trained[name].copy_(value)
 
-    def on_train_start(self, trainer: pl.Trainer, module: ICOTraining) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module = _ours(pl_module)
         self._agree_on_the_first_step(module)
         if self.run.state is not None:
             trainer.optimizers[0].load_state_dict(self.run.state["optimizer"])
@@ -133,7 +146,8 @@ class CheckpointCallback(pl.Callback):
         self.stop.listen()  # Lightning has taken SIGTERM
         self.stop.training = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: ICOTraining, *_: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object) -> None:
+        module = _ours(pl_module)
         training, step = self.config.training, module.steps_done
         number = largest_over_processes(self.stop.number, module.device)
         last = step == training.steps
@@ -200,7 +214,8 @@ class ValidationImages(pl.Callback):
     def __init__(self, config: FinetuneConfig, run_folder: Path):
         self.config, self.folder = config, run_folder
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: ICOTraining, *_: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object, **__: object) -> None:
+        module = _ours(pl_module)
         every, step = self.config.validation.every, module.steps_done
         if not (every and step % every == 0 and trainer.is_global_zero):
             return

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ldm.errors import UserError
+
 GENERATE = "generate"
 """In place of a regularization folder: images that the base model makes first."""
 
@@ -134,8 +136,33 @@ class FinetuneConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
 
-def concepts_of(config: FinetuneConfig) -> list[ConceptConfig]:
-    """Return the concepts that a run learns, one or several, with the defaults that other options give filled in."""
+@dataclass
+class Subject:
+    """A concept that a run learns, with the defaults that other options give filled in."""
+
+    class_noun: str
+    initial_words: list[str]
+    images: str | None
+    regularization: str | None
+
+
+def concepts_of(config: FinetuneConfig) -> list[Subject]:
+    """Return the concepts that a run learns, one or several.
+
+    Raises:
+        UserError: one has no class noun.
+    """
+    subjects = []
+    for number, entry in enumerate(entries_of(config)):
+        if not entry.class_noun or entry.initial_words is None:
+            name = f"concepts[{number}].class_noun" if config.concepts else "concept.class_noun"
+            raise UserError(f"{name} must be given: the ordinary word for the concept, such as dog")
+        subjects.append(Subject(entry.class_noun, entry.initial_words, entry.images, entry.regularization))
+    return subjects
+
+
+def entries_of(config: FinetuneConfig) -> list[ConceptConfig]:
+    """Return the concepts' options, one's or several's, with the defaults that others give filled in."""
     from dci.concept.modifier_tokens import RARE_TOKENS  # with torch, which takes seconds; options need none
 
     entries = config.concepts or [config.concept]

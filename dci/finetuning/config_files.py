@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from dci.concept.loras import parse_lora
 from dci.concept.modifier_tokens import ConceptName, modifier_names
 from dci.concept.prompts import parse_prompt
-from dci.finetuning.config import ANY_SEED, AUTO, GENERATE, FinetuneConfig, ValidationConfig, concepts_of
+from dci.finetuning.config import ANY_SEED, AUTO, GENERATE, FinetuneConfig, ValidationConfig, concepts_of, entries_of
 from dci.finetuning.precision import lightning_name
 from ldm import config as configuration
 from ldm.errors import UserError
@@ -21,7 +21,7 @@ from ldm.formats.hub import anchored, is_hub_id
 from ldm.shipped import find
 
 
-def finetune_config(path: str | Path, overrides: list[str] = (), name: str | None = None) -> FinetuneConfig:
+def finetune_config(path: str | Path, overrides: Sequence[str] = (), name: str | None = None) -> FinetuneConfig:
     """Read a fine-tuning configuration and make its paths absolute.
 
     Paths in the file are relative to the file's project, paths in overrides to the current folder.
@@ -65,7 +65,7 @@ def _given(content: dict[str, Any]) -> dict[str, Any]:
 
 def _complete(config: FinetuneConfig, overridden: list[str], path: str | Path) -> None:
     """Check that each concept is given once, and let the short form show the first of a list."""
-    for i, entry in enumerate(concepts_of(config)):
+    for i, entry in enumerate(entries_of(config)):
         for key, short in (("class_noun", "concept.class_noun"), ("images", "data.images")):
             name = f"concepts[{i}].{key}" if config.concepts else short
             if not getattr(entry, key):

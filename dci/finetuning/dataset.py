@@ -6,7 +6,7 @@ processes and in any number of micro-batches, and no generator's state has to be
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -58,8 +58,17 @@ class ConceptBatch:
     share: float = 1.0  # of the micro-batch that these images are: the others are of another shape
 
     def to(self, device: torch.device) -> "ConceptBatch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: upload(v, device) for name, v in values.items() if isinstance(v, Tensor)})
+        return replace(
+            self,
+            caption_ids=upload(self.caption_ids, device),
+            pixels=upload(self.pixels, device),
+            moments=upload(self.moments, device),
+            weights=None if self.weights is None else upload(self.weights, device),
+            t=upload(self.t, device),
+            noise=upload(self.noise, device),
+            posterior_noise=upload(self.posterior_noise, device),
+            sizes=None if self.sizes is None else upload(self.sizes, device),
+        )
 
 
 class ConceptDataset(Dataset):

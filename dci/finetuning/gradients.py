@@ -31,7 +31,8 @@ class GradientSum:
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is not None:
                 gradient = parameter.grad.to(self.dtype)
-                self.sums[i] = gradient if self.sums[i] is None else self.sums[i].add_(gradient)
+                total = self.sums[i]
+                self.sums[i] = gradient if total is None else total.add_(gradient)
                 parameter.grad = None
 
     def give(self, parts: int) -> None:
@@ -58,7 +59,8 @@ class GradientSum:
             self.sums[i] = piece.view_as(self.parameters[i])
 
     def _sum_or_zeros(self, i: int) -> Tensor:
-        return torch.zeros_like(self.parameters[i], dtype=self.dtype) if self.sums[i] is None else self.sums[i]
+        total = self.sums[i]
+        return torch.zeros_like(self.parameters[i], dtype=self.dtype) if total is None else total
 
 
 def sum_over_processes(value: float, device: torch.device) -> float:

@@ -72,7 +72,8 @@ class LearnedTokens(nn.Module):
         Returns:
             (ids (b, 77), extra embeddings (n, d) for `TextEncoder.embed`).
         """
-        extra, around = [self.modifiers], {}
+        extra: list[Tensor] = [self.modifiers]
+        around: dict[int, tuple[list[int], list[int]]] = {}
         place = VOCAB_SIZE + len(self.modifiers)
         rows = []
         for image, front in zip(images, caption_prefixes or [""] * len(images), strict=True):

@@ -24,7 +24,7 @@ def object_mask(file: Path, image: Image.Image) -> Image.Image:
     beside = mask_of(file)
     if beside is not None:
         return read_mask(beside, image, file)
-    if image.mode == "RGBA" and image.getextrema()[3][0] < 255:
+    if image.mode == "RGBA" and any(image.getchannel("A").histogram()[:255]):
         return as_mask(image.getchannel("A"), f"the alpha channel of {file}")
     raise UserError(
         f"no mask for {file}: put {file.stem}.mask.png beside it (white is the object), "

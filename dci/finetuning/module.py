@@ -115,6 +115,7 @@ class ICOTraining(pl.LightningModule):
         # Not in __init__: to another device a module may move its parameters or replace them.
         gradients = GradientSum([*self.trained().values()], GRADIENT_SUMS[self.config.training.gradient_sum])
         optimizer, total = self.optimizers(), 0.0
+        assert not isinstance(optimizer, list)  # `configure_optimizers` makes one
         for part in parts:
             loss = part.share * self.loss(part)
             if loss.requires_grad:  # regularization images alone reach nothing in a frozen UNet
@@ -127,7 +128,8 @@ class ICOTraining(pl.LightningModule):
         if not math.isfinite(self.step_loss):
             raise UserError(f"the loss is {self.step_loss} at step {self.steps_done + 1}")
         gradients.give(number)
-        self.reached |= (self.learned.modifiers.grad != 0).any(dim=1).cpu()
+        if self.learned.modifiers.grad is not None:
+            self.reached |= (self.learned.modifiers.grad != 0).any(dim=1).cpu()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -169,7 +171,7 @@ class ICOTraining(pl.LightningModule):
 
         parts = []
         if references:
-            images, words = ([values[i] for i in references] for values in (batch.images, batch.caption_prefix))
+            images, words = [batch.images[i] for i in references], [batch.caption_prefix[i] for i in references]
             parts.append(text.condition(*self.learned.training_prompts(images, words), sizes(references)))
         if others:
             parts.append(text.conditions(batch.caption_ids[others].tolist(), None, sizes(others)))
@@ -241,9 +243,8 @@ def _low_rank(weights: dict[str, nn.Parameter], config: FinetuneConfig) -> LowRa
         raise UserError(
             f"training.lora_rank={rank} changes keys and values, and training.trainable=none trains none of them"
         )
-    return LowRankChanges(
-        {name: tuple(weight.shape) for name, weight in weights.items()}, rank, fitting_seed(config.training.seed, 64)
-    )
+    shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+    return LowRankChanges(shapes, rank, fitting_seed(config.training.seed, 64))
 
 
 def _learned_tokens(model: LatentDiffusion, config: FinetuneConfig, images: list[int]) -> LearnedTokens:

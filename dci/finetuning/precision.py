@@ -1,28 +1,35 @@
 """Number formats of training: what is trained stays fp32, the frozen rest is kept in the format of the arithmetic."""
 
+from typing import Literal
+
 import torch
 from torch import nn
 
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 
-LIGHTNING = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+LightningName = Literal["32-true", "bf16-mixed", "16-mixed"]
+LIGHTNING: dict[str, LightningName] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 """Our names, and Lightning's, which are understood too."""
 
-_DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_DTYPES: dict[LightningName, torch.dtype] = {
+    "32-true": torch.float32,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
 
 
-def lightning_name(precision: str) -> str:
+def lightning_name(precision: str) -> LightningName:
     """Return Lightning's name of a precision.
 
     Raises:
         UserError: there is no such precision.
     """
-    name = LIGHTNING.get(precision, precision)
-    if name not in _DTYPES:
-        known = ", ".join([*LIGHTNING, *LIGHTNING.values()])
-        raise UserError(f"training.precision={precision}: expected one of {known}")
-    return name
+    for ours, name in LIGHTNING.items():
+        if precision in (ours, name):
+            return name
+    known = ", ".join([*LIGHTNING, *LIGHTNING.values()])
+    raise UserError(f"training.precision={precision}: expected one of {known}")
 
 
 def check_device(precision: str, device: torch.device) -> None:

@@ -220,7 +220,7 @@ def what_a_run_keeps(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat

@@ -1,7 +1,9 @@
 """Signals that ask a run to stop: it finishes its step, writes a checkpoint and says how to go on."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Windows has no SIGUSR1."""
@@ -20,6 +22,10 @@ class Interrupted(Exception):
         return 128 + self.number
 
 
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+"""What `signal.getsignal` knows."""
+
+
 class GracefulStop:
     """Takes note of a signal while the context is open.
 
@@ -30,7 +36,7 @@ class GracefulStop:
     def __init__(self):
         self.number = 0  # of the signal that came; 0: none
         self.training = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, _Handler] = {}
 
     def __enter__(self) -> "GracefulStop":
         self._before = {number: signal.getsignal(number) for number in SIGNALS}

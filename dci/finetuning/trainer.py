@@ -85,7 +85,9 @@ def _prepare(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> tu
     return module, dataset, _order(config, len(images), len(others))
 
 
-def _references(model: LatentDiffusion, config: FinetuneConfig, folder: str) -> list[TrainingImage]:
+def _references(model: LatentDiffusion, config: FinetuneConfig, folder: str | None) -> list[TrainingImage]:
+    if folder is None:
+        raise UserError("data.images must be given: the folder of the concept's images")
     if config.resume not in (None, AUTO) and not Path(folder).is_dir():
         raise UserError(
             f"no folder {folder}: if its images have moved, give data.images=FOLDER (or concepts=) beside --resume"
@@ -134,7 +136,7 @@ def _fit(module: ICOTraining, loader: DataLoader, run: Run, stop: GracefulStop, 
     if run.state is not None:
         saving.restore_weights(module)
         distributed.print_rank_zero(f"Going on with {run.folder} at step {run.step}")
-    if loader.batch_sampler.steps:
+    if len(loader):
         callbacks = [MetricsLogger(config, run.folder), ValidationImages(config, run.folder), saving]
         trainer = _trainer(config, run.folder, module.model.device, callbacks)
         try:
@@ -165,7 +167,7 @@ def _trainer(config: FinetuneConfig, folder: Path, device: torch.device, callbac
         devices=training.devices if several or one == "auto" else one,
         num_nodes=training.nodes,
         strategy=ProcessesInStep() if several else "auto",
-        plugins=distributed.environments(),
+        plugins=[*distributed.environments()],
         use_distributed_sampler=False,
         precision=lightning_name(training.precision),
         max_epochs=1,

@@ -7,7 +7,7 @@ import pytest
 from helpers import ROOT
 
 from dci.experiments.suite import SuiteConfig
-from dci.finetuning.config import FinetuneConfig, concepts_of
+from dci.finetuning.config import ConceptConfig, FinetuneConfig, concepts_of
 from dci.finetuning.config_files import check, finetune_config
 from ldm import config
 from ldm.config import ModelConfig
@@ -152,6 +152,13 @@ def test_options_of_any_kind_take_paths_too():
     options = [f"sampling.option_{i}={name}" for i, name in enumerate(names)]
     built = config.build(SuiteConfig, {"name": "x", "methods": []}, [*options, "sampling.steps=7", "sampling.eta=0.5"])
     assert list(built.sampling.values()) == [*names, 7, 0.5]
+
+
+def test_a_concept_without_a_class_noun_is_one_line():
+    with pytest.raises(UserError, match=r"^concepts\[1\]\.class_noun must be given"):
+        concepts_of(FinetuneConfig(concepts=[ConceptConfig("dog"), ConceptConfig()]))
+    with pytest.raises(UserError, match=r"^concept\.class_noun must be given"):
+        concepts_of(FinetuneConfig())
 
 
 def test_later_overrides_win():

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+STORED = ROOT / "tests/stored"
 SHARED = ROOT.parent / "shared"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork, signals, a shell or symbolic links")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -72,7 +72,8 @@ def main() -> None:
 
 def show_jobs(todo: list, total: int) -> None:
     """Print each job: a training with its cells."""
-    from dci.experiments.grid import SamplingConfig, by_training
+    from dci.experiments.grid import by_training
+    from dci.experiments.sampling import SamplingConfig
 
     groups = by_training(todo)
     for group in groups:
@@ -80,11 +81,11 @@ def show_jobs(todo: list, total: int) -> None:
         done = training.concept_file.is_file()
         print(f"# {training.name}{' (trained)' if done else ''}")
         if not done:
-            print(f"train {training.task['config']} {' '.join(training.task['options'])}")
+            print(f"train {training.task.config} {' '.join(training.task.options)}")
         for point in group:
             options = {**vars(SamplingConfig()), "seed": None, "n_samples": None}
-            given = [f"{name}={value}" for name, value in point.recipe["sampling"].items() if value != options[name]]
-            print(f"sample {point.prompts} {' '.join(given)}")
+            given = [f"{name}={value}" for name, value in vars(point.task.sampling).items() if value != options[name]]
+            print(f"sample {point.task.prompts} {' '.join(given)}")
     print(f"# {len(todo)} cells in {len(groups)} jobs; {total - len(todo)} of {total} cells are done")
 
 

@@ -3,22 +3,26 @@
 python -m dci.experiments.cell train '{"config": ..., "options": [...], "logdir": ..., "device": ...}'
 python -m dci.experiments.cell score '{"concept": ..., "prompts": ..., "sampling": {...}, "folder": ..., ...}'
 
-`dci.experiments.grid` defines the tasks. What a stage has done already is not done again.
+`dci.experiments.tasks` defines the tasks. What a stage has done already is not done again.
 """
 
 import ctypes
-import dataclasses
 import json
 import os
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dci.experiments.sampling import SamplingConfig, dual_settings, solver_settings, strength_of
+from dci.experiments.tasks import ScoreTask, TrainTask, from_json
 from dci.files import content_hash, file_hash, read_prompts
 from ldm.errors import reported_in_one_line
+
+if TYPE_CHECKING:
+    from dci.evaluation.scores import Scores
 
 _PR_SET_PDEATHSIG = 1
 
@@ -27,7 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the stage that the command line names."""
     stage, task = sys.argv[1:] if arguments is None else arguments
     with reported_in_one_line():
-        {"train": train, "score": score}[stage](json.loads(task))
+        if stage == "train":
+            train(from_json(TrainTask, task))
+        else:
+            score(from_json(ScoreTask, task))
 
 
 def end_with_parent() -> None:
@@ -36,7 +43,7 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def train(task: dict[str, Any]) -> None:
+def train(task: TrainTask) -> None:
     """Train, or go on with it, and put the concept file into the log folder.
 
     Raises:
@@ -50,10 +57,10 @@ def train(task: dict[str, Any]) -> None:
     from dci.finetuning.trainer import finetune
     from ldm.runtime.acceleration import pick_device
 
-    config = finetune_config(task["config"], [*task["options"], "resume=auto"])
+    config = finetune_config(task.config, [*task.options, "resume=auto"])
     model = load_with_loras(config.model, config.checkpoint, config.loras, config.vae)
-    model = model.to(own_device(pick_device(task["device"])))
-    logdir = Path(task["logdir"])
+    model = model.to(own_device(pick_device(task.device)))
+    logdir = Path(task.logdir)
     try:
         run_folder = finetune(model, config, logdir)
     except Interrupted as stop:
@@ -73,7 +80,7 @@ def _link(file: Path, place: Path) -> None:
     beside.replace(place)
 
 
-def score(task: dict[str, Any]) -> None:
+def score(task: ScoreTask) -> None:
     """Sample a point's images and score them; its result is what makes it done.
 
     Raises:
@@ -84,11 +91,11 @@ def score(task: dict[str, Any]) -> None:
 
     sample(task)
     scores = as_json(evaluate(task))
-    content = task["place"] | {"sampling": task["sampling"]} | scores
-    write_atomically(Path(task["folder"]) / "result.json", json.dumps(content, indent=1).encode())
+    content = asdict(task.place) | {"sampling": asdict(task.sampling)} | scores
+    write_atomically(Path(task.folder) / "result.json", json.dumps(content, indent=1).encode())
 
 
-def sample(task: dict[str, Any]) -> None:
+def sample(task: ScoreTask) -> None:
     """Sample what is missing of a point's images, as sample_dci.py does."""
     from dci.concept.concept_file import Concept
     from dci.concept.prompts import parse_prompt
@@ -97,22 +104,22 @@ def sample(task: dict[str, Any]) -> None:
     from dci.samples.worker import sample_missing
     from dci.samples.writer import SampleFolder
 
-    concept, options = Concept.load(task["concept"]), SamplingConfig(**task["sampling"])
-    texts = read_prompts(task["prompts"])
+    concept, options = Concept.load(task.concept), task.sampling
+    texts = read_prompts(task.prompts)
     for text in texts:  # refuse them before the model is loaded
         parse_prompt(text, concept.names, options.auxiliary_noun)
-    model, given, concept = _load_model(options, concept, task["device"])
+    model, given, concept = _load_model(options, concept, task.device)
     noun = _noun(options, model, concept, texts)
     prepared = Pipeline.of(model, concept).prepare(_request(options, texts, noun))
     prepared.warn()
     facts = {
-        "concept": task["concept"],
-        "concept_hash": file_hash(task["concept"]),
+        "concept": task.concept,
+        "concept_hash": file_hash(task.concept),
         "negative_prompt": options.negative_prompt,
         **given,
         **_init_facts(options, prepared),
         **prepared.options.metadata(),
-        "dci": prepared.dual and dataclasses.asdict(prepared.dual),
+        "dci": prepared.dual and asdict(prepared.dual),
     }
     named = [
         {"prompt": text, "concept_prompt": prompt.concept, "auxiliary_prompt": prompt.auxiliary}
@@ -124,31 +131,31 @@ def sample(task: dict[str, Any]) -> None:
         prompts, indices, seeds = zip(*((i.prompt, i.number, i.seed) for i in images), strict=True)
         return prepared.sample(prompts, indices, seeds)
 
-    with SampleFolder(task["folder"], plan) as folder:
+    with SampleFolder(task.folder, plan) as folder:
         sample_missing(folder, plan.batches(), sample_batch, lambda numbers, here: None)
 
 
-def evaluate(task: dict[str, Any]):
+def evaluate(task: ScoreTask) -> "Scores":
     """Return the scores of a point's images."""
-    options = task["evaluation"]
-    if options["offline"]:
+    options = task.evaluation
+    if options.offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
     from dci.evaluation.evaluate import Scoring, evaluate_folder, load_encoders
     from ldm.runtime.acceleration import pick_device
 
-    encoders = load_encoders(options["clip"], options["instance"], options["kid"], pick_device(task["device"]))
+    encoders = load_encoders(options.clip, options.instance, options.kid, pick_device(task.device))
     scoring = Scoring(
-        options["regularization"],
-        options["class_noun"],
-        options["scaled_text_score"],
-        options["batch_size"],
-        options["resamples"],
-        options["seed"],
-        options["object_only"],
+        options.regularization,
+        options.class_noun,
+        options.scaled_text_score,
+        options.batch_size,
+        options.resamples,
+        options.seed,
+        options.object_only,
     )
-    cache = Path(task["folder"]) / "features.sqlite"
-    return evaluate_folder(task["folder"], task["references"], encoders, scoring, cache)
+    cache = Path(task.folder) / "features.sqlite"
+    return evaluate_folder(task.folder, task.references, encoders, scoring, cache)
 
 
 def _load_model(options: SamplingConfig, concept, device: str):

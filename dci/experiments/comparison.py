@@ -102,7 +102,7 @@ def sheet(points: Sequence[GridPoint], columns: int = 10, width: int = 128) -> I
         points: of one concept and seed.
         width: of each image, pixels.
     """
-    references = [file for folder in points[0].references for file in list_images(folder)][:columns]
+    references = [file for folder in points[0].task.references for file in list_images(folder)][:columns]
     rows = [("references", references, [""] * len(references))]
     for point in points:
         firsts: dict[str, Path] = {}

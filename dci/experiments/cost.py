@@ -3,14 +3,13 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dci.experiments.grid import GridPoint, Training
 from dci.files import read_prompts
-from dci.finetuning.config import GENERATE
+from dci.finetuning.config import GENERATE, concepts_of
 from ldm.checkpoint import model_config
 from ldm.config import ModelConfig
 from ldm.diffusion import LatentDiffusion
@@ -94,16 +93,15 @@ def estimate(points: Sequence[GridPoint], device: str, rate: float) -> Estimate:
     """
     left = [point for point in points if not point.result.is_file()]
     trainings = {point.training.name: point.training for point in left}
-    models = {path: _model_of(path) for path in {_kept(training)["model"] for training in trainings.values()}}
+    models = {path: _model_of(path) for path in {training.config.model for training in trainings.values()}}
     costs = {path: cost(model) for path, model in models.items()}
     training_flops = sampling_flops = 0.0
     todo = [training for training in trainings.values() if not training.concept_file.exists()]
     for training in todo:
-        kept = _kept(training)
-        rows = kept["training.steps"] * kept["training.batch_size"]
-        training_flops += BACKWARD * costs[kept["model"]].unet * rows
+        rows = training.config.training.steps * training.config.training.batch_size
+        training_flops += BACKWARD * costs[training.config.model].unet * rows
     for point in left:
-        path, number = _kept(point.training)["model"], images_of(point)
+        path, number = point.training.config.model, images_of(point)
         sampling_flops += number * (_rows(point, models[path]) * costs[path].unet + costs[path].decode)
     made = _class_images(todo)
     for (path, steps, *_), number in made.items():
@@ -118,22 +116,16 @@ def _class_images(trainings: Sequence[Training]) -> dict[tuple, int]:
     """How many regularization images the trainings will have made, each set once: (model, steps, folder, noun) -> number."""
     made = {}
     for training in trainings:
-        kept = _kept(training)
-        for concept in kept["concepts"]:
-            if concept["regularization"] == GENERATE:
-                folder = kept["generate.folder"] or training.folder
-                made[kept["model"], kept["generate.steps"], str(folder), concept["class_noun"]] = kept["generate.number"]
+        model, options = training.config.model, training.config.generate
+        for concept in concepts_of(training.config):
+            if concept.regularization == GENERATE:
+                made[model, options.steps, options.folder or str(training.folder), concept.class_noun] = options.number
     return made
 
 
 def images_of(point: GridPoint) -> int:
     """Return how many images a point samples."""
-    return point.recipe["sampling"]["n_samples"] * len(read_prompts(point.prompts))
-
-
-def _kept(training: Training) -> dict[str, Any]:
-    """The options of a training that its result depends on, by their dotted names."""
-    return training.recipe["training"]
+    return point.task.sampling.n_samples * len(read_prompts(point.task.prompts))
 
 
 def _model_of(path: str) -> ModelConfig:
@@ -144,10 +136,11 @@ def _model_of(path: str) -> ModelConfig:
 
 def _rows(point: GridPoint, model: ModelConfig) -> float:
     """UNet rows of an image: two a step, and one more while both branches run."""
-    options = point.recipe["sampling"]
+    options = point.task.sampling
     defaults = {"steps": 50, "agg_time": 0.3} | dict(model.sampling)
-    steps, dual = (defaults[name] if options[name] is None else options[name] for name in ("steps", "agg_time"))
-    return steps * (2 + (0 if options["no_dci"] else dual))
+    steps = defaults["steps"] if options.steps is None else options.steps
+    dual = defaults["agg_time"] if options.agg_time is None else options.agg_time
+    return steps * (2 + (0 if options.no_dci else dual))
 
 
 def describe(plan: Estimate, device: str, rate: float, workers: int, given: bool = False) -> str:

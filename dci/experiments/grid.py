@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import MISSING
 
+from dci.evaluation.place import Place
 from dci.experiments.sampling import (
     SamplingConfig,
     anchor,
@@ -23,6 +24,7 @@ from dci.experiments.sampling import (
     contents,
     varies,
 )
+from dci.experiments.tasks import EvaluationConfig, ScoreTask, TrainTask, to_json
 from dci.files import file_hash, read_prompts
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
 from ldm import config as configuration
@@ -71,23 +73,6 @@ class SettingEntry:
 
 
 @dataclass
-class EvaluationConfig:
-    """How a point's images are scored: the options of evaluate.py."""
-
-    clip: str = "tiny"
-    instance: str = "tiny"
-    kid: str | None = None
-    regularization: str | None = None  # folder of real images of the class, for KID
-    class_noun: list[str] = field(default_factory=list)
-    scaled_text_score: bool = False  # Custom Diffusion's, 2.5 max(cos, 0); also called clip_t_w2.5
-    object_only: bool = False  # CLIP-I and DINO-I see what the masks beside the references mark
-    resamples: int = 9999
-    seed: int = 0
-    batch_size: int = 32
-    offline: bool = False
-
-
-@dataclass
 class GridConfig:
     """Everything that a grid's results depend on; paths are relative to the configuration's project."""
 
@@ -111,11 +96,16 @@ class Training:
     """A fine-tuning run; points that differ in their sampling alone share it."""
 
     name: str  # concept/method/seed
-    folder: Path
     command: tuple[str, ...]  # begins the run, and goes on with it
-    task: dict[str, Any]  # what it is to do: config, options, logdir, device
-    recipe: dict[str, Any]  # what its result depends on
+    task: TrainTask  # what the command says
+    config: FinetuneConfig  # what that comes to
+    recipe: dict[str, Any]  # what its result depends on; compared as a whole
     names: tuple[Any, ...]  # what prompts call the concepts, `dci.concept.modifier_tokens.ConceptName`
+
+    @property
+    def folder(self) -> Path:
+        """All that it writes is there."""
+        return Path(self.task.logdir)
 
     @property
     def concept_file(self) -> Path:
@@ -124,20 +114,19 @@ class Training:
 
 
 @dataclass(frozen=True)
-class GridPoint:
+class GridPoint(Place):
     """One place of the grid: a training, its images and their scores."""
 
-    concept: str
-    method: str
-    seed: int
-    setting: str
     training: Training
-    folder: Path  # images are in folder/samples
     command: tuple[str, ...]  # samples and scores
+    task: ScoreTask  # what the command says
     sampling: dict[str, Any]  # fields of SamplingConfig that the setting and its lists of values give
-    prompts: str
-    recipe: dict[str, Any]  # what its result depends on
-    references: tuple[str, ...]  # folders of the concepts' images
+    recipe: dict[str, Any]  # what its result depends on; compared as a whole
+
+    @property
+    def folder(self) -> Path:
+        """Images are in folder/samples."""
+        return Path(self.task.folder)
 
     @property
     def name(self) -> str:
@@ -205,9 +194,9 @@ def grid_points(config: GridConfig) -> list[GridPoint]:
     for place in itertools.product(config.concepts, config.methods, config.seeds):
         training, method = _training(config, *place, read), place[1].name if place[1].sampling else ""
         for i, setting in enumerate(settings[method]):
-            check_model(method, i, training.recipe["training"]["model"])
+            check_model(method, i, training.config.model)
             check_texts(method, i, place[0].prompts, training.names)
-            check_auto_noun(setting.options, training.recipe["training"]["model"], len(training.names), setting.source)
+            check_auto_noun(setting.options, training.config.model, len(training.names), setting.source)
             points.append(_point(config, *place, training, setting, evaluation))
     return points
 
@@ -253,11 +242,11 @@ def _training(config: GridConfig, concept: GridConcept, method: MethodEntry, see
     parts = [{key: value for key, value in vars(part).items() if value is not None} for part in concept.concepts]
     options = [f"concepts={json.dumps(parts)}", *given, f"training.seed={seed}"]
     folder = grid_folder(config) / "trainings" / name
-    task = {"config": method.config, "options": options, "logdir": str(folder), "device": config.device}
+    task = TrainTask(method.config, tuple(options), str(folder), config.device)
     recipe = {"training": what_a_run_keeps(resolved), "threads": config.threads}
     tokens = modifier_names([len(entry.initial_words) for entry in concepts_of(resolved)])
     names = tuple(ConceptName(own, e.class_noun) for own, e in zip(tokens, concepts_of(resolved), strict=True))
-    return Training(name, folder, _command("train", task), task, recipe, names)
+    return Training(name, _command("train", task), task, resolved, recipe, names)
 
 
 class _Setting(NamedTuple):
@@ -296,38 +285,33 @@ def _point(
     evaluation: EvaluationConfig,
 ) -> GridPoint:
     folder = grid_folder(config) / "cells" / training.name / setting.name
-    sampling = dataclasses.asdict(setting.options) | ({} if setting.seeded else {"seed": seed})
-    task = {
-        "place": {"concept": concept.name, "method": method.name, "seed": seed, "setting": setting.name},
-        "concept": str(training.concept_file),
-        "prompts": concept.prompts,
-        "sampling": sampling,
-        "references": concept.folders,
-        "evaluation": dataclasses.asdict(evaluation),
-        "folder": str(folder),
-        "device": config.device,
-    }
-    recipe = training.recipe | {
-        "sampling": sampling,
-        "prompts": file_hash(concept.prompts),
-        "evaluation": task["evaluation"],
-    }
+    sampling = setting.options if setting.seeded else dataclasses.replace(setting.options, seed=seed)
+    place = Place(concept.name, method.name, seed, setting.name)
+    task = ScoreTask(
+        place,
+        str(training.concept_file),
+        concept.prompts,
+        sampling,
+        tuple(concept.folders),
+        evaluation,
+        str(folder),
+        config.device,
+    )
+    recipe = training.recipe | {"sampling": sampling, "prompts": file_hash(concept.prompts), "evaluation": evaluation}
     if setting.files:
         recipe["files"] = setting.files
     return GridPoint(
-        **task["place"],
+        **vars(place),
         training=training,
-        folder=folder,
         command=_command("score", task),
-        sampling={name: sampling[name] for name in setting.given},
-        prompts=concept.prompts,
+        task=task,
+        sampling={name: getattr(sampling, name) for name in setting.given},
         recipe=recipe,
-        references=tuple(concept.folders),
     )
 
 
-def _command(stage: str, task: dict[str, Any]) -> tuple[str, ...]:
-    return (*CELL, stage, json.dumps(task))
+def _command(stage: str, task: TrainTask | ScoreTask) -> tuple[str, ...]:
+    return (*CELL, stage, to_json(task))
 
 
 def _filled(schema: Callable, options: dict[str, Any], source: str) -> Any:

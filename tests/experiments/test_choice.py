@@ -30,9 +30,9 @@ def test_every_method_has_as_much_to_choose_from(tmp_path):
     assert {len(variants) for variants in families.values()} == {4}
     assert [s.name for s in choice.settings] == ["plain", "dci-agg_time=0.3", "dci-agg_time=0.5", "dci-agg_time=0.7"]
     first = grid_points(load_suite(SUITES / "tiny-choice.yaml", [f"outdir={tmp_path}", "dataset.first=1"]))
-    trained = {point.method: point.training.recipe["training"] for point in first}
+    trained = {point.method: point.training.config for point in first}
     for variants in families.values():  # they differ, and within the same bounds
-        steps = [trained[variant.name]["training.steps"] for variant in variants]
+        steps = [trained[variant.name].training.steps for variant in variants]
         assert sorted(steps) == [100, 100, 200, 200]
         assert len({repr(trained[variant.name]) for variant in variants}) == 4
 
@@ -53,7 +53,7 @@ def test_a_method_has_settings_of_its_own(tmp_path):
     methods = [entry.replace("NAME", name).replace("TIME", time) for name, time in (("a", "0.1"), ("b", "0.9"))]
     given = [f"outdir={tmp_path}", "dataset.first=1"]
     points = grid_points(load_suite(SUITES / "tiny.yaml", [*given, f"methods=[{', '.join(methods)}]"]))
-    assert [(p.method, p.setting, p.recipe["sampling"]["agg_time"]) for p in points] == [
+    assert [(p.method, p.setting, p.task.sampling.agg_time) for p in points] == [
         ("a", "plain", None),
         ("a", "dci", 0.1),
         ("b", "plain", None),

@@ -35,10 +35,6 @@ from ldm.pretraining.scenes import PLACES
 SUITES = ROOT / "configs/eval"
 
 
-def task(command):
-    return json.loads(command[-1])
-
-
 METHODS = {"custom-diffusion", "textual-inversion", "lora", "ico", "ico-no-suffix", "ico-shared-context"}
 
 
@@ -52,11 +48,11 @@ def test_the_tiny_suite_is_what_it_says(tmp_path):
         (method, setting) for method in METHODS | regularized for setting in ("plain", "dci")
     }
     assert suite.n_samples == 8
-    trained = {point.method: point.training.recipe["training"] for point in plan}
-    references = {name: t["training.batch_size"] // (2 if name in regularized else 1) for name, t in trained.items()}
+    trained = {point.method: point.training.config for point in plan}
+    references = {name: t.training.batch_size // (2 if name in regularized else 1) for name, t in trained.items()}
     assert set(references.values()) == {8}  # images of the concept in a step
-    assert {name for name, options in trained.items() if options["data.regularization"]} == regularized
-    assert trained["lora"]["training.lora_rank"]
+    assert {name for name, options in trained.items() if options.data.regularization} == regularized
+    assert trained["lora"].training.lora_rank
 
 
 def test_the_tiny_suite_asks_for_more_than_a_place():
@@ -81,7 +77,7 @@ def test_a_tenth_of_the_tiny_suite(tmp_path):
     assert 0.08 < sum(map(images_of, tenth)) / sum(map(images_of, whole)) < 0.12
     assert {point.method for point in tenth} == {point.method for point in whole}
     assert len({point.concept for point in tenth}) >= 5 and {point.seed for point in tenth} == {1}
-    assert len(read_prompts(tenth[0].prompts)) == 10
+    assert len(read_prompts(tenth[0].task.prompts)) == 10
     named = load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}", "dataset.subjects=[teddy,boot]"])
     assert [concept.name for concept in named.concepts] == ["boot", "teddy"]
     with pytest.raises(UserError, match="no 'tedy' in the suite's list"):
@@ -95,19 +91,18 @@ def test_dreambench_becomes_cells(dreambench, tmp_path):  # noqa: F811
     sloth = next(point for point in plan if point.concept == "grey_sloth_plushie" and point.method == "ico")
     (concept,) = learned(sloth)
     assert concept == {"class_noun": "stuffed animal", "images": str(dreambench / "grey_sloth_plushie")}
-    with open(sloth.prompts) as file:
+    with open(sloth.task.prompts) as file:
         assert file.read() == "a {} in the jungle\na {} on a cook's table\n"
-    scoring = task(sloth.command)
-    assert scoring["sampling"]["n_samples"] == 4 and scoring["prompts"] == sloth.prompts
-    assert scoring["references"] == [str(dreambench / "grey_sloth_plushie")]
-    assert scoring["evaluation"]["clip"] == "open_clip:ViT-B-32/openai"
+    assert sloth.task.sampling.n_samples == 4
+    assert sloth.task.references == (str(dreambench / "grey_sloth_plushie"),)
+    assert sloth.task.evaluation.clip == "open_clip:ViT-B-32/openai"
     one = load_suite(SUITES / "dreambench.yaml", [f"dataset.folder={dreambench}", f"outdir={tmp_path}", "dataset.first=1"])
     assert [concept.name for concept in one.concepts] == ["dog6"]
 
 
 def learned(point):
     """The concepts that a point's training is told."""
-    (given,) = [part for part in point.training.task["options"] if part.startswith("concepts=")]
+    (given,) = [part for part in point.training.task.options if part.startswith("concepts=")]
     return json.loads(given.removeprefix("concepts="))
 
 
@@ -117,10 +112,10 @@ def test_pairs_are_learned_together(concepts, tmp_path):  # noqa: F811
     parts = learned(point)
     assert [part["class_noun"] for part in parts] == ["dog", "dice plushie"]
     assert parts[0]["regularization"] == str(concepts / "regularization/pet_dog1")
-    assert task(point.command)["references"] == [part["images"] for part in parts]
-    assert task(point.command)["evaluation"]["scaled_text_score"] is True
+    assert point.task.references == tuple(part["images"] for part in parts)
+    assert point.task.evaluation.scaled_text_score is True
     # The training reads it as it stands: two concepts, which the file's short form does not get in the way of.
-    config = finetune_config(point.training.task["config"], point.training.task["options"])
+    config = finetune_config(point.training.task.config, point.training.task.options)
     assert [entry.class_noun for entry in concepts_of(config)] == ["dog", "dice plushie"]
     assert [entry.regularization for entry in concepts_of(config)] == [str(concepts / "regularization/pet_dog1"), "generate"]
     assert config.validation.prompts == ["a photo of a V1*", "a photo of a V2*"] or not config.validation.every

@@ -118,7 +118,7 @@ def test_points_are_the_product_and_share_trainings(config):
     stage, task = last.training.command[-2:]
     assert stage == "train" and "custom-diffusion-tiny.yaml" in task
     assert "training.seed=1" in json.loads(task)["options"] and '"class_noun": "car"' in json.loads(task)["options"][0]
-    assert groups[0][-1].recipe["sampling"]["no_dci"] is True
+    assert groups[0][-1].task.sampling.no_dci is True
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,12 @@ from dci.cli.branches import add_dci_options
 from dci.cli.loading import add_concept_options
 from dci.concept.concept_file import Concept
 from dci.concept.foreign.export import export
+from dci.evaluation.place import Place
 from dci.experiments import cell
 from dci.experiments.grid import grid_points
 from dci.experiments.sampling import ELSEWHERE, SamplingConfig, known_names
 from dci.experiments.suite import load_suite
+from dci.experiments.tasks import EvaluationConfig, ScoreTask
 from ldm.checkpoint import fingerprint, load_model
 from ldm.errors import UserError
 
@@ -67,9 +69,9 @@ def files(tiny_base, finetuned, tmp_path_factory):
 
 def drawn(files, outdir, **sampling):
     """The image of a grid's point of one prompt, and what is recorded of it."""
-    options = dataclasses.asdict(SamplingConfig(n_samples=1, steps=2, **sampling))
-    task = {"concept": str(files / "concept.safetensors"), "prompts": str(files / "prompts.txt")}
-    cell.sample(task | {"sampling": options, "folder": str(outdir), "device": "cpu"})
+    options, place = SamplingConfig(n_samples=1, steps=2, **sampling), Place("cat", "ico", 0, "dci")
+    concept, prompts = str(files / "concept.safetensors"), str(files / "prompts.txt")
+    cell.sample(ScoreTask(place, concept, prompts, options, (), EvaluationConfig(), str(outdir), "cpu"))
     return pixels(outdir / "samples/00000.png"), json.loads((outdir / "prompts.json").read_text())["00000"]
 
 
@@ -125,11 +127,11 @@ def test_paths_are_seen_from_the_grids_project(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = "sampling={init-image: init.png, mask: mask.png, vae: vae.safetensors, lora: 'style.safetensors:0.5', steps: 3}"
     (point,) = suite(files, tmp_path, given)
-    sampling = point.recipe["sampling"]
-    assert [sampling[name] for name in ("init_image", "mask", "vae")] == [
+    sampling = point.task.sampling
+    assert [getattr(sampling, name) for name in ("init_image", "mask", "vae")] == [
         str(files / name) for name in ("init.png", "mask.png", "vae.safetensors")
     ]
-    assert sampling["loras"] == [f"{files / 'style.safetensors'}:0.5"]
+    assert sampling.loras == [f"{files / 'style.safetensors'}:0.5"]
     # Another content is another recipe.
     before = point.recipe["files"]
     Image.new("RGB", (64, 64), "red").save(files / "init.png")
@@ -191,12 +193,11 @@ def test_a_grid_trains_on_loras(files, tmp_path):
     options = [f"loras=[{files / 'style.safetensors'}]", "training.steps=1", "validation.every=0", "training.batch_size=1"]
     option = f"training={json.dumps([*options, 'logging.tensorboard=false'])}"
     (point,) = suite(files, tmp_path, option)
-    task = point.training.task | {"device": "cpu"}
+    task = dataclasses.replace(point.training.task, device="cpu")
     point.training.folder.mkdir(parents=True)
     cell.train(task)
 
     assert Concept.load(point.training.concept_file).base != fingerprint(load_model(TINY))
-    scoring = json.loads(point.command[-1]) | {"device": "cpu", "prompts": str(files / "prompts.txt")}
-    scoring["sampling"] |= {"n_samples": 1, "steps": 1}
-    cell.sample(scoring)
+    sampling = dataclasses.replace(point.task.sampling, n_samples=1, steps=1)
+    cell.sample(dataclasses.replace(point.task, device="cpu", prompts=str(files / "prompts.txt"), sampling=sampling))
     assert (point.folder / "samples/00000.png").is_file()

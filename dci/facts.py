@@ -11,25 +11,26 @@ from ldm.errors import UserError
 T = TypeVar("T")
 
 
-def read_fact(schema: type[T], content: Any, source: str) -> T:
+def read_fact(schema: type[T], content: Any, source: str = "") -> T:
     """Fill a dataclass from an object of JSON, whose null is no number (NaN) where one is expected.
 
     Keys of the object that are no fields are left out, for a newer version may know more; those of its parts are refused.
 
     Args:
-        source: what holds the object, for messages.
+        source: what holds the object, for messages; "": they begin with the field.
 
     Raises:
         UserError: it is no object, a field without a default is missing, or one is of another type.
     """
+    before = f"{source}: " if source else ""
     if not isinstance(content, dict):
-        raise UserError(f"{source}: expected an object with {', '.join(_types(schema))}")
+        raise UserError(f"{before}expected an object with {', '.join(_types(schema))}")
     given = {}
     for field in fields(cast(Any, schema)):
         if field.name in content:
-            given[field.name] = _read(_types(schema)[field.name], content[field.name], f"{source}: {field.name}")
+            given[field.name] = _read(_types(schema)[field.name], content[field.name], f"{before}{field.name}")
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise UserError(f"{source}: {field.name} is missing")
+            raise UserError(f"{before}{field.name} is missing")
     return schema(**given)
 
 

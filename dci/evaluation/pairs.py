@@ -1,7 +1,6 @@
 """Blind pairs for people to judge: two runs' images of one concept, prompt and noise, sides and order by chance."""
 
 import itertools
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from dci.evaluation.answers import Answer
 from dci.evaluation.evaluate import recorded_references
+from dci.evaluation.grid_result import GridResult
 from dci.samples.reader import read_samples
 from ldm.errors import UserError
 from ldm.images import list_images
@@ -84,18 +84,16 @@ def _of_grid(folder: Path) -> list[RatedImage]:
     results = sorted((folder / "cells").glob("*/*/*/*/result.json"))
     found, settings = [], {file.parent.name for file in results}
     for file in results:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-            run = f"{content['method']}, {content['setting']}" if len(settings) > 1 else content["method"]
-            shown = tuple(Path(reference).resolve() for reference in content["metadata"]["references"])
-            found += [
-                RatedImage(
-                    run, content["concept"], row["prompt"], row["text"], row["noise"], Path(row["file"]).resolve(), shown
-                )
-                for row in content["rows"]
-            ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} holds no scores of a grid's point: remove it, and run the grid again") from error
+        result = GridResult.load(file)
+        references = result.scores.metadata.get("references")
+        if not isinstance(references, list):
+            raise UserError(f"{file} names no references: remove it, and run the grid again")
+        run = f"{result.method}, {result.setting}" if len(settings) > 1 else result.method
+        shown = tuple(Path(reference).resolve() for reference in references)
+        found += [
+            RatedImage(run, result.concept, row.prompt, row.text, row.noise, Path(row.file).resolve(), shown)
+            for row in result.scores.rows
+        ]
     if not found:
         raise UserError(f"{folder} has no finished points yet: run the grid first")
     return found

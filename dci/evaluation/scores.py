@@ -13,6 +13,7 @@ import numpy as np
 
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap_mean, factors
 from dci.evaluation.metrics import KID
+from dci.facts import read_fact
 from dci.files import write_atomically
 from ldm.errors import UserError
 
@@ -52,22 +53,20 @@ class Scores:
             UserError: the file is missing or holds something else.
         """
         try:
-            return _scores(json.loads(Path(file).read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} holds no scores of a folder: delete it, and evaluate again") from error
+            return scores_of(json.loads(Path(file).read_text(encoding="utf-8")))
+        except (OSError, ValueError, UserError) as error:
+            raise UserError(f"{file} holds no scores of a folder ({error}): delete it, and evaluate again") from error
 
 
-def _scores(content: dict) -> Scores:
-    """What `as_json` made of scores."""
-    summary = {name: _interval(found) for name, found in content["summary"].items()}
-    metadata = content["metadata"] if "metadata" in content else content["facts"]
-    return Scores(tuple(ImageScore(**row) for row in content["rows"]), summary, metadata)
+def scores_of(content: Any) -> Scores:
+    """Return what `as_json` made of scores, of an object that may hold more.
 
-
-def _interval(content: Mapping[str, Any]) -> Interval:
-    """What `as_json` made of an interval."""
-    known: dict[str, Any] = {name: math.nan if value is None else value for name, value in content.items()}
-    return Interval(**known)
+    Raises:
+        UserError: something is missing or of another type.
+    """
+    if isinstance(content, dict):  # version 0.1 said facts
+        content = content | {"metadata": content.get("metadata", content.get("facts"))}
+    return read_fact(Scores, content)
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ def read_report(file: str | Path) -> list[RunScores]:
     file = file / REPORT if file.is_dir() else file
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return [RunScores(run["name"], _scores(run), run["series"]) for run in content["runs"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [RunScores(run["name"], scores_of(run), run["series"]) for run in content["runs"]]
+    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{file} holds no scores of a report: give the {REPORT} that a report has beside its page"
         ) from error

@@ -7,7 +7,6 @@ python -m dci.experiments.cell score '{"concept": ..., "prompts": ..., "sampling
 """
 
 import ctypes
-import json
 import os
 import signal
 import sys
@@ -86,13 +85,11 @@ def score(task: ScoreTask) -> None:
     Raises:
         UserError: options that sampling or an encoder cannot use.
     """
-    from dci.evaluation.scores import as_json
-    from dci.files import write_atomically
+    from dci.evaluation.grid_result import GridResult
 
     sample(task)
-    scores = as_json(evaluate(task))
-    content = asdict(task.place) | {"sampling": asdict(task.sampling)} | scores
-    write_atomically(Path(task.folder) / "result.json", json.dumps(content, indent=1).encode())
+    result = GridResult(**vars(task.place), scores=evaluate(task), sampling=asdict(task.sampling))
+    result.save(Path(task.folder) / "result.json")
 
 
 def sample(task: ScoreTask) -> None:

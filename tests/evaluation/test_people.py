@@ -69,7 +69,7 @@ def test_pairs_of_a_grid_are_named_as_in_its_report(tmp_path):
         row = {"file": str(REFERENCES / "00.png"), "prompt": "a {}", "text": "a cat", "noise": "0:0", "values": {}}
         place = {"concept": "cat", "method": "ico", "seed": 0, "setting": setting}
         metadata = {"references": [str(REFERENCES / "01.png")]}
-        (folder / "result.json").write_text(json.dumps(place | {"rows": [row], "metadata": metadata}))
+        (folder / "result.json").write_text(json.dumps(place | {"rows": [row], "summary": {}, "metadata": metadata}))
     (pair,) = make_pairs(images_of({"tiny": tmp_path}))
     assert {pair.left.run, pair.right.run} == {"ico, plain", "ico, dci"} and pair.left.concept == "cat"
     assert [file.name for file in pair.left.references] == ["01.png"]

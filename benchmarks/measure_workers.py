@@ -29,6 +29,7 @@ def work(folder: str, options: argparse.Namespace, ready, times) -> None:
     torch.set_num_threads(1)
 
     from dci.dual_branch.options import sampling_options
+    from dci.samples.image_metadata import PromptMetadata, SamplingMetadata
     from dci.samples.plan import Plan
     from dci.samples.worker import sample_missing
     from dci.samples.writer import SampleFolder
@@ -38,8 +39,8 @@ def work(folder: str, options: argparse.Namespace, ready, times) -> None:
     model = load_model(ROOT / "configs/model/tiny.yaml")
     settings = sampling_options(model, steps=options.steps)
     prompts = [f"a {noun} {place}" for noun in ("dog", "cat", "car") for place in ("on the beach", "in the snow")]
-    metadata = {"steps": settings.steps, "solver": settings.solver, "scale": settings.scale, "width": 64, "height": 64}
-    plan = Plan([{"prompt": prompt} for prompt in prompts], metadata, [0], options.images, options.batch_size)
+    named, metadata = [PromptMetadata(prompt) for prompt in prompts], SamplingMetadata(options=settings)
+    plan = Plan(named, metadata, [0], options.images, options.batch_size)
 
     def sample(images):
         return text_to_image(model, [prompts[p.prompt] for p in images], [p.number for p in images], settings)

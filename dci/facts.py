@@ -23,19 +23,19 @@ def read_fact(schema: type[T], content: Any, source: str = "") -> T:
         UserError: it is no object, a field without a default is missing, or one is of another type.
     """
     before = f"{source}: " if source else ""
+    kinds, given = _kinds(cast(Any, schema)), {}
     if not isinstance(content, dict):
-        raise UserError(f"{before}expected an object with {', '.join(_types(schema))}")
-    given = {}
+        raise UserError(f"{before}expected an object with {', '.join(kinds)}")
     for field in fields(cast(Any, schema)):
         if field.name in content:
-            given[field.name] = _read(_types(schema)[field.name], content[field.name], f"{before}{field.name}")
+            given[field.name] = _read(kinds[field.name], content[field.name], f"{before}{field.name}")
         elif field.default is MISSING and field.default_factory is MISSING:
             raise UserError(f"{before}{field.name} is missing")
     return schema(**given)
 
 
 @functools.cache
-def _types(schema: Any) -> dict[str, Any]:
+def _kinds(schema: Any) -> dict[str, Any]:
     return typing.get_type_hints(schema)
 
 
@@ -45,9 +45,9 @@ def _read(kind: Any, value: Any, name: str) -> Any:
     if origin is types.UnionType:
         return None if value is None else _read(inner[0], value, name)
     if is_dataclass(kind):
-        if isinstance(value, dict) and (unknown := value.keys() - _types(kind).keys()):
+        if isinstance(value, dict) and (unknown := value.keys() - _kinds(cast(Any, kind)).keys()):
             raise UserError(f"{name}: unknown key '{min(unknown)}'")
-        return read_fact(kind, value, name)
+        return read_fact(cast(type, kind), value, name)
     if origin in (list, tuple) and isinstance(value, list):
         return origin(_read(inner[0], entry, f"{name}[{i}]") for i, entry in enumerate(value))
     if origin is dict and isinstance(value, dict):

@@ -21,7 +21,7 @@ from dci.dual_branch.integration import fused_kernels
 from dci.dual_branch.predictions import StepRecord
 from dci.dual_branch.sampling import Observers
 from dci.pipeline import Prepared
-from dci.samples.image_metadata import concept_metadata, prompt_metadata, sampling_metadata, with_concept
+from dci.samples.image_metadata import prompt_metadata, sampling_metadata, with_concept
 from dci.samples.plan import Plan
 from dci.samples.writer import image_bytes
 from ldm.diffusion import LatentDiffusion
@@ -119,10 +119,10 @@ def _sampler(side: Side, n: int) -> Callable[[Callback], Any]:
 
 def _files(side: Side, ready: Ready, entry: Entry) -> list[bytes]:
     """Return the PNG files that the command for a side writes."""
-    concept = concept_metadata([entry.path], class_noun=entry.class_noun, trigger=entry.trigger)
-    metadata = with_concept(concept, sampling_metadata(ready.loaded, side.prepared), side.prepared)
-    options, request = side.prepared.options, side.prepared.request
-    plan = Plan(prompt_metadata(side.prepared), metadata, [options.seed], request.n, request.batch_size)
+    prepared, options, request = side.prepared, side.prepared.options, side.prepared.request
+    metadata = sampling_metadata(ready.loaded, prepared)
+    metadata = with_concept(metadata, prepared, [entry.path], class_noun=entry.class_noun, trigger=entry.trigger)
+    plan = Plan(prompt_metadata(prepared), metadata, [options.seed], request.n, request.batch_size)
     return [image_bytes(plan, number, image) for number, image in enumerate(side.images)]
 
 

@@ -5,7 +5,6 @@ import functools
 from pathlib import Path
 
 from dci.cli.arguments import Parser, as_options, number, sampling_arguments
-from dci.files import content_hash
 from ldm.errors import UserError
 from ldm.shipped import ROOT
 
@@ -102,21 +101,6 @@ def read_concept(args: argparse.Namespace):
     found = import_concept(args.concept, args.class_noun, args.trigger, model_config(base), load, identify=False)
     print("\n".join(map(as_options, found.said)))
     return found.concept
-
-
-def concept_metadata(args: argparse.Namespace) -> dict:
-    """Return what identifies the concept, its strength and the LoRAs of a sampling run, for its images' metadata."""
-    from dci.samples import image_metadata
-
-    own = image_metadata.concept_metadata(args.concept, args.strength_concept, args.class_noun, args.trigger)
-    return own | lora_metadata(args)
-
-
-def lora_metadata(args: argparse.Namespace) -> dict:
-    """Return the LoRAs on the base model, with their files' hashes; nothing where there are none."""
-    from dci.concept.loras import parse_lora
-
-    return {"loras": {text: content_hash(parse_lora(text)[0]) for text in args.lora}} if args.lora else {}
 
 
 def load_base(args: argparse.Namespace, base: str, checkpoint: str | None):

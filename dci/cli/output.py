@@ -2,37 +2,44 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 from dci.cli.arguments import ChosenSeed
 from dci.files import make_new_folder
+from dci.samples.image_metadata import LoadedModel, PromptMetadata, SamplingMetadata
+from dci.samples.image_metadata import sampling_metadata as metadata_of
 from ldm.errors import UserError
 
 
-def sampling_metadata(args: argparse.Namespace, base: str, checkpoint: str | None, prepared, model_hash: str) -> dict:
+def sampling_metadata(
+    args: argparse.Namespace, base: str, checkpoint: str | None, prepared, model_hash: str
+) -> SamplingMetadata:
     """Return everything needed to make images again but their prompts and numbers, and a concept's metadata.
 
     Args:
         prepared: the request, as `dci.pipeline` prepares it.
         model_hash: fingerprint of the base model.
     """
-    from dci.samples import image_metadata
+    from dci.concept.loras import lora_hashes
 
-    vae, precision = args.vae, args.precision
-    loaded = image_metadata.LoadedModel(base, checkpoint, model_hash, precision, args.ema, args.clip_skip, vae)
-    return image_metadata.sampling_metadata(loaded, prepared, args.init_image, args.mask)
+    loaded = LoadedModel(base, checkpoint, model_hash, args.precision, args.ema, args.clip_skip, args.vae)
+    return metadata_of(loaded, prepared, args.init_image, args.mask, lora_hashes(args.lora))
 
 
 def generate(
-    args: argparse.Namespace, prompts: list[dict], metadata: dict, calls: int, sample: Callable, beside=None
+    args: argparse.Namespace,
+    prompts: Sequence[PromptMetadata],
+    metadata: SamplingMetadata,
+    calls: int,
+    sample: Callable,
+    beside=None,
 ) -> None:
     """Generate what is missing of every prompt's images into the folder for them, under a progress bar.
 
     Args:
-        prompts: the metadata of each prompt.
         metadata: of all images.
         calls: solver steps of an image.
         sample: (images of the plan, callback for each step) -> pixels (b, 3, h, w).
@@ -45,7 +52,7 @@ def generate(
     from dci.samples.plan import Plan
     from dci.samples.writer import SampleFolder
 
-    plan = Plan(prompts, metadata, args.seeds or [args.seed], args.n_samples * args.n_iter, args.batch_size)
+    plan = Plan(list(prompts), metadata, args.seeds or [args.seed], args.n_samples * args.n_iter, args.batch_size)
     batches = plan.batches(*args.shard)
     outdir = Path(args.outdir) if args.outdir else _new_outdir(args.prompt or Path(args.from_file).stem)
     complete = partial(beside.is_there, outdir) if beside else lambda name: True

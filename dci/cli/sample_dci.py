@@ -9,7 +9,6 @@ from dci.cli.loading import (
     add_concept_options,
     base_model,
     base_vae,
-    concept_metadata,
     load_base,
     pick_device,
     read_concept,
@@ -60,8 +59,8 @@ def main() -> None:
         print("\n".join(prompt.describe() for prompt in prepared.prompts))
     if prepared.dual:
         print(describe_gain(prepared))
-    sampling = sampling_metadata(args, base, checkpoint, prepared, model_hash)
-    metadata = with_concept(concept_metadata(args), sampling, prepared)
+    metadata = sampling_metadata(args, base, checkpoint, prepared, model_hash)
+    metadata = with_concept(metadata, prepared, args.concept, args.strength_concept, args.class_noun, args.trigger)
     recorder = BranchRecorder(model, args.save_maps, args.save_steps) if args.save_maps or args.save_steps else None
 
     def sample_batch(planned: list, progress):

@@ -4,8 +4,9 @@ python scripts/txt2img.py --prompt "a dog on the beach"
 """
 
 from dci.cli.arguments import Parser, add_sampling_options, prompts_of
-from dci.cli.loading import base_model, load_base, lora_metadata, pick_device, request_of
+from dci.cli.loading import base_model, load_base, pick_device, request_of
 from dci.cli.output import check_sharing, generate, sampling_metadata
+from dci.samples.image_metadata import PromptMetadata
 
 
 def main() -> None:
@@ -27,10 +28,10 @@ def main() -> None:
     model.to(pick_device(args.device))
     prepared = Pipeline.of(model).prepare(request_of(args, texts))
     prepared.warn()
-    metadata = sampling_metadata(args, base, checkpoint, prepared, known) | lora_metadata(args)
+    metadata = sampling_metadata(args, base, checkpoint, prepared, known)
 
     def sample_batch(planned, progress):
         prompts, indices, seeds = zip(*((image.prompt, image.number, image.seed) for image in planned), strict=True)
         return prepared.sample(prompts, indices, seeds, Observers(progress))
 
-    generate(args, [{"prompt": text} for text in texts], metadata, len(prepared.timesteps), sample_batch)
+    generate(args, [PromptMetadata(text) for text in texts], metadata, len(prepared.timesteps), sample_batch)

@@ -42,6 +42,11 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return given
 
 
+def lora_hashes(loras: Iterable[str]) -> dict[str, str]:
+    """Return LoRAs, "FILE" or "FILE:0.8" each, with their files' hashes."""
+    return {text: content_hash(parse_lora(text)[0]) for text in loras}
+
+
 def add_loras(model: LatentDiffusion, loras: Sequence[str]) -> None:
     """Put LoRAs on a base model, for good; its fingerprint then tells it from the base model without them.
 

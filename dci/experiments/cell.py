@@ -11,17 +11,18 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dci.experiments.sampling import SamplingConfig, dual_settings, solver_settings, strength_of
 from dci.experiments.tasks import ScoreTask, TrainTask, from_json
-from dci.files import content_hash, file_hash, read_prompts
+from dci.files import read_prompts
 from ldm.errors import reported_in_one_line
 
 if TYPE_CHECKING:
     from dci.evaluation.scores import Scores
+    from dci.samples.image_metadata import SamplingMetadata
 
 _PR_SET_PDEATHSIG = 1
 
@@ -95,8 +96,10 @@ def score(task: ScoreTask) -> None:
 def sample(task: ScoreTask) -> None:
     """Sample what is missing of a point's images, as sample_dci.py does."""
     from dci.concept.concept_file import Concept
+    from dci.concept.loras import lora_hashes
     from dci.concept.prompts import parse_prompt
     from dci.pipeline import Pipeline
+    from dci.samples.image_metadata import prompt_metadata, sampling_metadata, with_concept
     from dci.samples.plan import Plan
     from dci.samples.worker import sample_missing
     from dci.samples.writer import SampleFolder
@@ -105,24 +108,14 @@ def sample(task: ScoreTask) -> None:
     texts = read_prompts(task.prompts)
     for text in texts:  # refuse them before the model is loaded
         parse_prompt(text, concept.names, options.auxiliary_noun)
-    model, given, concept = _load_model(options, concept, task.device)
+    model, base, concept = _load_model(options, concept, task.device)
     noun = _noun(options, model, concept, texts)
     prepared = Pipeline.of(model, concept).prepare(_request(options, texts, noun))
     prepared.warn()
-    facts = {
-        "concept": task.concept,
-        "concept_hash": file_hash(task.concept),
-        "negative_prompt": options.negative_prompt,
-        **given,
-        **_init_facts(options, prepared),
-        **prepared.options.metadata(),
-        "dci": prepared.dual and asdict(prepared.dual),
-    }
-    named = [
-        {"prompt": text, "concept_prompt": prompt.concept, "auxiliary_prompt": prompt.auxiliary}
-        for text, prompt in zip(texts, prepared.prompts, strict=True)
-    ]
-    plan = Plan(named, facts, [options.seed], options.n_samples, options.batch_size)
+    loras = lora_hashes(options.loras or [])
+    metadata = sampling_metadata(base, prepared, options.init_image, options.mask, loras)
+    metadata = _as_a_grid_tells(with_concept(metadata, prepared, [task.concept], strength_of(options)))
+    plan = Plan(prompt_metadata(prepared), metadata, [options.seed], options.n_samples, options.batch_size)
 
     def sample_batch(images: list):
         prompts, indices, seeds = zip(*((i.prompt, i.number, i.seed) for i in images), strict=True)
@@ -156,11 +149,12 @@ def evaluate(task: ScoreTask) -> "Scores":
 
 
 def _load_model(options: SamplingConfig, concept, device: str):
-    """Load the base model onto the device; return it, what the images' metadata say of it, and the concept for it."""
+    """Load the base model onto the device; return it, what it is, and the concept for it."""
     import functools
 
     from dci.concept.autoencoder import trained_vae
-    from dci.concept.loras import add_trained_loras, on_loras, parse_lora
+    from dci.concept.loras import add_trained_loras, on_loras
+    from dci.samples.image_metadata import LoadedModel, precision_name
     from ldm.checkpoint import fingerprint, load_model
     from ldm.runtime.acceleration import PRECISIONS, accelerate, fastest_precision, pick_device
 
@@ -171,24 +165,13 @@ def _load_model(options: SamplingConfig, concept, device: str):
     auto = functools.partial(fastest_precision, device=device)
     dtype = auto if options.precision == "auto" else PRECISIONS[options.precision]
     loaded = load_model(model, checkpoint, dtype=dtype, ema=options.ema, clip_skip=options.clip_skip, vae=vae)
-    precision = next(name for name, dtype in PRECISIONS.items() if dtype == loaded.dtype)
     accelerate(loaded, device, options.channels_last, options.compile)
     add_trained_loras(loaded, concept, options.loras or [])
-    given = {
-        "model": model,
-        "checkpoint": checkpoint,
-        "model_hash": fingerprint(loaded),
-        "model_config_hash": file_hash(model) if Path(model).suffix in (".yaml", ".yml") else None,
-        "ema": options.ema,
-        "clip_skip": options.clip_skip,
-        "precision": precision,
-    }
-    given |= {"vae": vae, "vae_hash": content_hash(vae)} if vae else {}
-    strength, loras = strength_of(options), options.loras or []
-    given |= {"strength_concept": strength} if strength != 1 else {}
-    given |= {"loras": {text: content_hash(parse_lora(text)[0]) for text in loras}} if loras else {}
-    concept = on_loras(concept, loaded, loras, strength)
-    return loaded.to(device), given, concept
+    base = LoadedModel(
+        model, checkpoint, fingerprint(loaded), precision_name(loaded.dtype), options.ema, options.clip_skip, vae
+    )
+    concept = on_loras(concept, loaded, options.loras or [], strength_of(options))
+    return loaded.to(device), base, concept
 
 
 def _noun(options: SamplingConfig, model, concept, prompts: list[str]) -> str | None:
@@ -227,15 +210,13 @@ def _request(options: SamplingConfig, prompts: list[str], noun: str | None):
     )
 
 
-def _init_facts(options: SamplingConfig, prepared) -> dict[str, Any]:
-    """What the images' metadata say of the image that they start from; nothing where there is none."""
-    if prepared.init is None:
-        return {}
-    facts: dict[str, Any] = {"strength": prepared.init.strength}
-    for name in ("init_image", "mask"):
-        if file := getattr(options, name):
-            facts |= {name: file, f"{name}_hash": file_hash(file)}
-    return facts
+def _as_a_grid_tells(metadata: "SamplingMetadata") -> "SamplingMetadata":
+    """A point's record without the version, for any may go on with it, and without an image to start from where is none."""
+    from dci.samples.image_metadata import LEFT_OUT
+
+    start = ("init_image", "init_image_hash", "mask", "mask_hash", "strength")
+    none: dict[str, Any] = {name: LEFT_OUT for name in start if getattr(metadata, name) is None}
+    return replace(metadata, version=LEFT_OUT, **none)
 
 
 if __name__ == "__main__":

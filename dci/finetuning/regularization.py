@@ -11,6 +11,7 @@ from tqdm import tqdm
 from dci.dual_branch.options import sampling_options
 from dci.finetuning import distributed
 from dci.finetuning.config import GenerateConfig
+from dci.samples.image_metadata import PromptMetadata, SamplingMetadata
 from dci.samples.plan import Plan, PlannedImage
 from dci.samples.worker import sample_missing
 from dci.samples.writer import SampleFolder
@@ -48,11 +49,11 @@ def generate(model: LatentDiffusion, config: GenerateConfig, class_noun: str, lo
     """
     options = sampling_options(model, steps=config.steps, scale=config.scale, seed=config.seed)
     prompts = [prompt.replace("{}", class_noun) for prompt in config.prompts]
-    metadata = {"model_hash": fingerprint(model), **options.metadata()}
-    digest = hashlib.sha256(json.dumps([prompts, metadata], sort_keys=True).encode()).hexdigest()[:8]
+    metadata = SamplingMetadata(model_hash=fingerprint(model), options=options)
+    digest = hashlib.sha256(json.dumps([prompts, metadata.to_json()], sort_keys=True).encode()).hexdigest()[:8]
     root = Path(config.folder) if config.folder else logdir / "regularization"
     folder = root / f"{class_noun.replace(' ', '-').replace('/', '-')}-{digest}"
-    named = [{"prompt": prompt} for prompt in prompts]
+    named = [PromptMetadata(prompt) for prompt in prompts]
     plan = PromptsInTurn(named, metadata, [config.seed], config.number, config.batch_size)
 
     def sample(images: list[PlannedImage]):

@@ -1,7 +1,10 @@
 """What a sampling command is to make: which images, under which numbers, in which batches."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from dci.samples.image_metadata import PromptMetadata, SamplingMetadata
 
 
 class PlannedImage(NamedTuple):
@@ -16,12 +19,11 @@ class PlannedImage(NamedTuple):
 class Plan:
     """Every prompt's images, `n_samples` with each seed.
 
-    Numbers and batches follow from the plan alone, so that the work may be split in any way. Metadata are
-    plain values, lists and dicts, which JSON gives back as they were.
+    Numbers and batches follow from the plan alone, so that the work may be split in any way.
     """
 
-    prompts: list[dict]  # of each prompt: "prompt", as it was given, and what was derived from it
-    settings: dict  # of all images: whatever else is needed to make them again
+    prompts: list[PromptMetadata]
+    settings: SamplingMetadata  # of all images
     seeds: list[int]
     n_samples: int
     batch_size: int  # images made together, of whatever prompts and seeds
@@ -40,10 +42,15 @@ class Plan:
         seed, index = divmod(rest, self.n_samples)
         return PlannedImage(prompt, self.seeds[seed], index)
 
-    def metadata(self, number: int) -> dict:
-        """Return everything needed to make image `number` again."""
+    def metadata(self, number: int) -> dict[str, Any]:
+        """Return everything needed to make image `number` again, as its record tells it."""
         prompt, seed, index = self.image(number)
-        return self.prompts[prompt] | self.settings | {"seed": seed, "batch_size": self.batch_size, "index": index}
+        place = {"seed": seed, "batch_size": self.batch_size, "index": index}
+        return self.prompts[prompt].to_json() | self._settings | place
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return self.settings.to_json()
 
     def batches(self, shard: int = 1, of: int = 1) -> list[range]:
         """Return the numbers of the images that are made together.

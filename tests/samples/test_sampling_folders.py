@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,16 +16,19 @@ from PIL import Image
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
 from dci.finetuning.module import ICOTraining
 from dci.samples.file_locks import FileLocks
+from dci.samples.image_metadata import PromptMetadata, SamplingMetadata
 from dci.samples.plan import Plan
 from dci.samples.worker import sample_missing
 from dci.samples.writer import SampleFolder
 from ldm.errors import UserError
+from ldm.text_to_image import SamplingOptions
 
-SETTINGS = {"steps": 4, "solver": "ddim", "scale": 6.0, "width": 16, "height": 16}
+SETTINGS = SamplingOptions(steps=4, width=16, height=16)
 
 
 def plan(prompts=("a dog", "a car", "a cat"), seeds=(0, 5), n_samples=3, batch_size=4, **settings):
-    return Plan([{"prompt": p} for p in prompts], SETTINGS | settings, list(seeds), n_samples, batch_size)
+    metadata = SamplingMetadata(options=replace(SETTINGS, **settings))
+    return Plan([PromptMetadata(prompt) for prompt in prompts], metadata, list(seeds), n_samples, batch_size)
 
 
 def paint(images):

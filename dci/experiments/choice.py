@@ -60,7 +60,7 @@ def choose(runs: Sequence[PooledRun], methods: Sequence[MethodEntry]) -> list[Ch
         settings = [each for each in scored if each.run.run.series == training and not each.is_plain]
         if not settings:
             raise UserError(f"{family}: no run with DCI to choose from: complete the suite")
-        variants = [method for method in methods if method.family == family]
+        variants = [method for method in methods if _family(method) == family]
         options = next(variant.training for variant in variants if variant.name == training)
         best = max(settings, key=lambda each: each.score)
         sampling = dict(best.run.sampling)
@@ -77,13 +77,18 @@ def choose_trainings(runs: Sequence[PooledRun], methods: Sequence[MethodEntry]) 
         UserError: a method is not there with plain sampling, or all runs are alike.
     """
     scored, chosen = [each for each in _scored(runs) if each.is_plain], {}
-    for family in dict.fromkeys(method.family for method in methods):
-        names = [method.name for method in methods if method.family == family]
+    for family in dict.fromkeys(_family(method) for method in methods):
+        names = [method.name for method in methods if _family(method) == family]
         variants = [each for each in scored if each.run.run.series in names]
         if not variants:
             raise UserError(f"{family}: no run without DCI to choose from: complete the suite")
         chosen[family] = max(variants, key=lambda each: each.score).run.run.series
     return chosen
+
+
+def _family(method: MethodEntry) -> str:
+    """The method as it was before its options were varied."""
+    return method.family or method.name
 
 
 @dataclass(frozen=True)
@@ -103,16 +108,14 @@ def _is_plain(run: PooledRun) -> bool:
 
 
 def _scored(runs: Sequence[PooledRun]) -> list[_Scored]:
-    means = [tuple(run.run.scores.summary[metric].mean for metric in (DINO_I, CLIP_T)) for run in runs]
+    means = [(run.run.scores.summary[DINO_I].mean, run.run.scores.summary[CLIP_T].mean) for run in runs]
     plain = [point for run, point in zip(runs, means, strict=True) if _is_plain(run)]
     if not plain:
         raise UserError("no run without DCI to choose from: complete the suite, or give it a setting with no_dci")
     units = np.std(plain, axis=0)
     if not (units > 0).all():
         raise UserError("all trainings have the same fidelity or editability: nothing to choose by")
-    return [
-        _Scored(run, *point, score=float((np.array(point) / units).sum())) for run, point in zip(runs, means, strict=True)
-    ]
+    return [_Scored(run, *point, float((np.array(point) / units).sum())) for run, point in zip(runs, means, strict=True)]
 
 
 def as_file(choices: Sequence[Choice]) -> bytes:

@@ -49,7 +49,7 @@ class GridConcept:
     @property
     def folders(self) -> list[str]:
         """The folder of each concept's images."""
-        return [concept.images for concept in self.concepts]
+        return [concept.images for concept in self.concepts if concept.images]
 
 
 @dataclass
@@ -214,9 +214,14 @@ def _prepare_concept(concept: GridConcept, root: Path) -> None:
         raise UserError(f"concepts: {name}: give class_noun and images, or a list `concepts` of several, and not both")
     if short:
         concept.concepts = [ConceptConfig(class_noun=concept.class_noun, images=concept.images)]
-    for part in concept.concepts:
+    nouns = []
+    for number, part in enumerate(concept.concepts):
+        if not part.class_noun or not part.images:
+            name = concept.name or part.class_noun or part.images
+            raise UserError(f"concepts: {name}: entry {number + 1} of its list needs both class_noun and images")
         part.images = str(find(part.images, root))
-    concept.name = concept.name or "+".join(part.class_noun for part in concept.concepts)
+        nouns.append(part.class_noun)
+    concept.name = concept.name or "+".join(nouns)
 
 
 def _training_config(file: str, options: tuple[str, ...], concepts: int) -> FinetuneConfig:

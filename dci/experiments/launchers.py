@@ -55,7 +55,8 @@ def run_local(config: SuiteConfig, points: list[GridPoint], report: Report) -> N
     gpus = _gpus() if config.device in ("auto", "cuda") else []
     shared = 1 if config.device not in ("auto", "cpu") else max(1, _cores() // config.threads)
     number = config.workers or len(gpus) or shared
-    waiting, free, running = by_training(points), list(range(number))[::-1], {}
+    waiting, free = by_training(points), list(range(number))[::-1]
+    running: dict[int, tuple[BaseProcess, list[GridPoint]]] = {}
     try:
         while waiting or running:
             while waiting and free:

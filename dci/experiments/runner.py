@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ class Worker:
         Returns:
             Why points failed, by their names.
         """
-        failures, untrained = {}, {}
+        failures: dict[str, str] = {}
+        untrained: dict[str, str] = {}
         for point in points:
             with _locked(point.folder):
                 if point.result.is_file():
@@ -123,7 +124,7 @@ class Worker:
             raise PointFailed(_last_line(log))
 
 
-def state(point: GridPoint, queued: set[str] = frozenset()) -> str:
+def state(point: GridPoint, queued: Set[str] = frozenset()) -> str:
     """Return done, running, failed (begun, but nobody is at it), queued or waiting.
 
     Args:

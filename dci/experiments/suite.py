@@ -54,7 +54,7 @@ class SuiteConfig(GridConfig):
     slurm: dict[str, Any] = field(default_factory=dict)  # a job's resources in place of the defaults
 
 
-def load_suite(path: str | Path, overrides: list[str] = ()) -> SuiteConfig:
+def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
     """Read a suite's configuration; a data set's prompts are written into the suite's folder.
 
     Raises:
@@ -100,7 +100,7 @@ def _check_part(dataset: DatasetConfig) -> None:
 
 def _named(dataset: DatasetConfig, entries: list[T], source: str | Path) -> list[T]:
     """The entries to take of all, which have names."""
-    known = [entry.name for entry in entries]
+    known = [entry.name for entry in entries if entry.name]
     for name in dataset.subjects:
         if name not in known:
             raise UserError(f"dataset.subjects: no '{name}' in {source}: it has {', '.join(known)}")
@@ -114,7 +114,7 @@ def _take_listed(config: SuiteConfig) -> None:
     _check_part(dataset)
     config.concepts = _named(dataset, config.concepts, "the suite's list")
     for concept in config.concepts if dataset.prompts else []:
-        source = Path(concept.prompts)
+        source = Path(concept.prompts or config.prompts)
         prompts = read_prompts(source)[: dataset.prompts]
         concept.prompts = str(_prompt_file(config, f"first-{len(prompts)}-of-{source.stem}", prompts))
 

@@ -137,6 +137,8 @@ def test_points_are_the_product_and_share_trainings(config):
         ("settings=[{name: dci, sampling: {agg_time: [0.1, early]}}]", "agg_time=early"),
         ("evaluation={clipp: tiny}", "did you mean 'clip'"),
         ("concepts=[{class_noun: cat}]", "give class_noun and images"),
+        ("concepts=[{name: a, concepts: [{class_noun: cat}]}]", "concepts: a: entry 1 of its list needs both"),
+        ("concepts=[{concepts: [{images: data/concepts/cat}]}]", "entry 1 of its list needs both class_noun and images"),
         ("concepts=[{name: a, class_noun: cat, images: b, concepts: [{class_noun: dog, images: c}]}]", "not both"),
     ],
 )

@@ -8,9 +8,10 @@ from typing import Any
 import gradio as gr
 
 from dci.app import markup
-from dci.app.draw_tab import Running, failed, waits
+from dci.app.draw_tab import failed, waits
 from dci.app.events import at_once, private
 from dci.app.grid import Grid, Judges, plane, sample_grid, values
+from dci.app.running import Running
 from dci.app.shelf import Shelf
 from dci.app.studio import Studio
 from dci.app.wanted import Wanted
@@ -72,11 +73,7 @@ class CompareTab:
         steps: Any,
         seed: Any,
     ) -> Iterator[tuple]:
-        client = str(request.session_hash)
-
-        def stopped() -> bool:
-            return self.running.stopped(client, press)
-
+        stopped = self.running.given_up(request.session_hash, press)
         if stopped():  # while it waited
             yield (gr.skip(),) * 5
             return

@@ -1,8 +1,5 @@
 """The Draw tab: a concept, a prompt, and what plain sampling and DCI make of them."""
 
-import itertools
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -14,6 +11,7 @@ from dci.app import inside, markup
 from dci.app.drawing import DCI, PLAIN, Drawing, Drawings, draw, watched_alike
 from dci.app.events import at_once, private
 from dci.app.reading import reading
+from dci.app.running import Running
 from dci.app.shelf import Shelf
 from dci.app.studio import Studio
 from dci.app.wanted import MOST_IMAGES, MOST_STEPS, Wanted, command, python
@@ -37,33 +35,6 @@ _TO_RESULTS = """
 }
 """
 """On a narrow page the images are below the fields."""
-
-
-class Running:
-    """Who does not want any more what was asked for: presses of a button have rising numbers, and so has giving up.
-
-    Gradio's own way ends whatever the same client has running by the time that it gets there, the next press included.
-    """
-
-    def __init__(self, most: int = 256):
-        self._most, self._numbers, self._lock = most, itertools.count(1), threading.Lock()
-        self._given_up = OrderedDict[str, int]()
-
-    def press(self) -> int:
-        """Return the number of a press."""
-        return next(self._numbers)
-
-    def stop(self, client: str) -> None:
-        """Note that a client gives up what it has pressed so far."""
-        with self._lock:
-            self._given_up[client] = next(self._numbers)
-            self._given_up.move_to_end(client)
-            while len(self._given_up) > self._most:
-                self._given_up.popitem(last=False)
-
-    def stopped(self, client: str, press: float | None) -> bool:
-        """Whether a client has given up since a press."""
-        return press is not None and press < self._given_up.get(client, 0)
 
 
 class DrawTab:
@@ -236,11 +207,7 @@ class DrawTab:
         )
 
     def _draw(self, request: gr.Request, press: float | None, key: str, before: str | None, *fields: Any) -> Iterator[tuple]:
-        client = str(request.session_hash)
-
-        def stopped() -> bool:
-            return self.running.stopped(client, press)
-
+        stopped = self.running.given_up(request.session_hash, press)
         if stopped():  # while it waited
             yield (gr.skip(),) * 10
             return

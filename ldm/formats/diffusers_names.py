@@ -34,15 +34,15 @@ _RESNET = {
     "conv2.": "out_layers.3.",
     "conv_shortcut.": "skip_connection.",
 }
-_VAE = (
-    (r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."),
-    (r"^encoder\.down_blocks\.(\d+)\.downsamplers\.0\.", r"encoder.down.\1.downsample."),
-    (r"^decoder\.up_blocks\.(\d+)\.resnets\.", r"decoder.up.\1.block."),
-    (r"^decoder\.up_blocks\.(\d+)\.upsamplers\.0\.", r"decoder.up.\1.upsample."),
-    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
-    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.conv_norm_out\.", ".norm_out."),
+_VAE = (  # where # stands for a number
+    ("encoder.down_blocks.#.resnets.", "encoder.down.#.block."),
+    ("encoder.down_blocks.#.downsamplers.0.", "encoder.down.#.downsample."),
+    ("decoder.up_blocks.#.resnets.", "decoder.up.#.block."),
+    ("decoder.up_blocks.#.upsamplers.0.", "decoder.up.#.upsample."),
+    (".mid_block.resnets.0.", ".mid.block_1."),
+    (".mid_block.resnets.1.", ".mid.block_2."),
+    (".conv_shortcut.", ".nin_shortcut."),
+    (".conv_norm_out.", ".norm_out."),
 )
 _VAE_ATTENTION = {
     "to_q": "q",
@@ -55,6 +55,10 @@ _VAE_ATTENTION = {
     "proj_attn": "proj_out",
     "group_norm": "norm",
 }
+_VAE_ATTENTION_BACK = tuple(  # the names that diffusers itself writes
+    (f".mid_block.attentions.0.{theirs}.", f".mid.attn_1.{_VAE_ATTENTION[theirs]}.")
+    for theirs in ("to_q", "to_k", "to_v", "to_out.0", "group_norm")
+)
 _OPENCLIP = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -114,12 +118,17 @@ def vae_names(state: State, config: AutoencoderConfig) -> State:
         name, attention = _vae_attention(name)
         if attention and tensor.ndim == 2:
             tensor = tensor[:, :, None, None]
-        for pattern, replacement in _VAE:
-            name = re.sub(pattern, replacement, name)
+        for theirs, ours in _VAE:
+            name = _replaced(name, theirs, ours)
         # SD counts the decoder's levels from the full resolution on.
         name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{last - int(match[1])}.", name)
         renamed["first_stage_model." + name] = tensor
     return renamed
+
+
+def _replaced(name: str, old: str, new: str) -> str:
+    """Rename a part of the VAE's name, by an entry of `_VAE`."""
+    return re.sub(re.escape(old).replace(r"\#", r"(\d+)"), new.replace("#", r"\1"), name)
 
 
 def _vae_attention(name: str) -> tuple[str, bool]:
@@ -193,21 +202,6 @@ def to_unet(config: UNetConfig) -> Callable[[str], str]:
     return rename
 
 
-_TO_VAE = (
-    (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
-    (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
-    (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
-    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
-    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-)
-
-
 def to_vae(state: State, config: AutoencoderConfig) -> State:
     """Rename SD's tensors of the autoencoder, `first_stage_model.` left away, to an AutoencoderKL's."""
     last, renamed = len(config.ch_mult) - 1, {}
@@ -215,8 +209,8 @@ def to_vae(state: State, config: AutoencoderConfig) -> State:
         if ".mid.attn_1." in name and tensor.ndim == 4:
             tensor = tensor.flatten(1)
         name = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.up.{last - int(match[1])}.", name)
-        for pattern, replacement in _TO_VAE:
-            name = re.sub(pattern, replacement, name)
+        for theirs, ours in (*_VAE_ATTENTION_BACK, *_VAE):
+            name = _replaced(name, ours, theirs)
         renamed[name] = tensor
     return renamed
 
@@ -234,9 +228,6 @@ def to_text(state: State, config: TextEncoderConfig) -> State:
             renamed["text_projection.weight"] = tensor.T
             continue
         layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)", name)
-        if name == "text_projection":
-            renamed["text_projection.weight"] = tensor.T
-            continue
         if not layer:
             renamed["text_model." + _prefix(name, outer)] = tensor
             continue

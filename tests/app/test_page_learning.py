@@ -14,6 +14,7 @@ from dci.app import jobs as queue
 from dci.app import reference_set
 from dci.app.jobs import Jobs
 from dci.app.reference_set import collect, keep, plain_name
+from dci.app.running import Running
 from ldm.errors import UserError
 
 CAT = sorted((ROOT / "data/concepts/cat").glob("*.png"))
@@ -171,17 +172,15 @@ def test_closing_the_server_leaves_a_checkpoint(jobs):
 
 
 def test_giving_up_ends_what_was_pressed_before_and_nothing_after():
-    from dci.app.draw_tab import Running
-
     running = Running(most=2)
     first, second = running.press(), running.press()
     running.stop("me")
     third = running.press()
-    assert [running.stopped("me", press) for press in (first, second, third, None)] == [True, True, False, False]
-    assert not running.stopped("somebody else", first)
+    assert [running.given_up("me", press)() for press in (first, second, third, None)] == [True, True, False, False]
+    assert not running.given_up("somebody else", first)()
     for name in "abc":
         running.stop(name)
-    assert not running.stopped("me", first)  # so many clients are remembered, and no more
+    assert not running.given_up("me", first)()  # so many clients are remembered, and no more
 
 
 def test_a_claimed_size_counts_in_every_format(tmp_path, monkeypatch):

@@ -1,0 +1,33 @@
+"""Who presses a button of the page, and who has given up since."""
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+
+class Running:
+    """Who does not want any more what was asked for: presses of a button have rising numbers, and so has giving up.
+
+    Gradio's own way ends whatever the same client has running by the time that it gets there, the next press included.
+    """
+
+    def __init__(self, most: int = 256):
+        self._most, self._numbers, self._lock = most, itertools.count(1), threading.Lock()
+        self._given_up = OrderedDict[str, int]()
+
+    def press(self) -> int:
+        """Return the number of a press."""
+        return next(self._numbers)
+
+    def stop(self, client: str) -> None:
+        """Note that a client gives up what it has pressed so far."""
+        with self._lock:
+            self._given_up[client] = next(self._numbers)
+            self._given_up.move_to_end(client)
+            while len(self._given_up) > self._most:
+                self._given_up.popitem(last=False)
+
+    def given_up(self, client: str | None, press: float | None) -> Callable[[], bool]:
+        """Return what tells, when it is asked, whether a client has given up since a press."""
+        return lambda: press is not None and press < self._given_up.get(str(client), 0)

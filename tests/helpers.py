@@ -23,6 +23,16 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
+def mostly_slow(values, *quick):
+    """A test's parameters, with all but the named ones marked slow: a kind has its quick check, and all of it one."""
+    values = list(values)
+    assert all(value in values for value in quick), f"expected some of {values}"
+    return [
+        value if value in quick else pytest.param(*(value if isinstance(value, tuple) else [value]), marks=pytest.mark.slow)
+        for value in values
+    ]
+
+
 def run_alone(script, *args, cwd=ROOT):
     """Run a program in an interpreter of its own, whose imports take seconds."""
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, args)]

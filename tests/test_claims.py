@@ -69,8 +69,9 @@ Row 1 is better.
 """
 
 
-@pytest.fixture
-def report(tmp_path):
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("claims")
     picture = ROOT / "data/concepts/cat/00.png"
     runs = [RunScores("a", scores(0)), RunScores("b, x", scores(0.25))]
     for row in (row for run in runs for row in run.scores.rows):

@@ -1,6 +1,7 @@
 """Laws of the house: short functions, imports in one direction, small programs."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def sources(*folders):
     return [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
 
 
+@functools.cache
 def imports(file):
     """Modules of this project that a file imports when it runs, anywhere in it."""
     found, tree = set(), ast.parse(file.read_text())

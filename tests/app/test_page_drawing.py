@@ -4,7 +4,7 @@ import shlex
 
 import numpy as np
 import pytest
-from helpers import ROOT, run_main
+from helpers import ROOT, mostly_slow, run_main
 
 from dci.app import inside
 from dci.app.drawing import Drawings, draw
@@ -45,7 +45,7 @@ def drawn(ready, entry):
     return list(draw(ready, entry, wanted()))[-1]
 
 
-@pytest.mark.parametrize("side", ["dci", "plain"])
+@pytest.mark.parametrize("side", mostly_slow(["dci", "plain"], "dci"))
 def test_the_files_are_those_of_the_printed_command_byte_for_byte(drawn, entry, side, tmp_path, monkeypatch):
     line = command(wanted(), entry, Weights(), dci=side == "dci")
     monkeypatch.chdir(ROOT)
@@ -54,6 +54,7 @@ def test_the_files_are_those_of_the_printed_command_byte_for_byte(drawn, entry, 
     assert written == drawn.sides[side].files and len(written) == 2
 
 
+@pytest.mark.slow
 def test_the_images_are_those_of_the_printed_python(drawn, entry):
     names = {}
     exec(python(wanted(), entry, Weights()), names)
@@ -119,6 +120,7 @@ def test_another_concept_takes_the_place_of_the_first_and_leaves_no_trace(concep
     assert all(after[name].equal(value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_a_grid_has_the_images_of_its_settings(ready, entry, drawn):
     *_, grid = sample_grid(ready, wanted(n=1), [0.5], [0.0, 1.0])
     assert grid.finished and len(grid.images) == 2

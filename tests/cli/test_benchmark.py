@@ -93,6 +93,7 @@ def test_results_of_other_sizes_have_files_of_their_own(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_naive_attention_computes_the_same(tiny_base):
     x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([3, 871]), torch.randn(2, 77, 128)
@@ -123,6 +124,7 @@ def test_memory_and_flops_are_those_of_known_work():
     assert peak_bytes(lambda: attend(q, k, k), "cpu") < maps / 2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_convolutions_compute_the_same():
     config = UNetConfig(model_channels=320, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2], context_dim=32)
@@ -201,6 +203,7 @@ def helps():
     return dict(zip(PROGRAMS, found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each program runs in a fork")
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_imports_nothing_heavy(helps, program):
@@ -210,6 +213,7 @@ def test_help_imports_nothing_heavy(helps, program):
     assert "argparse" in imported and not HEAVY & set(imported)
 
 
+@pytest.mark.slow
 def test_sampling_starts_without_what_it_does_not_use(tmp_path):
     code = f"""
 import runpy, sys

@@ -20,6 +20,7 @@ def test_every_held_out_drawing_is_a_concept_with_five_reference_images():
         assert len(list((ROOT / "data/concepts" / name).glob("*.png"))) == 5
 
 
+@pytest.mark.slow
 def test_a_concept_is_learned_recognised_and_not_learned_twice(tmp_path):
     options = ("--concepts", "teddy", "--methods", "ico-tiny", "--steps", 1, "--device", "cpu")
     options += ("--work", tmp_path / "work", "--out", tmp_path / "found", "training.steps=1")

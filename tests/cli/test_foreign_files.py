@@ -56,6 +56,7 @@ def test_the_error_of_a_rank_is_printed_as_compress_concept_does(finetuned, tmp_
     assert float(file.split("reconstruction error ")[1].split()[0]) > 0
 
 
+@pytest.mark.slow
 def test_dora_is_refused_by_name(tiny_base, tmp_path, capfd):
     """As PEFT makes it of diffusers' UNet, and as kohya's scripts name its scale."""
     write_folder(tiny_base.state_dict(), tiny_base.config, tmp_path / "base")
@@ -148,6 +149,7 @@ def test_what_is_missing_is_asked_for_by_the_programs_options(tiny_base, tmp_pat
     refused(call("--class-noun", "cat,", *TINY), "--class-noun 'cat,': expected an ordinary word")
 
 
+@pytest.mark.slow
 def test_what_two_files_bring_alike_counts_once(finetuned, tmp_path, capfd):
     """A LoRA with the tokens inside beside the tokens' own file; the same weights twice; two concepts at once."""
     finetuned[1].save(tmp_path / "c.safetensors")

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 import tiny_models
 import torch
-from helpers import ROOT, run
+from helpers import ROOT, mostly_slow, run
 from safetensors.torch import save_file
 
 from ldm.checkpoint import TOKEN_IDS, TOKEN_ROWS, load_model
@@ -254,6 +254,7 @@ def test_broken_and_foreign_files_are_named_in_one_line(state, yaml, tmp_path):
         assert "\n" not in str(error.value), name
 
 
+@pytest.mark.slow
 def test_rows_of_a_token_table_that_do_not_go_with_their_ids(tmp_path):
     rows, ids = torch.zeros(3, 128).half(), torch.tensor([1, 2, 3], dtype=torch.int32)
     for changed in (
@@ -283,7 +284,7 @@ def test_a_single_component_or_a_small_model_names_what_to_give(state, tmp_path)
         load_model(tmp_path / "vae.safetensors")
 
 
-@pytest.mark.parametrize("program", ["txt2img.py", "sample_dci.py", "train_ico.py"])
+@pytest.mark.parametrize("program", mostly_slow(["txt2img.py", "sample_dci.py", "train_ico.py"], "sample_dci.py"))
 def test_programs_refuse_with_one_line_and_exit_code_2(program, tmp_path):
     trace = tmp_path / "trace"
     file = torch_save({"state_dict": Evil(trace)}, tmp_path / "evil.ckpt")

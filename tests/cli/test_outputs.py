@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
-from helpers import ENVIRONMENT, ROOT, refused, run_here, run_main
+from helpers import ENVIRONMENT, ROOT, mostly_slow, refused, run_here, run_main
 
 from dci.cli import output
 from dci.finetuning import run_folder
@@ -52,6 +52,7 @@ def test_a_seed_is_chosen_and_recorded(tmp_path, capfd):
     refused(run_here(capfd, "txt2img.py", *given, "--seed", "-1", "--shard", "1/2"), "give the seed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [2**32, 2**64])
 def test_training_takes_every_seed(tmp_path, seed):
     run_main(
@@ -68,7 +69,7 @@ def python(code, encoding="utf-8", **options):
     return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=100, **options)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("encoding", mostly_slow(["ascii", "latin-1", "utf-8"], "ascii"))
 def test_every_character_can_be_printed(encoding):
     code = "  import sys\n  print('\\u2192 \\xe9 \\udcff')\n  print('\\u2192 \\udcff', file=sys.stderr)"
     done = python(code, encoding)
@@ -77,7 +78,7 @@ def test_every_character_can_be_printed(encoding):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell's pipe")
-@pytest.mark.parametrize("both", ["", "2>&1"], ids=["stdout", "both"])
+@pytest.mark.parametrize("both", mostly_slow(["", "2>&1"], "2>&1"), ids=["stdout", "both"])
 def test_a_reader_that_leaves_is_no_error_and_the_work_is_done(tmp_path, both):
     lines = "\n".join(
         [

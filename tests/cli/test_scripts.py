@@ -1,5 +1,6 @@
 """The programs as a user runs them: what they write, and one line for each mistake."""
 
+import copy
 import json
 import re
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, ok, pixels, refused, run, run_alone, run_here, run_main
+from helpers import ROOT, learned_concept, ok, pixels, refused, run, run_alone, run_here, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -58,11 +59,15 @@ def trained(mixed_images, tmp_path_factory):
     return out, run_folder
 
 
-@pytest.fixture(scope="session")
-def concept(trained):
-    return trained[1] / "concept.safetensors"
+@pytest.fixture(scope="module")
+def concept(tiny_base, tmp_path_factory):
+    """A concept as a training leaves it."""
+    file = tmp_path_factory.mktemp("concept") / "concept.safetensors"
+    learned_concept(copy.deepcopy(tiny_base), "dog", 0.02).save(file)
+    return file
 
 
+@pytest.mark.slow
 def test_a_run_folder_holds_everything(trained, mixed_images):
     out, run_folder = trained
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d_short", run_folder.name)
@@ -87,7 +92,7 @@ def test_a_resolved_configuration_can_be_run_again(trained, tmp_path):
 
 
 def sample(concept, outdir, *args):
-    common = ("--concept", concept, "--prompt", "a V* dog on the beach", "--steps", 6, "--outdir", outdir)
+    common = ("--concept", concept, "--prompt", "a V* dog on the beach", "--steps", 3, "--outdir", outdir)
     return run("sample_dci.py", *common, *args)
 
 
@@ -101,7 +106,7 @@ def test_sampling_writes_images_grid_and_record(concept, tmp_path):
     record = json.loads((tmp_path / "prompts.json").read_text())
     entry = record["00002"]
     assert entry["prompt"] == "a V* dog on the beach"
-    assert (entry["index"], entry["seed"], entry["steps"], entry["dci"]["agg_lambda"]) == (2, 0, 6, 0.5)
+    assert (entry["index"], entry["seed"], entry["steps"], entry["dci"]["agg_lambda"]) == (2, 0, 3, 0.5)
 
     # The record makes the image again; one at a time instead of two; earlier images are kept.
     ok(sample(concept, tmp_path, "--n-samples", 3, "--agg-lambda", entry["dci"]["agg_lambda"], "--batch-size", 1))
@@ -138,6 +143,7 @@ def test_txt2img(tmp_path):
     assert record["00001"]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_sheets(tmp_path):
     for i in range(3):
         Image.new("RGB", (10, 8), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -148,21 +154,32 @@ def test_sheets(tmp_path):
     assert pixels(sheet).shape[:2] == (142, 1052)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_for_the_shell(tmp_path):
     result = run_alone("train_ico.py", "--config", CONFIG, f"data.images={tmp_path}/none")
     refused(result, "error: no folder", f"{tmp_path}/none")
 
 
+def test_training_refuses_a_mistake(tmp_path, capfd):
+    (tmp_path / "empty").mkdir()
+    given = ("--config", CONFIG, "--logdir", tmp_path / "logs")
+    for args, words in (
+        ([f"data.images={tmp_path}/empty"], ["no images in", "empty", ".jpg"]),
+        (["data.imags=x"], ["unknown key 'data.imags'", "did you mean 'data.images'"]),
+        (["--frobnicate"], ["--frobnicate"]),
+    ):
+        refused(run_here(capfd, "train_ico.py", *given, *args), *words)
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
 def test_training_refuses_impossible_input(tmp_path, capfd):
     def train(*args, config=CONFIG):
         return run_here(capfd, "train_ico.py", "--config", config, "--logdir", tmp_path / "logs", *args)
 
-    (tmp_path / "empty").mkdir()
-    refused(train(f"data.images={tmp_path}/empty"), "no images in", "empty", ".jpg")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/text.jpg").write_text("this is text")
     refused(train(f"data.images={tmp_path}/broken"), "text.jpg is not a readable image")
-    refused(train("data.imags=x"), "unknown key 'data.imags'", "did you mean 'data.images'")
     refused(train("trainig.steps=5"), "unknown key 'trainig'", "did you mean 'training'")
     refused(train("training.steps=soon"), "the command line: training.steps=soon: expected a value of type int")
     refused(train("concept.initial_words=3"), "concept.initial_words=3: expected a value of type list[str]")
@@ -175,7 +192,6 @@ def test_training_refuses_impossible_input(tmp_path, capfd):
     refused(train("concept.initial_words=[]"), "0 modifier tokens")
     refused(train("concept.class_noun=' '"), "noun is empty")
     refused(train("data.regularization=/nowhere"), "no folder /nowhere")
-    refused(train("--frobnicate"), "--frobnicate")
     refused(train(config=tmp_path / "none.yaml"), "no configuration file")
     (tmp_path / "bad.yaml").write_text("a: [1")
     refused(train(config=tmp_path / "bad.yaml"), "not readable as YAML")
@@ -219,6 +235,7 @@ def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_training_refuses_options_of_fine_tuning_that_do_not_fit(tmp_path, capfd):
     def train(*args):
         return run_here(capfd, "train_ico.py", "--config", CONFIG, "--logdir", tmp_path / "logs", "--device", "cpu", *args)

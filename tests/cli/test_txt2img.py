@@ -28,6 +28,7 @@ def start(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_line_of_a_file_is_sampled(tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog on the beach\n\n  a car in the snow \n")
     files = sample(tmp_path / "o", "--from-file", tmp_path / "prompts.txt", "--n-iter", 2)
@@ -43,6 +44,7 @@ def test_every_line_of_a_file_is_sampled(tmp_path):
     assert np.abs(pixels(files[3]) - pixels(alone[1])).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["plms", "dpmpp_2m", "dpm++2m-karras", "euler", "Euler_a"])
 def test_solvers_give_different_images(tmp_path, solver):
     plain = sample(tmp_path / "ddim", "--prompt", "a dog")
@@ -58,12 +60,14 @@ def test_parameters_are_written_as_webui_writes_them(tmp_path):
     assert third.startswith("Steps: 4, Sampler: Euler a, CFG scale: 6.0, Seed: 5, Size: 64x64, ")
 
 
+@pytest.mark.slow
 def test_a_negative_prompt_changes_the_image(tmp_path):
     plain = sample(tmp_path / "a", "--prompt", "a dog")
     negative = sample(tmp_path / "b", "--prompt", "a dog", "--negative-prompt", "a dog on the beach")
     assert np.abs(pixels(plain[0]) - pixels(negative[0])).mean() > 1
 
 
+@pytest.mark.slow
 def test_strength_leads_away_from_the_image(tmp_path, start):
     original = pixels(start / "image.png")
     distances = []
@@ -84,6 +88,7 @@ def test_what_the_mask_keeps_is_kept(tmp_path, start):
     assert change[:, :48].mean() > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_gives_nearly_the_same(tmp_path, precision):
     full = sample(tmp_path / "full", "--prompt", "a dog")

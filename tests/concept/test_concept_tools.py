@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from helpers import ROOT, ok, refused, run, run_here, run_main
+from helpers import ROOT, mostly_slow, ok, refused, run, run_here, run_main
 from safetensors.torch import save_file
 
 from dci.concept.concept_file import Concept
@@ -147,6 +147,7 @@ def test_what_cannot_be_merged_is_refused(tiny_base, two):
         merge(two, tiny_base, [])
 
 
+@pytest.mark.slow
 def test_concepts_of_tokens_alone_are_merged_without_a_change_of_weights(tiny_base):
     concepts = [learned(tiny_base, noun, ["ktn"], i, trainable="none") for i, noun in enumerate(("dog", "cat"))]
     merged = merge(concepts, tiny_base, CAPTIONS[:2])
@@ -191,9 +192,9 @@ def test_a_low_rank_file_is_applied_like_a_whole_one(tiny, two, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", mostly_slow([torch.float32, torch.bfloat16], torch.bfloat16))
 @pytest.mark.parametrize("first", ["whole", "low rank", "tokens alone"])
-@pytest.mark.parametrize("second", ["itself", "another", "another of low rank"])
+@pytest.mark.parametrize("second", mostly_slow(["itself", "another", "another of low rank"], "another of low rank"))
 def test_one_concept_at_a_time(tiny_base, two, thin, dtype, first, second):
     """Models of half precision know their file's fingerprint, whatever is done to their weights."""
     whole, other = two
@@ -265,6 +266,7 @@ def test_the_programs(two, tmp_path, capfd):
     run_main("merge_concepts.py", *files, "--captions", tmp_path / "latin.txt", "--out", tmp_path / "d.safetensors")
 
 
+@pytest.mark.slow
 def test_a_plot_has_a_bar_for_every_weight_that_was_trained(tiny_base, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 

@@ -18,6 +18,7 @@ from foreign_models import (
     relative,
     their_latents,
 )
+from helpers import mostly_slow
 
 from dci.concept.foreign.export import FORMATS, export
 from dci.concept.foreign.layers import Layers
@@ -83,7 +84,7 @@ KINDS = [
 
 
 def slow(kind):
-    return pytest.param(kind, marks=pytest.mark.slow if kind[0].startswith("SD") else ())
+    return pytest.param(kind, marks=() if kind == ("v1", "keys and values") else pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=map(slow, KINDS), ids=" ".join)
@@ -110,6 +111,7 @@ def test_diffusers_makes_the_same_latents(each, to, load, tmp_path):
     assert (each.error(pipe, tmp_path) < 1e-4) == carries_all
 
 
+@pytest.mark.slow
 def test_a_folder_with_the_concept_merged_is_a_pipeline(each, tmp_path):
     if each.concept.low_rank:
         pytest.skip("fp16 rounds sums of weight and change, which these latents see")
@@ -167,7 +169,11 @@ def add(pipe, file, arithmetic):
 
 @pytest.mark.parametrize(
     ("to", "arithmetic"),
-    [("lora", a1111), ("lora", comfyui), ("lora", sd_scripts), ("diff", a1111), ("diff", comfyui)],
+    mostly_slow(
+        [("lora", a1111), ("lora", comfyui), ("lora", sd_scripts), ("diff", a1111), ("diff", comfyui)],
+        ("lora", sd_scripts),
+        ("diff", a1111),
+    ),
 )
 def test_other_programs_compute_the_same(each, to, arithmetic, tmp_path):
     done = export(each.concept, each.model, to, tmp_path)

@@ -8,6 +8,7 @@ import tiny_models
 import torch
 from diffusers import StableDiffusionPipeline
 from foreign_models import CONFIGS, concept_of, lora_concept, model_of, relative
+from helpers import mostly_slow
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import save_file
 
@@ -22,7 +23,7 @@ from ldm.formats.diffusers_export import write_folder
 from ldm.formats.weights import read_safetensors
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
+@pytest.fixture(scope="module", params=mostly_slow(["v1", "v2"], "v1"))
 def model(request):
     torch.manual_seed(2)
     return model_of(CONFIGS[request.param]())
@@ -56,12 +57,13 @@ def xl():
     return model_of(tiny_models.small_xl())
 
 
-@pytest.mark.parametrize("to", [to for to in FILES if to not in ("adobe ckpt", "checkpoint folder")])
+@pytest.mark.parametrize("to", mostly_slow([to for to in FILES if to not in ("adobe ckpt", "checkpoint folder")], "lora"))
 def test_sdxl_out_and_in_again(xl, to, tmp_path):
     """Tokens are pairs there, and two text encoders have names of their own."""
     test_ours_out_and_in_again(xl, to, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lora_of_sdxl_names_both_text_encoders(xl, tmp_path):
     test_a_lora_concept_goes_out_and_in_again_with_its_convolutions_and_text(xl, tmp_path)
     tensors, facts = read_safetensors(tmp_path / "mycat-lora.safetensors")
@@ -72,7 +74,7 @@ def test_a_lora_of_sdxl_names_both_text_encoders(xl, tmp_path):
     assert {name: rows.shape for name, rows in tokens.items()} == {"clip_l": (2, widths[0]), "clip_g": (2, widths[1])}
 
 
-@pytest.mark.parametrize("to", FILES)
+@pytest.mark.parametrize("to", mostly_slow(FILES, "lora", "diffusers", "adobe bin"))
 def test_ours_out_and_in_again(model, to, tmp_path):
     concept = concept_of(model)
     options = {"bundle": to.endswith("bundled"), "as_folder": to.endswith("folder")}
@@ -163,7 +165,7 @@ def train(network):
             parameter.data = 0.2 * torch.randn(parameter.shape)
 
 
-@pytest.mark.parametrize("kind", PEFT)
+@pytest.mark.parametrize("kind", mostly_slow(PEFT, "mixed ranks and alphas"))
 def test_a_lora_by_peft(networks, kind, tmp_path):
     pipe, rules = networks.pipe, {"target_modules": UNET_LAYERS, **PEFT[kind]}
     pipe.unet.add_adapter(LoraConfig(**rules))
@@ -183,6 +185,7 @@ def test_a_lora_by_peft(networks, kind, tmp_path):
     assert networks.error(found.concept) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_adapter_of_peft_itself(networks, tmp_path):
     networks.pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=7, target_modules=["to_k"], alpha_pattern={"attn2.to_k": 2}))
     train(networks.pipe.unet)
@@ -216,7 +219,7 @@ def kohya_file(model, pipe, alphas, file):
 ALPHAS = {"alpha 1": lambda i, rank: 1, "no alpha": lambda i, rank: None}
 
 
-@pytest.mark.parametrize("kind", ALPHAS)
+@pytest.mark.parametrize("kind", mostly_slow(ALPHAS, "alpha 1"))
 def test_a_lora_by_kohya_as_diffusers_loads_it(networks, kind, tmp_path):
     kohya_file(networks.model, networks.pipe, ALPHAS[kind], tmp_path / "kohya.safetensors")
     networks.pipe.load_lora_weights(str(tmp_path / "kohya.safetensors"))
@@ -487,7 +490,7 @@ def test_a_concept_over_loras_keeps_both_changes(fresh, small, tmp_path):
         assert relative(fresh.state_dict()[name], expected) < 1e-3, name
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("strength", mostly_slow([0.0, 0.5, 1.0, 1.5], 0.5))
 @pytest.mark.parametrize("make", [concept_of, lora_concept, lambda m: as_changes(concept_of(m), m)])
 def test_a_strength_scales_the_change(small, make, strength):
     concept, base = make(small), small.state_dict()

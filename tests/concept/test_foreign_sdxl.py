@@ -91,6 +91,7 @@ def test_tokens_are_written_in_two_halves_and_bundled(concept, model, tmp_path):
     assert names == {f"bundle_emb.{done.words[0]}.{half}" for half in ("clip_l", "clip_g")}
 
 
+@pytest.mark.slow
 def test_custom_diffusions_delta_has_a_list_of_two_vectors(concept, model, tmp_path):
     """As its scripts for SDXL write and read it; and a text encoder that was trained as a whole comes along."""
     export(concept, model, "adobe", tmp_path)
@@ -150,6 +151,7 @@ def their_latents(pipeline, noise, card):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize(("to", "options"), [("lora", {}), ("checkpoint", {"as_folder": True})])
 def test_what_the_card_says_makes_our_latents_in_diffusers(exact, to, options, tmp_path, monkeypatch):
     model, concept, noise, latents = exact
@@ -161,6 +163,7 @@ def test_what_the_card_says_makes_our_latents_in_diffusers(exact, to, options, t
     assert relative_error(found, latents) < 1e-4
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_folder_of_ours_is_read_by_diffusers_and_by_us(exact, tmp_path):
     model = exact[0]

@@ -138,6 +138,7 @@ def test_embeddings_inside_have_no_effect_and_that_is_said(style, finetuned, tmp
     assert "brings embeddings too (mystyle), which have no effect here" in " ".join(said)
 
 
+@pytest.mark.slow
 def test_a_lora_without_embeddings_is_put_on_in_silence(tiny_base, finetuned, tmp_path):
     finetuned[1].save(tmp_path / "c.safetensors")
     export(concept_of(tiny_base), tiny_base, "lora", tmp_path)

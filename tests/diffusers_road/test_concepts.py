@@ -5,7 +5,9 @@ import dataclasses
 import diffusers
 import pytest
 import torch
-from diffusers_world import GAIN, world
+from calls import latents, seeded
+from diffusers_world import world
+from helpers import mostly_slow
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny_models import relative_error
@@ -16,11 +18,8 @@ from dci.diffusers import DCIPipeline
 from dci.diffusers.model import encoders
 from ldm.errors import UserError
 
-PROMPT = "a V* dog on the beach"
-FEW = {"num_inference_steps": 4, "gain": GAIN, "agg_time": 0.6}
 
-
-@pytest.fixture(scope="module", params=["sd1", "sd2", "xl"])
+@pytest.fixture(scope="module", params=mostly_slow(["sd1", "sd2", "xl"], "sd1"))
 def family(request):
     return world(request.param)
 
@@ -28,11 +27,6 @@ def family(request):
 @pytest.fixture(scope="module")
 def sd1():
     return world("sd1")
-
-
-def latents(pipe, prompt=PROMPT, **options):
-    generator = torch.Generator().manual_seed(1)
-    return pipe(prompt, output_type="latent", generator=generator, **{**FEW, **options}).images
 
 
 def state(pipe):
@@ -82,6 +76,7 @@ def test_unloading_is_exact(family):
     assert_same(state(pipe), before)
 
 
+@pytest.mark.slow
 def test_textual_inversions_before_and_after(sd1):
     """They go on working beside the concept, and are all that is left without it."""
     hat, cap = torch.randn(2, 64), torch.randn(1, 64)
@@ -101,6 +96,7 @@ def test_textual_inversions_before_and_after(sd1):
     assert torch.equal(latents(pipe, prompt, dci=False), latents(other, prompt, dci=False))
 
 
+@pytest.mark.slow
 def test_tokens_that_are_there_or_gone(sd1):
     pipe = sd1.pipe(concept=False)
     pipe.load_textual_inversion(torch.randn(1, 64), token="<new1>")
@@ -116,6 +112,7 @@ def test_tokens_that_are_there_or_gone(sd1):
     assert_same(state(pipe), state(sd1.plain()))
 
 
+@pytest.mark.slow
 def test_another_base_is_refused(sd1, tmp_path):
     pipe = sd1.pipe(concept=False)
     before = state(pipe)
@@ -131,6 +128,7 @@ def test_another_base_is_refused(sd1, tmp_path):
         pipe.load_concept(sd1.file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_base_is_known_in_half_precision(sd1, dtype):
     pipe = DCIPipeline.from_pretrained(sd1.folder, torch_dtype=dtype)
@@ -145,26 +143,28 @@ def test_the_base_is_known_in_half_precision(sd1, dtype):
             pipe.load_concept(sd1.file)
 
 
+@pytest.mark.slow
 def test_a_cast_in_between_is_no_change(sd1):
     pipe = sd1.pipe().to(torch.float16)
     pipe.unload_concept()
     assert_same(state(pipe), state(sd1.plain().to(torch.float16)))
 
 
+@pytest.mark.slow
 def test_a_saved_pipeline_holds_the_concept(family, tmp_path):
     pipe = family.pipe()
     expected = latents(pipe, dci=False)
     pipe.save_pretrained(tmp_path)
     plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(plain) is type(family.plain())
-    generator = torch.Generator().manual_seed(1)
-    found = plain("a <new1> <new2> dog on the beach", output_type="latent", generator=generator, num_inference_steps=4)
+    found = plain("a <new1> <new2> dog on the beach", output_type="latent", generator=seeded(), num_inference_steps=4)
     assert torch.equal(found.images, expected)
     pipe.unload_concept()
     pipe.save_pretrained(tmp_path / "without")
     assert_same(state(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "without")), state(family.plain()))
 
 
+@pytest.mark.slow
 def test_a_style_lora_of_sdxl(tmp_path):
     xl = world("xl")
     pipe = xl.pipe()
@@ -177,6 +177,7 @@ def test_a_style_lora_of_sdxl(tmp_path):
     assert_same(state(pipe), state(xl.plain()))
 
 
+@pytest.mark.slow
 def test_a_style_lora_beside_the_concept(sd1, tmp_path):
     """Loaded before or after, scaled, and taken out again; fused, the concept cannot be taken out."""
     style, style_file = style_lora(sd1, tmp_path), "pytorch_lora_weights.safetensors"
@@ -207,6 +208,7 @@ def test_a_style_lora_beside_the_concept(sd1, tmp_path):
     assert relative_error(latents(pipe), alone) < 1e-5
 
 
+@pytest.mark.slow
 def test_pipelines_of_one_unet_share_its_concept(sd1):
     pipe = sd1.pipe()
     other = DCIPipeline.from_pipe(diffusers.AutoPipelineForImage2Image.from_pipe(pipe))
@@ -219,6 +221,7 @@ def test_pipelines_of_one_unet_share_its_concept(sd1):
     assert DCIPipeline.from_pipe(pipe, scheduler=scheduler).scheduler is scheduler
 
 
+@pytest.mark.slow
 def test_low_rank_concepts_and_strengths(sd1, tmp_path):
     small = compress(sd1.concept, sd1.base, rank=4, most_megabytes=float("inf")).concept
     pipe = sd1.pipe(concept=False)
@@ -232,6 +235,7 @@ def test_low_rank_concepts_and_strengths(sd1, tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(pipe.unet.parameters(), sd1.plain().unet.parameters(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form"), [("sd1", "lora"), ("sd1", "diffusers"), ("xl", "lora")])
 def test_files_of_other_programs(tmp_path, name, form):
     """What our export writes for them is read back; fp16 rounds it."""
@@ -257,6 +261,7 @@ def test_several_concepts_in_one_file(sd1):
     assert torch.equal(latents(pipe, "V2* asleep", dci=False), latents(pipe, "<new2> cat asleep", dci=False))
 
 
+@pytest.mark.slow
 def test_fused_and_quantised_weights_are_refused(sd1):
     pipe = sd1.pipe(concept=False)
     pipe.fuse_qkv_projections(vae=False)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from calls import PROMPT
 from diffusers_world import world
+from helpers import mostly_slow
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dci.dual_branch import integration
-
-PROMPT = "a V* dog on the beach"
 
 
 class MapsAlive(TorchDispatchMode):
@@ -62,8 +62,8 @@ def sampled(family, **options):
     return alive.most
 
 
-@pytest.mark.parametrize("options", [{}, {"maps": lambda maps: None}])
-@pytest.mark.parametrize("family", ["sd1", "xl"])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.slow), {"maps": lambda maps: None}])
+@pytest.mark.parametrize("family", mostly_slow(["sd1", "xl"], "sd1"))
 def test_maps_of_one_layer_alone_are_alive(family, options):
     assert sampled(family, **options) == 1
 

@@ -1,27 +1,24 @@
 """What a call asks for and does not get is said in a line, as our own sampling does; negative prompts name the concept."""
 
+import functools
 import warnings
 
+import calls
 import pytest
 import torch
-from diffusers_world import GAIN, world
-from test_pipelines import IMG2IMG, picture, seeded
+from calls import PROMPT, picture
+from diffusers_world import world
 
 from dci.concept.modifier_tokens import ConceptName
 from dci.concept.prompts import mentions, negative_ids
 from ldm.errors import Note, UserError
 
-PROMPT = "a V* dog on the beach"
-FEW = {"num_inference_steps": 3, "gain": GAIN, "agg_time": 0.6, "output_type": "latent"}
+latents = functools.partial(calls.latents, num_inference_steps=3)
 
 
 @pytest.fixture(scope="module")
 def pipe():
     return world("sd1").pipe()
-
-
-def latents(pipe, prompt=PROMPT, **options):
-    return pipe(prompt, **{**FEW, "generator": seeded(), **options}).images
 
 
 @pytest.mark.parametrize(
@@ -42,7 +39,7 @@ def test_notes(pipe, options, said):
 
 
 def test_a_line_that_there_is_no_dual_step_for_an_image_hardly_changed():
-    pipe = world("sd1").pipe(IMG2IMG)
+    pipe = world("sd1").pipe("StableDiffusionImg2ImgPipeline")
     with pytest.warns(Note, match="the first timestep is .* raise agg_time"):
         latents(pipe, image=picture(), strength=0.4, agg_time=0.3)
     with pytest.raises(UserError, match="strength leaves none of the steps"):

@@ -8,8 +8,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
-from diffusers_world import GAIN, world
+from calls import FEW, INTO, PROMPT, controlnet, half_mask, latents, picture, seeded, with_and_without
+from diffusers_world import world
+from helpers import mostly_slow
 from PIL import Image
 from tiny_models import relative_error
 
@@ -17,24 +18,7 @@ from dci.diffusers import DCIPipeline
 from ldm.errors import UserError
 from ldm.shipped import ROOT
 
-PROMPT = "a V* dog on the beach"
-FEW = {"num_inference_steps": 4, "gain": GAIN, "agg_time": 0.6}
 IMG2IMG, INPAINT = "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"
-
-
-def seeded(seed=1):
-    return torch.Generator().manual_seed(seed)
-
-
-def picture(seed=0, mode="RGB"):
-    values = np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    return Image.fromarray(values).convert(mode)
-
-
-def half_mask():
-    mask = np.zeros((32, 32), np.uint8)
-    mask[:, 16:] = 255
-    return Image.fromarray(mask)
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +31,6 @@ def pipe(sd1):
     return sd1.pipe()
 
 
-def latents(pipe, prompt=PROMPT, **options):
-    return pipe(prompt, **{**FEW, "output_type": "latent", "generator": seeded(), **options}).images
-
-
-def controlnet(unet, seed=0):
-    torch.manual_seed(seed)
-    control = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16)).eval()
-    for parameter in control.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    return control
-
-
-INTO = {"image": picture(), "mask_image": half_mask(), "height": 32, "width": 32}
 KINDS = {
     "text": (None, {}, {}),
     "image": (IMG2IMG, {}, {"image": picture(), "strength": 0.9}),
@@ -87,20 +58,17 @@ def made(sd1, kind):
     return sd1.pipe(name, **components), options
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "inpaint"))
 def test_kinds(sd1, kind):
     """A weight of one is the pipeline by itself; DCI is something else; separate guidance is another thing again."""
     pipe, options = made(sd1, kind)
-    options = {**options, "num_images_per_prompt": 2, "negative_prompt": "a cat"}
-    plain = latents(pipe, dci=False, **options)
-    found = latents(pipe, **options)
-    assert plain.shape == (2, 4, 16, 16)
-    assert relative_error(latents(pipe, agg_lambda=-1e6, **options), plain) < 1e-5
+    found, plain, options = with_and_without(latents, pipe, options)
     assert relative_error(latents(pipe, agg_lambda=-1e6, shared_guidance=False, **options), plain) < 1e-5
     assert 1e-5 < relative_error(found, plain) < 0.5
     assert torch.equal(found, latents(pipe, **options))
 
 
+@pytest.mark.slow
 def test_inpainting_models_with_nine_channels(sd1):
     unet = diffusers.UNet2DConditionModel.from_config({**sd1.plain().unet.config, "in_channels": 9})
     weights = sd1.plain().unet.state_dict()
@@ -118,6 +86,7 @@ def test_inpainting_models_with_nine_channels(sd1):
     assert relative_error(latents(pipe, shared_guidance=False, **options), latents(pipe, **options)) > 1e-6
 
 
+@pytest.mark.slow
 def test_the_auxiliary_branch_keeps_what_inpainting_keeps(sd1):
     """With the same prompts and noise in both branches they are one, in what is kept and in what is painted."""
     pipe, options = made(sd1, "inpaint a little")
@@ -262,10 +231,10 @@ def test_an_ip_adapter_is_refused(sd1):
         latents(pipe)
 
 
-SLOW = [pytest.param(change, marks=pytest.mark.slow) for change in ("compiled", "compiled in place")]
+CHANGES = ["FreeU", "slicing", "fp16", "bf16", "fp8 storage", "compiled", "compiled in place"]
 
 
-@pytest.mark.parametrize("change", ["FreeU", "slicing", "fp16", "bf16", "fp8 storage", *SLOW])
+@pytest.mark.parametrize("change", mostly_slow(CHANGES, "slicing"))
 def test_what_users_switch_on(sd1, change):
     pipe = sd1.pipe()
     if change == "FreeU":
@@ -338,6 +307,7 @@ def test_the_example_runs_from_any_folder(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_module_needs_no_diffusers_and_nobody_else_needs_it():
     code = """
 import sys

@@ -1,21 +1,24 @@
 """SDXL's pipelines: two text encoders, a pooled text, an image's size; the rest is as in the other families."""
 
 import dataclasses
+import functools
 
+import calls
 import diffusers
 import pytest
 import torch
+from calls import INTO, PROMPT, controlnet, half_mask, picture, seeded, with_and_without
 from diffusers import ControlNetModel, ControlNetUnionModel
 from diffusers_world import world
-from test_pipelines import INTO, half_mask, picture, seeded
+from helpers import mostly_slow
 from tiny_models import relative_error
 
 from dci.diffusers import DCIPipeline
 from ldm.errors import UserError
 from ldm.tokenizer import END
 
-PROMPT = "a V* dog on the beach"
-FEW = {"num_inference_steps": 3, "gain": 20.0, "agg_time": 1}
+latents = functools.partial(calls.latents, num_inference_steps=3, agg_time=1)
+UNIONS = {"num_trans_channel": 32, "num_proj_channel": 32, "num_trans_head": 4, "num_control_type": 6}
 
 
 @pytest.fixture(scope="module")
@@ -26,28 +29,6 @@ def xl():
 @pytest.fixture(scope="module")
 def pipe(xl):
     return xl.pipe()
-
-
-def latents(pipe, prompt=PROMPT, **options):
-    # The first releases with ControlNet-Union write into the list of images that they are given.
-    options = {name: list(value) if isinstance(value, list) else value for name, value in options.items()}
-    return pipe(prompt, **{**FEW, "output_type": "latent", "generator": seeded(), **options}).images
-
-
-def controlnet(kind, unet):
-    torch.manual_seed(0)
-    of_unet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
-    control = (
-        of_unet
-        if kind is ControlNetModel
-        else kind.from_config(
-            {**of_unet.config, "num_trans_channel": 32, "num_proj_channel": 32, "num_trans_head": 4, "num_control_type": 6}
-        )
-    )
-    control.eval()
-    for parameter in control.parameters():
-        parameter.data += 0.02 * torch.randn_like(parameter)
-    return control
 
 
 XL = "StableDiffusionXL"
@@ -74,21 +55,17 @@ KINDS = {
 def made(pipe, kind):
     """A pipeline of another kind on the same networks, which hold the concept."""
     name, network, options = KINDS[kind]
-    components = {} if network is None else {"controlnet": controlnet(network, pipe.unet)}
+    components = {} if network is None else {"controlnet": controlnet(pipe.unet, network, **UNIONS)}
     other = DCIPipeline.from_pipe(getattr(diffusers, name)(**pipe.components, **components))
     other.set_progress_bar_config(disable=True)
     return other, options
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(KINDS, "text"))
 def test_kinds(pipe, kind):
     """A weight of one is the pipeline by itself; DCI is something else; separate guidance is another thing again."""
     pipe, options = made(pipe, kind)
-    options = {**options, "num_images_per_prompt": 2, "negative_prompt": "a cat"}
-    plain = latents(pipe, dci=False, **options)
-    found = latents(pipe, **options)
-    assert plain.shape == (2, 4, 16, 16)
-    assert relative_error(latents(pipe, agg_lambda=-1e6, **options), plain) < 1e-5
+    found, plain, options = with_and_without(latents, pipe, options)
     assert 1e-6 < relative_error(found, plain) < 0.5
     if "guess" not in kind:
         assert not torch.equal(found, latents(pipe, shared_guidance=False, **options))
@@ -126,6 +103,7 @@ def test_each_row_has_its_own_texts_and_the_image_has_one_size(xl, pipe, shared)
     assert added["text_embeds"][0].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_texts_are_pooled_at_their_end(xl):
     """Published configurations have an id that makes transformers take the largest one; added tokens' are larger."""
     pipe = xl.pipe(concept=False)
@@ -174,6 +152,7 @@ def test_embeddings_in_place_of_prompts(pipe):
         latents(pipe, None, **given, auxiliary_prompt_embeds=auxiliary)
 
 
+@pytest.mark.slow
 def test_going_on_with_latents(pipe):
     """One pipeline may end early and another go on: the auxiliary branch goes on from the same latents."""
     into = made(pipe, "image")[0]
@@ -189,6 +168,7 @@ def test_going_on_with_latents(pipe):
     assert not torch.equal(latents(into, **options), other)
 
 
+@pytest.mark.slow
 def test_textual_inversions_belong_to_both_encoders(xl):
     pipe = xl.pipe()
     pairs = zip((pipe.text_encoder, pipe.text_encoder_2), (pipe.tokenizer, pipe.tokenizer_2), strict=True)
@@ -202,6 +182,7 @@ def test_textual_inversions_belong_to_both_encoders(xl):
     assert latents(pipe, "a <hat> on a V* dog").isfinite().all()
 
 
+@pytest.mark.slow
 def test_other_bases_are_refused(xl):
     pipe = xl.pipe(concept=False)
     with pytest.raises(UserError, match="holds another"):
@@ -214,6 +195,7 @@ def test_other_bases_are_refused(xl):
         world("sd1").pipe(concept=False).load_concept(xl.file)
 
 
+@pytest.mark.slow
 def test_the_refiner_is_refused(xl):
     plain = xl.plain()
     parts = {**plain.components, "text_encoder": None, "tokenizer": None}
@@ -222,6 +204,7 @@ def test_the_refiner_is_refused(xl):
         refiner.load_concept(xl.file)
 
 
+@pytest.mark.slow
 def test_the_base_is_known_in_bf16(xl):
     pipe = DCIPipeline.from_pretrained(xl.folder, torch_dtype=torch.bfloat16)
     pipe.load_concept(xl.file)

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import sample_images
+from helpers import mostly_slow, sample_images
 from PIL import Image
 
 from dci.concept.modifier_tokens import ConceptName
@@ -50,7 +50,7 @@ def half_an_image(model):
 # A weight of one.
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", mostly_slow(SOLVERS, "dpm++2m"))
 def test_a_weight_of_one_is_plain_sampling_of_a_v_prediction(finetuned, solver):
     model, concept = finetuned
     model = copy.deepcopy(model)
@@ -63,13 +63,16 @@ def test_a_weight_of_one_is_plain_sampling_of_a_v_prediction(finetuned, solver):
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"scale": 1.0},
-        {"shared_guidance": False},
-        {"shared_noise": True},
+    mostly_slow(
+        [
+            {"scale": 1.0},
+            {"shared_guidance": False},
+            {"shared_noise": True},
+            {"auxiliary_weights": "base"},
+            {"layers": ["middle"]},
+        ],
         {"auxiliary_weights": "base"},
-        {"layers": ["middle"]},
-    ],
+    ),
     ids=str,
 )
 def test_a_weight_of_one_is_plain_sampling_in_every_mode(finetuned, base, settings):
@@ -91,6 +94,7 @@ def test_several_concepts_in_a_prompt(finetuned):
     assert (sampled(finetuned, dual_branch(finetuned[0], agg_time=1.0, agg_lambda=1.0), prompt) - plain).abs().max() > 0.02
 
 
+@pytest.mark.slow
 def test_rows_of_different_prompts_are_sampled_as_alone(finetuned):
     dual = dual_branch(finetuned[0], agg_time=0.6)
     together = sampled(finetuned, dual, [PROMPT, OTHER], (3, 5))
@@ -103,7 +107,7 @@ def test_rows_of_different_prompts_are_sampled_as_alone(finetuned):
 # The auxiliary branch by itself.
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", mostly_slow(SOLVERS, "dpm++2m"))
 def test_the_auxiliary_branch_is_the_base_model(finetuned, base, tiny_base, solver):
     """With the base's weights and guidance of its own, it takes the base model's way from its own noise."""
     options = sampling_options(tiny_base, steps=5, solver=solver)
@@ -132,8 +136,8 @@ def test_the_auxiliary_branch_is_the_base_model(finetuned, base, tiny_base, solv
             torch.testing.assert_close(ours["x"][1], theirs["x"], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("settings", [{"shared_guidance": False}, {"scale": 1.0}], ids=str)
+@pytest.mark.parametrize("solver", mostly_slow(SOLVERS, "ddim"))
+@pytest.mark.parametrize("settings", mostly_slow([{"shared_guidance": False}, {"scale": 1.0}], {"scale": 1.0}), ids=str)
 def test_the_auxiliary_trajectory_does_not_depend_on_the_concept(finetuned, solver, settings):
     """Bitwise, whatever the concept's prompt."""
     model = finetuned[0]
@@ -151,7 +155,9 @@ def test_the_auxiliary_trajectory_does_not_depend_on_the_concept(finetuned, solv
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"shared_guidance": False}, {"auxiliary_weights": "base"}, {"layers": ["8"]}], ids=str
+    "settings",
+    mostly_slow([{}, {"shared_guidance": False}, {"auxiliary_weights": "base"}, {"layers": ["8"]}], {}),
+    ids=str,
 )
 def test_no_row_but_the_concepts_sees_another(finetuned, base, settings, monkeypatch):
     """The UNet's outputs for given rows: the concept rows listen to the auxiliary rows, no others to any."""
@@ -280,7 +286,7 @@ def test_settings_that_cannot_be(tiny_base, settings, words):
         dual_branch(tiny_base, **settings)
 
 
-@pytest.mark.parametrize("name", ["token_sharpness", "pixel_sharpness", "gain"])
+@pytest.mark.parametrize("name", mostly_slow(["token_sharpness", "pixel_sharpness", "gain"], "gain"))
 def test_constants_have_an_effect(finetuned, name):
     duals = [dual_branch(finetuned[0], agg_time=0.6, agg_lambda=0.5, **{name: value}) for value in (3.0, 60.0)]
     assert (sampled(finetuned, duals[0]) - sampled(finetuned, duals[1])).abs().max() > 0.005

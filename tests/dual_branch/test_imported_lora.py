@@ -1,12 +1,13 @@
 """DCI with a concept from another program's LoRA, which changes more than keys and values."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from foreign_models import lora_concept
-from helpers import ROOT
+from helpers import ROOT, mostly_slow
 from PIL import ImageChops
 
 from dci import Pipeline
@@ -39,12 +40,13 @@ def imported(tiny_base, lora):
     return model, concept, replaced
 
 
-@pytest.mark.parametrize("weights", ["finetuned", "base"])
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_weight_of_one_is_plain_sampling(imported, weights, shared):
+@pytest.mark.parametrize(
+    ("shared", "weights"), mostly_slow(itertools.product([True, False], ["finetuned", "base"]), (False, "base"))
+)
+def test_a_weight_of_one_is_plain_sampling(imported, shared, weights):
     model, concept, replaced = imported
     prompt = parse_prompt("a V* cat on the beach", concept.names)
-    options = sampling_options(model, steps=10)
+    options = sampling_options(model, steps=6)
     request = SampleRequest(prompt, [0], options, base=replaced)
     plain = sample(model, concept, request)
     dual = dual_branch(model, agg_lambda=-1e6, shared_guidance=shared, auxiliary_weights=weights)
@@ -53,6 +55,7 @@ def test_a_weight_of_one_is_plain_sampling(imported, weights, shared):
     assert (sample(model, concept, replace(request, dual=dual)) - plain).abs().max() > 0.02
 
 
+@pytest.mark.slow
 def test_a_pipeline_of_a_foreign_file_equals_the_concept_file_imported_from_it(imported, lora, tmp_path):
     """Also with a trigger in place of V*, and not with the concept at half its strength."""
     imported[1].save(tmp_path / "sks.safetensors")

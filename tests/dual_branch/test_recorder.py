@@ -135,6 +135,7 @@ def test_sheets_of_a_program(concept_file, tmp_path, capfd):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_no_sheets_unless_asked_for(concept_file, tmp_path):
     run_main("sample_dci.py", "--concept", concept_file, "--prompt", "a V*", "--steps", 2, "--outdir", tmp_path)
     assert sorted(file.name for file in tmp_path.glob("[!.]*")) == ["grid.png", "prompts.json", "samples"]
@@ -162,6 +163,7 @@ def test_candidates_by_the_class_noun():
     assert default_candidates("gadget") == ["gadget", "object"]
 
 
+@pytest.mark.slow
 def test_auto_says_what_it_chose(concept_file, tmp_path, capfd):
     run_main(
         "sample_dci.py",
@@ -192,11 +194,13 @@ def test_auto_says_what_it_chose(concept_file, tmp_path, capfd):
 # From Python.
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_light():
     code = "import sys, dci; assert dci.__version__; assert 'torch' not in sys.modules; assert callable(dci.Pipeline)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "saved"), [("README.md", 1), ("docs/python.md", 4)])
 def test_the_first_lines_of_python(page, saved, concept_file, tmp_path, monkeypatch):
     code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)[0]

@@ -1,10 +1,11 @@
 """Solver and samplers: closed forms, diffusers' scheduler, and the laws of the two branches."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
-from helpers import sample_images
+from helpers import mostly_slow, sample_images
 from PIL import Image
 
 from dci.concept.modifier_tokens import ConceptName
@@ -131,6 +132,7 @@ def test_gain_and_lambda_at_their_ends_choose_a_branch():
 PROMPT = parse_prompt("a V* cat on the beach", ConceptName(("<new1>", "<new2>"), "cat"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_weight_of_one_is_plain_sampling(finetuned, eta, shared):
@@ -143,9 +145,8 @@ def test_a_weight_of_one_is_plain_sampling(finetuned, eta, shared):
     assert (different - plain).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("from_image", [False, True])
-def test_a_weight_of_one_is_plain_sampling_with_every_solver(finetuned, solver, from_image):
+@pytest.mark.parametrize(("from_image", "solver"), mostly_slow(itertools.product([False, True], SOLVERS), (True, "dpm++2m")))
+def test_a_weight_of_one_is_plain_sampling_with_every_solver(finetuned, from_image, solver):
     """Also from an image, half of it kept."""
     model, concept = finetuned
     options = sampling_options(model, steps=8, solver=solver)
@@ -170,6 +171,7 @@ def test_no_aggregation_time_is_plain_sampling(finetuned):
     assert torch.equal(sample_images(model, concept, PROMPT, [3], options, dual_branch(model, agg_time=0.0)), plain)
 
 
+@pytest.mark.slow
 def test_an_image_does_not_depend_on_its_batch(finetuned):
     model, concept = finetuned
     options = sampling_options(model, steps=10, eta=0.5)
@@ -179,11 +181,11 @@ def test_an_image_does_not_depend_on_its_batch(finetuned):
     assert (together[0] - together[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("dci", [True, False])
+@pytest.mark.parametrize("dci", mostly_slow([True, False], True))
 def test_a_batch_may_hold_different_prompts_and_seeds(finetuned, dci):
     """Each row is what it is alone, whatever the lengths of the others' prompts."""
     model, concept = finetuned
-    options = sampling_options(model, steps=8, eta=0.5, seed=3)
+    options = sampling_options(model, steps=4, eta=0.5, seed=3)
     dual = dual_branch(model, agg_lambda=0.7, agg_time=0.6) if dci else None
     texts = ("V*", "a V* cat on the beach", "a small image of a V* in a red city street at night, with two dogs and a car")
     prompts = [parse_prompt(text, ConceptName(("<new1>", "<new2>"), "cat"), "dog") for text in texts]
@@ -205,9 +207,10 @@ def test_plain_batches_may_hold_different_prompts_and_seeds(tiny_base):
         assert (row - alone[0]).abs().max() < 1e-4
 
 
-def test_the_number_of_dual_steps(finetuned):
+def test_the_number_of_dual_steps(finetuned, monkeypatch):
     """T_a = 0.3 of 50 steps: the 15 steps whose timestep is above 700."""
     model, concept = finetuned
+    monkeypatch.setattr(model, "predict", lambda x, *_: torch.zeros_like(x))  # what is predicted does not matter
     seen = []
     sample_images(
         model, concept, PROMPT, [0], sampling_options(model, steps=50), dual_branch(model, agg_time=0.3), seen.append
@@ -217,6 +220,7 @@ def test_the_number_of_dual_steps(finetuned):
     assert len(seen) == 50
 
 
+@pytest.mark.slow
 def test_the_auxiliary_branch_never_sees_the_concept_branch(finetuned):
     """With guidance of its own, its latents are those of plain sampling of its prompt from its noise."""
     model, concept = finetuned

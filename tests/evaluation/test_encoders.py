@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from helpers import mostly_slow
 from PIL import Image
 from torchvision import transforms
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, ViTConfig, ViTImageProcessor, ViTModel
@@ -114,7 +115,7 @@ def renamed(state, model):
     return {**whole, **buffers}
 
 
-@pytest.mark.parametrize("size", [(64, 64), (90, 130)])
+@pytest.mark.parametrize("size", [(64, 64), pytest.param((90, 130), marks=pytest.mark.slow)])
 def test_open_clip_and_transformers_give_the_same_features(open_clip_folder, transformers_folder, size):
     ours = load_encoder(f"open_clip:{open_clip_folder}")
     theirs = load_encoder(f"transformers:{transformers_folder}")
@@ -139,6 +140,7 @@ def test_transformers_features_are_those_of_the_model_itself(transformers_folder
     torch.testing.assert_close(encoder.text_features(TEXTS[:2]), text, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_open_clip_takes_a_files_weights(tmp_path):
     model = open_clip.create_model("ViT-S-32-alt").eval()
     torch.save(model.state_dict(), tmp_path / "weights.pt")
@@ -181,17 +183,21 @@ def activations(encoder):
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [
-        ("ViT-B-32/openai", "QuickGELU"),
-        ("ViT-B-32/laion400m_e31", "QuickGELU"),
-        ("ViT-B-32/metaclip_400m", "QuickGELU"),
+    mostly_slow(
+        [
+            ("ViT-B-32/openai", "QuickGELU"),
+            ("ViT-B-32/laion400m_e31", "QuickGELU"),
+            ("ViT-B-32/metaclip_400m", "QuickGELU"),
+            ("ViT-B-32/laion2b_s34b_b79k", "GELU"),
+            ("ViT-B-32/datacomp_xl_s13b_b90k", "GELU"),
+            ("ViT-B-32-quickgelu/openai", "QuickGELU"),
+            ("ViT-B-32-quickgelu/laion400m_e32", "QuickGELU"),
+            ("ViT-H-14-quickgelu/dfn5b", "QuickGELU"),
+            ("RN50/openai", "QuickGELU"),
+        ],
         ("ViT-B-32/laion2b_s34b_b79k", "GELU"),
-        ("ViT-B-32/datacomp_xl_s13b_b90k", "GELU"),
-        ("ViT-B-32-quickgelu/openai", "QuickGELU"),
-        ("ViT-B-32-quickgelu/laion400m_e32", "QuickGELU"),
-        ("ViT-H-14-quickgelu/dfn5b", "QuickGELU"),
         ("RN50/openai", "QuickGELU"),
-    ],
+    ),
 )
 def test_open_clip_is_built_with_the_activation_of_its_weights(small_open_clip, name, expected, recwarn):
     small_open_clip.architecture = name.partition("/")[0]
@@ -252,6 +258,7 @@ def test_whatever_changes_features_changes_their_key(open_clip_folder, change):
     assert encoder.fingerprint() != same.fingerprint()
 
 
+@pytest.mark.slow
 def test_the_key_knows_the_processor_of_transformers(transformers_folder, tmp_path):
     shutil.copytree(transformers_folder, tmp_path / "a")
     first = load_encoder(f"transformers:{tmp_path / 'a'}").fingerprint()
@@ -260,6 +267,7 @@ def test_the_key_knows_the_processor_of_transformers(transformers_folder, tmp_pa
     assert load_encoder(f"transformers:{tmp_path / 'a'}").fingerprint() != first
 
 
+@pytest.mark.slow
 def test_dino_through_timm_is_prepared_as_published(tmp_path):
     """Resize to 256, crop 224, ImageNet's mean and deviation: what DINO, DreamBooth and Custom Diffusion do."""
     model = timm.create_model("vit_small_patch16_224.dino", num_classes=0).eval()

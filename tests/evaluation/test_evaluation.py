@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refused, run_here, run_main
+from helpers import ROOT, mostly_slow, refused, run_here, run_main
 from PIL import Image
 
 from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders, recorded_references
@@ -72,7 +72,7 @@ def listed(folder, names, metadata=str):
 @pytest.mark.parametrize(
     "name", ["{}.png", "{:05}.png", "sample-{}.jpg", "{}_of_12.webp", "Seed7 {}.png", "0{}.png", "v2.{}.png"]
 )
-@pytest.mark.parametrize("number", [1, 2, 10, 12, 101])
+@pytest.mark.parametrize("number", mostly_slow([1, 2, 10, 12, 101], 12))
 @pytest.mark.parametrize("metadata", [str, lambda text: {"prompt": text, "seed": 3}], ids=["texts", "metadata"])
 def test_a_list_of_prompts_follows_the_numbers_of_the_images(name, number, metadata, tmp_path):
     names = [name.format(i) for i in range(number)]
@@ -372,7 +372,7 @@ def many(number, prompts, file):
     return [RunScores(f"run {i}", Scores(rows, summarize(rows, 99))) for i in range(number)]
 
 
-@pytest.mark.parametrize(("runs", "prompts", "most"), [(1, 1, 160), (3, 30, 40), (5, 2, 4)])
+@pytest.mark.parametrize(("runs", "prompts", "most"), mostly_slow([(1, 1, 160), (3, 30, 40), (5, 2, 4)], (5, 2, 4)))
 def test_a_page_shows_a_bounded_number_of_images(runs, prompts, most, tmp_path):
     page = write_report(tmp_path, many(runs, prompts, REFERENCES / "00.png"), "Many", ["A note."], max_images=most)
     shown = page.read_text().count("<img")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, as_a_program, refused, run_here, run_main
+from helpers import ROOT, as_a_program, mostly_slow, refused, run_here, run_main
 from test_benchmarks import concepts, dreambench, dreambench_plus  # noqa: F401
 
 from dci.concept.modifier_tokens import ConceptName
@@ -70,6 +70,7 @@ def test_the_tiny_suite_asks_for_more_than_a_place():
         assert "<new1> boat" in parsed.concept and "boat" in parsed.auxiliary
 
 
+@pytest.mark.slow
 def test_a_tenth_of_the_tiny_suite(tmp_path):
     (line,) = re.findall(r"compare\.py --config configs/eval/tiny.yaml (name=.+)", (SUITES / "tiny.yaml").read_text())
     tenth = grid_points(load_suite(SUITES / "tiny.yaml", [*line.split(), f"outdir={tmp_path}"]))
@@ -167,7 +168,11 @@ PLANNED = [(file, model) for file in SUITE_FILES for model in (None, "v1-inferen
 PLANNED.append((SUITES / "dreambench.yaml", "sd_xl_base.yaml"))
 
 
-@pytest.mark.parametrize(("file", "model"), PLANNED, ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.parametrize(
+    ("file", "model"),
+    mostly_slow(PLANNED, (SUITES / "dreambench.yaml", "sd_xl_base.yaml")),
+    ids=lambda value: getattr(value, "stem", value),
+)
 def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch, file, model):
     monkeypatch.setattr(costs, "cost", lambda config: costs.Cost(config.unet.model_channels, 1))  # is tested below
     monkeypatch.setattr(costs, "matrix_rate", lambda *_, **__: 1e9)
@@ -191,6 +196,7 @@ def test_cost_is_the_published_one_of_stable_diffusion():
     assert found.decode == pytest.approx(2514.5e9, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_an_estimate_counts_what_is_left(tmp_path):
     overrides = [f"outdir={tmp_path}", "n_samples=2", "training=[training.steps=10]"]
     suite = load_suite(SUITES / "tiny.yaml", overrides)
@@ -199,7 +205,7 @@ def test_an_estimate_counts_what_is_left(tmp_path):
     whole = estimate(plan, "cpu", rate=1e9)
     assert (whole.trainings, whole.images) == (trainings, len(plan) * 40)
     price = cost(configuration.load(ModelConfig, ROOT / "configs/model/tiny.yaml"))
-    rows = trainings * 40 * 20 * (2 + 2.5)  # 20 steps; with DCI, whose T_a is 0.5 there, half a row more
+    rows = trainings * 40 * 10 * (2 + 2.5)  # 10 steps; with DCI, whose T_a is 0.5 there, half a row more
     made = 100 * len({concept.noun for concept in STUDY_CONCEPTS.values()})  # for regularization, of 20 steps, once
     assert whole.class_images == made
     flops = (rows + made * 40) * price.unet + (len(plan) * 40 + made) * price.decode

@@ -194,6 +194,7 @@ def assert_ended(process, seconds=20):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_killed_worker_takes_its_process_along_and_a_second_call_completes(config, tmp_path, capfd):
     hold = tmp_path / "hold"
@@ -232,6 +233,7 @@ def test_a_killed_worker_takes_its_process_along_and_a_second_call_completes(con
     assert results == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("result.json")}
 
 
+@pytest.mark.slow
 def test_workers_have_a_gpu_each(config, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     assert sweep(config, "seeds=[0]", "device=cuda", "workers=null") == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from foreign_models import lora_concept
-from helpers import ROOT, pixels, run_main
+from helpers import ROOT, mostly_slow, pixels, run_main
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -75,6 +75,7 @@ def drawn(files, outdir, **sampling):
     return pixels(outdir / "samples/00000.png"), json.loads((outdir / "prompts.json").read_text())["00000"]
 
 
+@pytest.mark.slow
 def test_a_point_is_sampled_as_the_program_does(files, tmp_path):
     """Further options at once; the program says what each comes to."""
     lora, vae = f"{files / 'style.safetensors'}:0.7", str(files / "vae.safetensors")
@@ -101,7 +102,7 @@ def plain(files, tmp_path_factory):
     return drawn(files, tmp_path_factory.mktemp("plain"), no_dci=True)[0]
 
 
-@pytest.mark.parametrize("option", ["loras", "vae", "strength_concept", "init_image"])
+@pytest.mark.parametrize("option", mostly_slow(["loras", "vae", "strength_concept", "init_image"], "strength_concept"))
 def test_each_has_its_effect(files, plain, tmp_path, option):
     value = {
         "loras": [str(files / "style.safetensors")],
@@ -188,6 +189,7 @@ def test_what_would_fail_after_training_is_refused_before(files, tmp_path, overr
         suite(files, tmp_path, override)
 
 
+@pytest.mark.slow
 def test_a_grid_trains_on_loras(files, tmp_path):
     """And samples on them, for the concept's base is the model with them."""
     options = [f"loras=[{files / 'style.safetensors'}]", "training.steps=1", "validation.every=0", "training.batch_size=1"]

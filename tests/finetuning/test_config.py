@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, mostly_slow
 
 from dci.experiments.suite import SuiteConfig
 from dci.finetuning.config import ConceptConfig, FinetuneConfig, concepts_of
@@ -13,6 +13,8 @@ from ldm import config
 from ldm.config import ModelConfig
 from ldm.errors import UserError
 from ldm.pretraining.config import PretrainConfig
+
+TRAININGS = sorted((ROOT / "configs/train").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda f: f.stem)
@@ -24,7 +26,7 @@ def test_every_configuration_fits_its_schema(file):
     config.load(schema, file, needed)
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "configs/train").glob("*.yaml")), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", mostly_slow(TRAININGS, ROOT / "configs/train/ico-tiny.yaml"), ids=lambda f: f.stem)
 def test_every_training_configuration_takes_one_concept_or_a_list(file):
     """In the short form where the file leaves it open, or in a list, which says the same."""
     short, one = ["concept.class_noun=dog", "data.images=x"], 'concepts=[{"class_noun": "dog", "images": "x"}]'

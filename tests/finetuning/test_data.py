@@ -232,6 +232,7 @@ def test_random_resize_in_a_batch(tiny, tmp_path):
         assert 0 < batch.weights[i].sum() < 0.5 * 16 * 16 * 0.36
 
 
+@pytest.mark.slow
 def test_regularization_images_are_made_once_and_the_missing_ones_again(tiny_base, tmp_path, capfd):
     config = GenerateConfig(number=5, prompts=["photo of a {}", "a {} in the snow"], steps=2, batch_size=2)
     folder = generate(tiny_base, config, "dog", tmp_path)

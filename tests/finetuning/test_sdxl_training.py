@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from helpers import ENVIRONMENT, ROOT, ok, refused, run, run_here, run_main
+from helpers import ENVIRONMENT, ROOT, mostly_slow, ok, refused, run, run_here, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_training import KEYS_VALUES, batch, config, gradients
@@ -60,7 +60,7 @@ def xl_batch(images):
     return dataclasses.replace(rows, sizes=SIZES.expand(len(images), -1))
 
 
-@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("rank", mostly_slow([None, 2], 2))
 def test_gradients_reach_keys_values_both_modifier_halves_and_contexts_alone(xl, rank):
     module = ICOTraining(xl, config(training=TrainingConfig(lora_rank=rank)), images=5)
     if rank:
@@ -100,6 +100,15 @@ def test_one_step_at_full_width_and_reduced_depth():
     assert found == trained | {"learned.modifiers", "learned.prefixes.0", "learned.suffixes.0"}
     for half in module.learned.modifiers.grad.split([768, 1280], dim=1):
         assert (half.abs().amax(dim=1) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def learned(weights):
+    """A low-rank concept, as a training leaves it."""
+    module = ICOTraining(load_model(YAML, weights), config(training=TrainingConfig(lora_rank=2)), images=3)
+    for factor in (*module.low_rank.u, *module.low_rank.v):
+        factor.data = 0.05 * torch.randn(factor.shape)
+    return module.concept()
 
 
 def test_low_rank_changes_are_the_product_of_their_factors(xl):
@@ -159,6 +168,7 @@ def run_folder(weights, images, tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"), weights, images)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_bitwise(run_folder, tmp_path):
     part = tmp_path / run_folder.name
     shutil.copytree(run_folder, part)
@@ -187,6 +197,7 @@ def test_a_killed_run_goes_on_bitwise(run_folder, weights, images, tmp_path):
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_a_concept_is_low_rank_and_samples_with_the_programs(run_folder, weights, tmp_path):
     concept = Concept.load(run_folder / "concept.safetensors")
     assert not concept.keys_values and {c.u.shape[1] for c in concept.low_rank.values()} == {2}
@@ -224,21 +235,21 @@ def test_aspect_ratios_are_kept_in_every_family(images, tmp_path, capfd):
     assert [*tmp_path.glob("*/concept.safetensors")]
 
 
+@pytest.mark.slow
 def test_sizes_on_the_command_line_that_are_none(capfd):
     refused(run_here(capfd, "txt2img.py", "--prompt", "a cat", "--crop", "wide"), "--crop wide", "such as --crop 1024 768")
     refused(run_here(capfd, "txt2img.py", "--prompt", "a cat", "--crop", 0, 0), "has no condition on an image's size")
 
 
-def test_concepts_are_inspected_compressed_and_merged(run_folder, xl):
-    concept = Concept.load(run_folder / "concept.safetensors")
-    tokens = inspect_tokens(concept, xl, 2, contexts=False)
+def test_concepts_are_inspected_compressed_and_merged(learned, xl):
+    tokens = inspect_tokens(learned, xl, 2, contexts=False)
     assert [token.name for token in tokens][:1] + [token.name for token in tokens][-1:] == [
         "<new1>, encoder 1",
-        f"<new{len(concept.modifiers)}>, encoder 2",
+        f"<new{len(learned.modifiers)}>, encoder 2",
     ]
-    assert compress(concept, xl, rank=1).concept.low_rank
-    merged = merge([concept, concept], xl, ["a dog in the snow", "a car"], "photo of a {}", lambda _: None)
-    assert merged.kept < 1e-2 and merged.concept.modifiers.shape == (2 * len(concept.modifiers), 96)
+    assert compress(learned, xl, rank=1).concept.low_rank
+    merged = merge([learned, learned], xl, ["a dog in the snow", "a car"], "photo of a {}", lambda _: None)
+    assert merged.kept < 1e-2 and merged.concept.modifiers.shape == (2 * len(learned.modifiers), 96)
 
 
 @pytest.mark.slow
@@ -257,13 +268,13 @@ def test_two_processes_learn_the_same(weights, images, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def applied(run_folder, weights):
-    model, concept = load_model(YAML, weights), Concept.load(run_folder / "concept.safetensors")
-    concept.apply(model)
-    return model, concept
+def applied(learned, weights):
+    model = load_model(YAML, weights)
+    learned.apply(model)
+    return model, learned
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", mostly_slow(SOLVERS, "dpm++2m"))
 def test_every_solver_and_a_concept_weight_of_one_is_plain_sampling(applied, solver):
     model, concept = applied
     options = sampling_options(model, steps=3, solver=solver, original_size=(64, 48))
@@ -328,7 +339,7 @@ def test_sums_in_single_precision():
 # The full size.
 
 
-def test_a_concept_of_rank_16_takes_at_most_15_mb(run_folder, tmp_path):
+def test_a_concept_of_rank_16_takes_at_most_15_mb(learned, tmp_path):
     """With three modifier tokens and twenty images' contexts of four tokens each."""
     with torch.device("meta"):
         model = LatentDiffusion(presets.sdxl())
@@ -336,7 +347,7 @@ def test_a_concept_of_rank_16_takes_at_most_15_mb(run_folder, tmp_path):
     assert len(shapes) == 140
     half = {"dtype": torch.float16}
     large = dataclasses.replace(
-        Concept.load(run_folder / "concept.safetensors"),
+        learned,
         low_rank={n: LowRank(torch.ones(r, 16, **half), torch.ones(16, c, **half)) for n, (r, c) in shapes.items()},
         modifiers=torch.ones(3, 2048),
         prefixes=torch.ones(20, 3, 2048, **half),

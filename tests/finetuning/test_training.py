@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import mostly_slow
 from PIL import Image
 
 from dci.concept.concept_file import Concept
@@ -273,7 +274,7 @@ def test_a_file_that_is_no_concept(tmp_path):
         Concept.load(tmp_path / "y.safetensors")
 
 
-@pytest.mark.parametrize("which", ["crossattn-kv", "crossattn", "none"])
+@pytest.mark.parametrize("which", mostly_slow(["crossattn-kv", "crossattn", "none"], "crossattn"))
 def test_trainable_sets(tiny, tmp_path, which):
     """Exactly the named weights change in a step, and the concept file brings exactly them."""
     expected = {
@@ -365,6 +366,7 @@ def test_several_concepts_have_tokens_and_nouns_of_their_own(tiny, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_and_channels_last_change_no_gradient(tiny):
     parts = batch([0, 1, REGULARIZATION])
     results = []

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, mostly_slow
 from safetensors.torch import load_file, save_file
 
 from ldm.checkpoint import fingerprint, load_model, load_weights, read_state_dict, token_table
@@ -68,7 +68,7 @@ def test_untrained_tokens_are_always_the_same(tiny_base):
     assert len(ids) < 2000  # the rows that pretraining used
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize("dtype", mostly_slow([torch.float16, torch.bfloat16, torch.float32, None], torch.float16))
 def test_the_fingerprint_is_the_files_in_every_precision(tiny_base, dtype):
     assert fingerprint(load_model(ROOT / "configs/model/tiny.yaml", dtype=dtype)) == fingerprint(tiny_base)
 
@@ -113,7 +113,7 @@ def test_a_file_that_holds_itself_is_refused(tmp_path):
         read_file(tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("form", ["alone", "in a whole model", "nested"])
+@pytest.mark.parametrize("form", mostly_slow(["alone", "in a whole model", "nested"], "nested"))
 def test_an_autoencoder_of_its_own_takes_the_place_of_the_models(tiny_base, tmp_path, form):
     state = {name: tensor.clone() for name, tensor in tiny_base.state_dict().items()}
     bare = {name: tensor for name, tensor in state.items() if not name.startswith(PREFIX)}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import mostly_slow
 
 from benchmarks.measure import peak_bytes
 from ldm.autoencoder import AutoencoderKL
@@ -14,7 +15,7 @@ from ldm.runtime.decoding import decode, decoding_bytes, within_memory
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("tile", [16, 40, 64, 100])
+@pytest.mark.parametrize("tile", mostly_slow([16, 40, 64, 100], 40))
 @pytest.mark.parametrize("shape", [(40, 24), (17, 33)])
 def test_tiles_leave_no_seam(tiny_base, tile, shape):
     latents = torch.randn(2, 4, *shape) * torch.linspace(0.2, 2, shape[1])
@@ -74,7 +75,7 @@ def test_a_gpu_without_room_for_one_image_gets_tiles():
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", mostly_slow([torch.float32, torch.bfloat16], torch.bfloat16))
 def test_the_estimate_is_above_what_decoding_takes(dtype):
     network, latents = AutoencoderKL(AutoencoderConfig()).to(dtype).eval(), torch.randn(2, 4, 8, 8, dtype=dtype)
     estimate = 2 * decoding_bytes(AutoencoderConfig(), 64, 64, dtype.itemsize)

@@ -136,6 +136,7 @@ def test_augmented_images_keep_their_shape_and_range():
     assert y.shape == x.shape and 0 < y.abs().max() < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["clip", "classifier", "instance"])
 def test_an_encoder_is_trained_saved_and_loaded(part, tmp_path):
     images = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), dtype=np.uint8)
@@ -258,6 +259,7 @@ def test_accuracy_counts_right_answers():
     assert instance_accuracy(network, views)["of_100"] < 1
 
 
+@pytest.mark.slow
 def test_clip_accuracy_is_chance_for_an_unread_image(clip):
     """All images alike: one answer for all, so one noun of two is right."""
     nouns = ["dog", "cat"]
@@ -290,6 +292,7 @@ def test_classification_of_generated_images():
     assert result["named"] == [network.nouns[3], network.nouns[9]]
 
 
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_batch(tiny_base):
     options = SamplingOptions(steps=2, scale=5, seed=3, height=64, width=64)
     labelled = labelled_prompts(2, 0)
@@ -300,6 +303,7 @@ def test_images_do_not_depend_on_the_batch(tiny_base):
     assert (generated[0][2:] - (alone + 1) * 127.5).abs().max() <= 1.01
 
 
+@pytest.mark.slow
 def test_psnr_of_a_known_error_and_of_the_held_out_images(tiny_base):
     class Shifted:
         """Gives images back a little too bright."""

@@ -1,6 +1,7 @@
 """Every format at small size, made and saved by the libraries that Stable Diffusion's users have them from."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import huggingface_hub
 import pytest
 import tiny_models
 import torch
-from helpers import LINUX, ROOT
+from helpers import LINUX, ROOT, mostly_slow
 from safetensors.torch import load_file, save_file
 
 from ldm import checkpoint
@@ -29,10 +30,10 @@ OFFICIAL = ROOT / "tests/data/official"
 SMALL = {"v1": tiny_models.small_v1(), "v2": tiny_models.small_v2(), "xl": tiny_models.small_xl()}
 
 
-@pytest.fixture(scope="module", params=SMALL.values(), ids=SMALL)
+@pytest.fixture(scope="module", params=mostly_slow(SMALL, "v2"))
 def theirs(request):
     torch.manual_seed(1)
-    return tiny_models.make(request.param)
+    return tiny_models.make(SMALL[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ FOLDERS = {
 }
 
 
-@pytest.mark.parametrize("name", SINGLE_FILES)
+@pytest.mark.parametrize("name", mostly_slow(SINGLE_FILES, ".ckpt with a Lightning callback"))
 def test_single_files_equal_the_libraries(theirs, expected, known, name, tmp_path):
     place = tmp_path / "files"
     place.mkdir()
@@ -110,7 +111,7 @@ def test_single_files_equal_the_libraries(theirs, expected, known, name, tmp_pat
     assert not any(buffer.is_meta for buffer in model.buffers())
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", mostly_slow(FOLDERS, "fp16 variant, sharded"))
 def test_diffusers_folders_equal_the_libraries_and_tell_their_configuration(theirs, expected, known, name, tmp_path):
     folder = tiny_models.save_folder(theirs, tmp_path / "folder", **FOLDERS[name])
     if "sharded" in name:
@@ -166,6 +167,7 @@ def small(tmp_path):
     return tiny_models.write_yaml(theirs.config, tmp_path / "m.yaml"), theirs.state, tmp_path / "m.safetensors"
 
 
+@pytest.mark.slow
 def test_precision_is_the_one_asked_for(small):
     yaml, state, file = small
     save_file(halves(state), file)
@@ -174,6 +176,7 @@ def test_precision_is_the_one_asked_for(small):
     assert {p.dtype for p in load_model(yaml, file, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_averaged_weights_only_on_request(small):
     yaml, state, file = small
     unet = [name for name in state if name.startswith("model.")]
@@ -200,7 +203,7 @@ def test_a_model_survives_that_its_file_is_written_anew(small):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("skip", [2, 3])
+@pytest.mark.parametrize("skip", mostly_slow([2, 3], 3))
 def test_clip_skip_is_the_hidden_state_of_an_earlier_layer(skip, small):
     yaml, state, file = small
     theirs = tiny_models.make(tiny_models.small_v1())
@@ -216,6 +219,7 @@ def test_clip_skip_is_the_hidden_state_of_an_earlier_layer(skip, small):
         load_model(yaml, file, clip_skip=4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_clip_skip_of_openclip(tmp_path):
     theirs = tiny_models.make(tiny_models.small_v2())
@@ -330,9 +334,15 @@ FOLDER_CHANGES = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of a small v1 model; copy it before changing it."""
+    return tiny_models.save_folder(tiny_models.make(tiny_models.small_v1()), tmp_path_factory.mktemp("saved") / "folder")
+
+
 @pytest.mark.parametrize("file", FOLDER_CHANGES)
-def test_a_folder_of_another_architecture_is_refused(file, tmp_path):
-    folder = tiny_models.save_folder(tiny_models.make(tiny_models.small_v1()), tmp_path / "folder")
+def test_a_folder_of_another_architecture_is_refused(file, saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "folder")
     change, message = FOLDER_CHANGES[file]
     content = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps(content | change))
@@ -344,8 +354,8 @@ def test_a_folder_of_another_architecture_is_refused(file, tmp_path):
         load_model(folder)
 
 
-def test_a_damaged_configuration_of_a_folder_is_named_in_one_line(tmp_path):
-    folder = tiny_models.save_folder(tiny_models.make(tiny_models.small_v1()), tmp_path / "folder")
+def test_a_damaged_configuration_of_a_folder_is_named_in_one_line(saved, tmp_path):
+    folder = shutil.copytree(saved, tmp_path / "folder")
     for file, key in (
         ("unet", "block_out_channels"),
         ("unet", "attention_head_dim"),

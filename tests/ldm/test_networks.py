@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from helpers import ROOT
+from helpers import ROOT, mostly_slow
 from tiny_models import diffusers_unet, diffusers_vae
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -60,8 +60,9 @@ UNETS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", UNETS.values(), ids=UNETS)
-def test_unet_equals_diffusers(config):
+@pytest.mark.parametrize("name", mostly_slow(UNETS, "tiny"))
+def test_unet_equals_diffusers(name):
+    config = UNETS[name]
     ours = scramble(UNet(config))
     theirs = diffusers_unet(config, 16)().double().eval()
     theirs.load_state_dict(convert_ldm_unet_checkpoint(prefixed(ours, KEYS["unet"]), theirs.config))
@@ -78,8 +79,9 @@ VAES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("config", VAES.values(), ids=VAES)
-def test_autoencoder_equals_diffusers(config):
+@pytest.mark.parametrize("name", mostly_slow(VAES, "tiny"))
+def test_autoencoder_equals_diffusers(name):
+    config = VAES[name]
     ours = scramble(AutoencoderKL(config))
     theirs = diffusers_vae(config)().double().eval()
     theirs.load_state_dict(convert_ldm_vae_checkpoint(prefixed(ours, KEYS["vae"]), theirs.config))
@@ -129,6 +131,7 @@ def test_full_sd_v1_has_the_names_and_shapes_of_diffusers_models():
         assert all(converted[n] == expected[n] for n in expected if "attentions" not in n)
 
 
+@pytest.mark.slow
 def test_full_sd_v1_equals_the_checked_in_list():
     """Names, shapes and sizes of the contract: tests/data/sd-v1-keys.txt."""
     with torch.device("meta"):

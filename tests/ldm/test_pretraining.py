@@ -48,6 +48,7 @@ def test_an_image_depends_on_its_seed_and_number_alone(artwork):
     assert not np.array_equal(np.asarray(first[0].image), np.asarray(render(artwork, 4, 0).image))
 
 
+@pytest.mark.slow
 def test_captions_say_what_is_seen(artwork):
     seen = [render(artwork, 0, i) for i in range(700)]
     for item in seen:
@@ -126,6 +127,7 @@ def test_preview_is_a_sheet(artwork):
     assert preview(artwork, 0, 16).size[0] > 8 * 3 * 64
 
 
+@pytest.mark.slow
 def test_demo_concepts_are_rendered(artwork, tmp_path):
     sprite = artwork.sprites["dog"][0]
     for part, extension in (("fluent/assets", "webp"), ("noto/img/google/64", "png")):
@@ -211,6 +213,7 @@ def test_latents_belong_to_their_encoder():
     assert encoder_digest(autoencoder) != known
 
 
+@pytest.mark.slow
 def test_trained_weights_load_as_a_model(tmp_path):
     """UNet, text transformer and the trained token rows come back from the files as they were."""
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-from helpers import ROOT
+from helpers import ROOT, mostly_slow
 from safetensors.torch import save_file
 from tiny_models import relative_error
 
@@ -108,7 +108,7 @@ def test_pooled_text_equals_open_clip(theirs, ours):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("negative", ["", "blurry"])
+@pytest.mark.parametrize("negative", mostly_slow(["", "blurry"], "blurry"))
 def test_a_trajectory_equals_diffusers(theirs, ours, negative):
     """Empty negative prompts are zeros, in context and pooled text; sizes and crop go to both halves."""
     options = SamplingOptions(4, 5.0, 0.0, 7, 32, 64, original_size=(40, 72), crop=(2, 4))
@@ -178,8 +178,8 @@ def separate(theirs, folder, upcast):
     return folder
 
 
-@pytest.mark.parametrize("said", [True, False, None])
-@pytest.mark.parametrize("whole", [True, False], ids=["folder", "file"])
+@pytest.mark.parametrize("said", mostly_slow([True, False, None], None))
+@pytest.mark.parametrize("whole", mostly_slow([True, False], False), ids=["folder", "file"])
 def test_a_separate_autoencoder_is_in_fp16_only_where_its_own_configuration_says_so(theirs, ours, said, whole, tmp_path):
     folder = separate(theirs, tmp_path / "vae", bool(said))
     if said is None:

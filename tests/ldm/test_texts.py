@@ -54,6 +54,7 @@ def folder_of(path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Glyph")
 def test_a_report_of_such_folders(tmp_path, capsys):
     odd = folder_of(tmp_path / os.fsdecode(b"odd\xff $\\frac{a$"))
@@ -72,6 +73,7 @@ def test_a_report_of_such_folders(tmp_path, capsys):
     assert json.loads((out / "scores.json").read_text(encoding="utf-8"))["runs"][0]["name"] == odd.name
 
 
+@pytest.mark.slow
 def test_training_and_sampling_with_such_paths(tmp_path, capsys):
     images, logs = (tmp_path / os.fsdecode(name) for name in (b"im\xff #1", b"lo\xfegs"))
     images.mkdir()

@@ -112,6 +112,7 @@ def test_what_is_held_out_is_not_in_the_wide_world(folder):
     assert len(files) == 2 * 64 - len(PAINTED) + 2 * 4
 
 
+@pytest.mark.slow
 def test_captions_of_the_wide_world(folder):
     """Half of the subjects are nouns; every caption names what it shows; a coloured name gets no second colour."""
     artwork = load_artwork(folder, wide=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import POSIX, ROOT, pixels, refused, run_here, run_main
+from helpers import POSIX, ROOT, mostly_slow, pixels, refused, run_here, run_main
 from PIL import Image
 
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
@@ -150,7 +150,7 @@ def slow_worker(folder, log, gate, shard):
     fill(folder, plan(batch_size=1), shard, sample)
 
 
-@pytest.mark.parametrize("shards", [[(1, 1)] * 3, [(1, 2), (2, 2), (1, 1)]])
+@pytest.mark.parametrize("shards", mostly_slow([[(1, 1)] * 3, [(1, 2), (2, 2), (1, 1)]], [(1, 1)] * 3))
 @POSIX
 def test_workers_at_once_share_the_work(tmp_path, shards):
     fill(tmp_path / "alone", plan(batch_size=1))
@@ -335,6 +335,7 @@ def test_repeated_with_every_option_set_nothing_is_sampled(concept, tmp_path, ca
     assert '\'dci.layers[1]\' of 00000 is "output" there and "middle" here' in other.stderr
 
 
+@pytest.mark.slow
 def test_another_file_under_the_same_name_is_noticed(concept, tmp_path, capfd):
     copy = tmp_path / "concept.safetensors"
     copy.write_bytes(concept.read_bytes())

@@ -79,6 +79,7 @@ def fidelity_editability_plane(runs: Sequence[RunScores], editability: str = CLI
                 )
             if len(members) > 1:
                 _draw_front(axes, [(x.mean, y.mean) for x, y in points], color=colour, linewidth=1.2)
+            if len(members) > 1 and len(series) <= len(COLOURS):  # the names of more would lie on each other
                 for run, (x, y) in zip(members, points, strict=True):
                     text = run.name.removeprefix(name).strip(" ,") or run.name
                     axes.annotate(plotted(text), (x.mean, y.mean), (4, 4), textcoords="offset points", fontsize=7)
@@ -87,7 +88,7 @@ def fidelity_editability_plane(runs: Sequence[RunScores], editability: str = CLI
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(f"editability: {LABELS[editability]} →")
         axes.set_ylabel(f"fidelity: {LABELS[fidelity]} →")
-        _add_legend(figure, len(series))
+        _add_legend(figure, series)
     return figure
 
 
@@ -123,7 +124,7 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
         axes.set_ylim(len(prompts) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(LABELS[metric])
-        _add_legend(figure, len(runs))
+        _add_legend(figure, [run.name for run in runs])
     return figure
 
 
@@ -208,10 +209,15 @@ def inline_svg(figure: Figure, description: str = "") -> str:
     return svg.replace(INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def _add_legend(figure: Figure, entries: int) -> None:
-    """Names above the plot, where there is more than one."""
-    if entries > 1:
-        figure.legend(fontsize=8, loc="outside upper left", ncols=min(entries, 4), handletextpad=0.3, columnspacing=1.2)
+def _add_legend(figure: Figure, names: Sequence[str]) -> None:
+    """Names above the plot, where there is more than one; a figure that they would fill grows by their rows."""
+    if len(names) < 2:
+        return
+    inches = max(map(len, names)) * 0.068 + 0.4
+    columns = max(1, min(4, len(names), int(figure.get_figwidth() / inches)))
+    rows = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.17 * max(0, rows - 2))
+    figure.legend(fontsize=8, loc="outside upper left", ncols=columns, handletextpad=0.3, columnspacing=1.2)
 
 
 def _draw_front(axes, points: list[tuple[float, float]], **line) -> None:

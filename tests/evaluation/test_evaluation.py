@@ -380,6 +380,19 @@ def test_a_page_shows_a_bounded_number_of_images(runs, prompts, most, tmp_path):
     assert "A note." in page.read_text()
 
 
+@pytest.mark.parametrize("series", [2, 7, 24])
+def test_the_planes_legend_lies_within_the_figure_and_leaves_room_for_the_plot(series):
+    names = [f"custom-diffusion-steps={n:03}-learning_rate=0.0005" for n in range(series)]
+    summary = {"clip_t": Interval(0.5, 0.4, 0.6, 9), "dino_i": Interval(0.5, 0.4, 0.6, 9)}
+    figure = fidelity_editability_plane([RunScores(name, Scores((), summary), name) for name in names])
+    figure.draw_without_rendering()
+    legend = figure.legends[0].get_window_extent()
+    width, height = figure.bbox.size
+    assert 0 <= legend.x0 and legend.x1 <= width and 0 <= legend.y0 and legend.y1 <= height
+    assert figure.axes[0].get_window_extent().height > 2.5 * figure.dpi
+    assert len(figure.legends[0].get_texts()) == series
+
+
 def test_the_plane_shows_the_means_of_every_run():
     runs = many(2, 3, REFERENCES / "00.png")
     figure = fidelity_editability_plane([*runs, RunScores("empty", Scores((), {}))])

@@ -12,6 +12,7 @@ import torch
 from helpers import ROOT, mostly_slow, refused, run_here, run_main
 from PIL import Image
 
+from dci.evaluation.bootstrap import Interval
 from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders, recorded_references
 from dci.evaluation.plots import fidelity_editability_plane, inline_svg
 from dci.evaluation.report import write_report
@@ -388,7 +389,7 @@ def test_the_planes_legend_lies_within_the_figure_and_leaves_room_for_the_plot(s
     figure.draw_without_rendering()
     legend = figure.legends[0].get_window_extent()
     width, height = figure.bbox.size
-    assert 0 <= legend.x0 and legend.x1 <= width and 0 <= legend.y0 and legend.y1 <= height
+    assert min(legend.x0, legend.y0, width - legend.x1, height - legend.y1) >= 0
     assert figure.axes[0].get_window_extent().height > 2.5 * figure.dpi
     assert len(figure.legends[0].get_texts()) == series
 

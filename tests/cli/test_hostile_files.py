@@ -245,6 +245,7 @@ def broken_files(state, place):
     }
 
 
+@pytest.mark.slow
 def test_broken_and_foreign_files_are_named_in_one_line(state, yaml, tmp_path):
     for name, message in broken_files(state, tmp_path).items():
         with pytest.raises(UserError) as error, warnings.catch_warnings():

@@ -37,6 +37,7 @@ def test_runs_of_the_same_second_have_a_folder_each(tmp_path, monkeypatch, modul
     assert {folder.name.partition("_")[2].rpartition("-")[2] for folder in folders} >= {str(n) for n in range(2, 41)}
 
 
+@pytest.mark.slow
 def test_a_seed_is_chosen_and_recorded(tmp_path, capfd):
     chosen = []
     for name in ("a", "b"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, mostly_slow, refused, run_here, run_main
+from helpers import ROOT, refused, run_here, run_main
 from safetensors.torch import load_file, save_file
 
 from dci.cli.loading import base_vae
@@ -82,7 +82,8 @@ def test_a_missing_one_is_said_and_not_replaced(trained, tmp_path, capfd):
     refused(result, own, "name it as --vae, or name the model as --model")
 
 
-@pytest.mark.parametrize("place", mostly_slow(["relative", "absolute", "folder"], "relative"))
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["relative", "absolute", "folder"])
 def test_a_models_own_configuration_names_one(trained, tmp_path, place):
     """Relative to the configuration's project, as its checkpoint is; what is asked for goes before it."""
     _, own, other = trained

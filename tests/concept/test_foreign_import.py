@@ -219,7 +219,8 @@ def kohya_file(model, pipe, alphas, file):
 ALPHAS = {"alpha 1": lambda i, rank: 1, "no alpha": lambda i, rank: None}
 
 
-@pytest.mark.parametrize("kind", mostly_slow(ALPHAS, "alpha 1"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ALPHAS)
 def test_a_lora_by_kohya_as_diffusers_loads_it(networks, kind, tmp_path):
     kohya_file(networks.model, networks.pipe, ALPHAS[kind], tmp_path / "kohya.safetensors")
     networks.pipe.load_lora_weights(str(tmp_path / "kohya.safetensors"))

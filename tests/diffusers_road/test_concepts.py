@@ -250,6 +250,7 @@ def test_files_of_other_programs(tmp_path, name, form):
     assert_same(state(pipe), state(family.plain()))
 
 
+@pytest.mark.slow
 def test_several_concepts_in_one_file(sd1):
     names = tuple(type(sd1.concept.names[0])((token,), noun) for token, noun in (("<new1>", "dog"), ("<new2>", "cat")))
     pipe = sd1.pipe(concept=False)

@@ -68,6 +68,7 @@ def test_maps_of_one_layer_alone_are_alive(family, options):
     assert sampled(family, **options) == 1
 
 
+@pytest.mark.slow
 def test_maps_that_stay_are_noticed(monkeypatch):
     kept, maps = [], integration.attention_maps
     monkeypatch.setattr(integration, "attention_maps", lambda q, k: kept.append(maps(q, k)) or kept[-1])

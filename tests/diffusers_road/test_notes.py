@@ -53,6 +53,7 @@ def test_nothing_is_said_without_a_reason(pipe, options):
         latents(pipe, **options)
 
 
+@pytest.mark.slow
 def test_a_concept_that_is_not_loaded():
     pipe = world("sd1").pipe(concept=False)
     with pytest.warns(Note, match=r"'V\*' names a concept, and there is none"):

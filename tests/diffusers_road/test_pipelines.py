@@ -219,6 +219,7 @@ def test_mistakes_are_one_line(pipe, options, said):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_ip_adapter_is_refused(sd1):
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
@@ -234,7 +235,8 @@ def test_an_ip_adapter_is_refused(sd1):
 CHANGES = ["FreeU", "slicing", "fp16", "bf16", "fp8 storage", "compiled", "compiled in place"]
 
 
-@pytest.mark.parametrize("change", mostly_slow(CHANGES, "slicing"))
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_users_switch_on(sd1, change):
     pipe = sd1.pipe()
     if change == "FreeU":
@@ -282,6 +284,7 @@ def test_offloading(sd1):
         assert relative_error(latents(pipe).cpu(), expected) < 1e-3
 
 
+@pytest.mark.slow
 def test_other_classes_are_refused(sd1):
     plain = sd1.plain()
     other = diffusers.DDIMPipeline(plain.unet, plain.scheduler)

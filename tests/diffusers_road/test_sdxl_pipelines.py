@@ -132,6 +132,7 @@ def test_the_second_prompt(pipe):
         latents(pipe, prompt_2=[PROMPT, PROMPT])
 
 
+@pytest.mark.slow
 def test_embeddings_in_place_of_prompts(pipe):
     branches = pipe.parse(PROMPT)
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(branches.concept)

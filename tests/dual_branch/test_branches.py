@@ -50,7 +50,8 @@ def half_an_image(model):
 # A weight of one.
 
 
-@pytest.mark.parametrize("solver", mostly_slow(SOLVERS, "dpm++2m"))
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_a_weight_of_one_is_plain_sampling_of_a_v_prediction(finetuned, solver):
     model, concept = finetuned
     model = copy.deepcopy(model)
@@ -86,6 +87,7 @@ def test_a_weight_of_one_is_plain_sampling_in_every_mode(finetuned, base, settin
     assert (sampled(finetuned, dataclasses.replace(dual, agg_lambda=2.0), **more) - plain).abs().max() > 0.005
 
 
+@pytest.mark.slow
 def test_several_concepts_in_a_prompt(finetuned):
     names = (ConceptName(("<new1>",), "cat"), ConceptName(("<new2>",), "car"))
     prompt = parse_prompt("a V1* cat and a V2* car in the snow", names)

@@ -198,6 +198,7 @@ def test_a_batch_may_hold_different_prompts_and_seeds(finetuned, dci):
         sample_images(model, concept, prompts, [0, 1], options, dual)
 
 
+@pytest.mark.slow
 def test_plain_batches_may_hold_different_prompts_and_seeds(tiny_base):
     options = sampling_options(tiny_base, steps=4)
     prompts = ["a dog", "a very small red car in a street of a city at night"]

@@ -250,7 +250,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", mostly_slow(CHANGES, "weights"))
 def test_whatever_changes_features_changes_their_key(open_clip_folder, change):
     encoder, same = (load_encoder(f"open_clip:{open_clip_folder}") for _ in range(2))
     assert encoder.fingerprint() == same.fingerprint()

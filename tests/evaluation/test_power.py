@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from helpers import ROOT, mostly_slow, refused, run_here, run_main
+from helpers import ROOT, refused, run_here, run_main
 from scipy import stats
 
 from dci.evaluation.power import Variances, concepts_needed, difference_variances, smallest_shown, variance_components
@@ -61,7 +61,8 @@ def test_the_variance_of_a_mean_is_the_sum_over_effects():
     assert variances.of_mean({"concept": 8}) == pytest.approx(8 / 8 + 10 / 40)
 
 
-@pytest.mark.parametrize("power", mostly_slow([0.5, 0.8], 0.8))
+@pytest.mark.slow
+@pytest.mark.parametrize("power", [0.5, 0.8])
 def test_with_concepts_alone_the_difference_shown_is_that_of_the_normal_test(power):
     """(z_0.975 + z_power) sigma / sqrt(n), where n is large; the percentile interval's own deviation divides by n."""
     n, deviation = 100, 0.3

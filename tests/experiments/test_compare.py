@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, as_a_program, mostly_slow, refused, run_here, run_main
+from helpers import ROOT, as_a_program, refused, run_here, run_main
 from test_benchmarks import concepts, dreambench, dreambench_plus  # noqa: F401
 
 from dci.concept.modifier_tokens import ConceptName
@@ -38,6 +38,7 @@ SUITES = ROOT / "configs/eval"
 METHODS = {"custom-diffusion", "textual-inversion", "lora", "ico", "ico-no-suffix", "ico-shared-context"}
 
 
+@pytest.mark.slow
 def test_the_tiny_suite_is_what_it_says(tmp_path):
     suite = load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}"])
     plan = grid_points(suite)
@@ -168,9 +169,10 @@ PLANNED = [(file, model) for file in SUITE_FILES for model in (None, "v1-inferen
 PLANNED.append((SUITES / "dreambench.yaml", "sd_xl_base.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "model"),
-    mostly_slow(PLANNED, (SUITES / "dreambench.yaml", "sd_xl_base.yaml")),
+    PLANNED,
     ids=lambda value: getattr(value, "stem", value),
 )
 def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch, file, model):

@@ -101,7 +101,7 @@ ODD = [
 """Names of folders and files, each of which is data."""
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", mostly_slow(ODD, *list(ODD)[::6]))
 def test_paths_and_names_in_overrides_are_data(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("concept: {class_noun: dog}\n")

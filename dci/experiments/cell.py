@@ -194,7 +194,7 @@ def _request(options: SamplingConfig, prompts: list[str], noun: str | None):
     from ldm.masks import read_mask
 
     image = read_image(options.init_image) if options.init_image else None
-    mask = read_mask(options.mask, image, options.init_image) if options.mask else None
+    mask = read_mask(options.mask, image, options.init_image) if options.mask and image is not None else None
     settings = solver_settings(options) | dual_settings(vars(options))
     return Request(
         prompts,

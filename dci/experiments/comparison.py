@@ -65,7 +65,9 @@ def setting_curves(pooled: Sequence[PooledRun]) -> dict[str, Figure]:
     for method in dict.fromkeys(each.run.series for each in pooled):
         own = [each for each in pooled if each.run.series == method]
         plain = next((each.run.scores for each in own if each.sampling.get("no_dci")), None)
-        values = varied([(each.sampling, each.run.scores) for each in own]) if plain else {}
+        if plain is None:
+            continue
+        values = varied([(each.sampling, each.run.scores) for each in own])
         shown = [m for m in (DINO_I, CLIP_T, PLACE) if all(m in each.run.scores.summary for each in own)]
         with suppress(UserError):  # of a grid that is not complete: nothing in common with plain sampling
             settings = {

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from omegaconf import MISSING
 
@@ -31,6 +31,8 @@ from ldm import config as configuration
 from ldm.errors import UserError
 from ldm.shipped import find
 
+T = TypeVar("T")
+
 CELL = (sys.executable, "-m", "dci.experiments.cell")
 """Begins the command of a stage; `dci.experiments.cell` documents what follows."""
 
@@ -45,6 +47,11 @@ class GridConcept:
     concepts: list[ConceptConfig] = field(default_factory=list)
     prompts: str | None = None  # a file of its own; null: the grid's
     training: list[str] = field(default_factory=list)  # further training options, key.sub=value
+
+    @property
+    def title(self) -> str:
+        """Its name, or else the class nouns."""
+        return self.name or "+".join(concept.class_noun or "" for concept in self.concepts)
 
     @property
     def folders(self) -> list[str]:
@@ -214,14 +221,12 @@ def _prepare_concept(concept: GridConcept, root: Path) -> None:
         raise UserError(f"concepts: {name}: give class_noun and images, or a list `concepts` of several, and not both")
     if short:
         concept.concepts = [ConceptConfig(class_noun=concept.class_noun, images=concept.images)]
-    nouns = []
     for number, part in enumerate(concept.concepts):
         if not part.class_noun or not part.images:
             name = concept.name or part.class_noun or part.images
             raise UserError(f"concepts: {name}: entry {number + 1} of its list needs both class_noun and images")
         part.images = str(find(part.images, root))
-        nouns.append(part.class_noun)
-    concept.name = concept.name or "+".join(nouns)
+    concept.name = concept.title
 
 
 def _training_config(file: str, options: tuple[str, ...], concepts: int) -> FinetuneConfig:
@@ -291,18 +296,19 @@ def _point(
 ) -> GridPoint:
     folder = grid_folder(config) / "cells" / training.name / setting.name
     sampling = setting.options if setting.seeded else dataclasses.replace(setting.options, seed=seed)
-    place = Place(concept.name, method.name, seed, setting.name)
+    prompts = concept.prompts or config.prompts
+    place = Place(concept.title, method.name, seed, setting.name)
     task = ScoreTask(
         place,
         str(training.concept_file),
-        concept.prompts,
+        prompts,
         sampling,
         tuple(concept.folders),
         evaluation,
         str(folder),
         config.device,
     )
-    recipe = training.recipe | {"sampling": sampling, "prompts": file_hash(concept.prompts), "evaluation": evaluation}
+    recipe = training.recipe | {"sampling": sampling, "prompts": file_hash(prompts), "evaluation": evaluation}
     if setting.files:
         recipe["files"] = setting.files
     return GridPoint(
@@ -319,7 +325,7 @@ def _command(stage: str, task: TrainTask | ScoreTask) -> tuple[str, ...]:
     return (*CELL, stage, to_json(task))
 
 
-def _filled(schema: Callable, options: dict[str, Any], source: str) -> Any:
+def _filled(schema: type[T], options: dict[str, Any], source: str) -> T:
     known = {name.replace("-", "_"): value for name, value in options.items()}
     known = {"scaled_text_score" if name == "clip_t_w2.5" else name: value for name, value in known.items()}
     return configuration.build(schema, known, source=source)
@@ -376,6 +382,7 @@ def _check(config: GridConfig) -> None:
         for folder in concept.folders:
             if not Path(folder).is_dir():
                 raise UserError(f"concepts: {concept.name}: no folder {folder}: give the folder of its images")
-    for file in {concept.prompts for concept in config.concepts} | {method.config for method in config.methods}:
+    files = {concept.prompts or config.prompts for concept in config.concepts}
+    for file in files | {method.config for method in config.methods}:
         if not Path(file).is_file():
             raise UserError(f"{config.name}: no file {file}: give a file of prompts, or a training configuration")

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dci.concept.autoencoder import trained_vae
 from dci.concept.concept_file import Concept
 from dci.concept.foreign.importing import import_concept, is_foreign
 from dci.concept.loras import add_trained_loras, on_loras
@@ -29,14 +28,13 @@ from dci.dual_branch.sampling import Observers, SampleRequest, sample
 from ldm.checkpoint import load_model, model_config
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import Note, UserError
-from ldm.formats.hub import is_hub_id
 from ldm.images import to_images
 from ldm.init_image import InitImage, fitting_size
 from ldm.option_types import checked, names_of, refuse_unknown
 from ldm.prompt_notes import option_notes, prompt_notes
 from ldm.runtime.acceleration import accelerate, fastest_precision, pick_device
 from ldm.sampling_loop import Callback
-from ldm.shipped import ROOT, find
+from ldm.shipped import ROOT
 from ldm.text_to_image import SamplingOptions, make_solver, text_to_image
 
 _TINY = ROOT / "configs/model/tiny.yaml"
@@ -202,7 +200,7 @@ class Pipeline:
         found = _read(files, model, checkpoint, class_noun, trigger)
         if model is None:
             model, trained = _trained_on(found)
-            vae = vae or (trained_vae(found.config) if model == found.config.get("model") else None)
+            vae = vae or (found.trained_on.own_vae() if model == found.trained_on.model else None)
             checkpoint = checkpoint or trained
         device = pick_device("auto" if device is None else str(device))
         loaded = load_model(model, checkpoint, dtype=dtype or partial(fastest_precision, device=device), vae=vae)
@@ -329,9 +327,11 @@ def _read(
 
 def _trained_on(concept: Concept) -> tuple[str, str | None]:
     """Return the model that a concept was learned on, and its checkpoint."""
-    model, checkpoint = concept.config.get("model"), concept.config.get("checkpoint")
-    if model and (find(model).exists() or is_hub_id(model)):
-        return model, checkpoint
+    trained = concept.trained_on
+    if trained.model and trained.is_there:
+        return trained.model, trained.checkpoint
     if concept.base_name == "tiny" and _TINY.is_file():
         return str(_TINY), None
-    raise UserError(f"the base model '{concept.base_name}' ({model}) of this concept is not there: name it as model=")
+    raise UserError(
+        f"the base model '{concept.base_name}' ({trained.model}) of this concept is not there: name it as model="
+    )

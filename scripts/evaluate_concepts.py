@@ -110,7 +110,7 @@ def sampled(args, concept_file: Path, prompts: list[str]):
     from ldm.checkpoint import load_model
 
     concept = Concept.load(concept_file)
-    model = load_model(*base_model(args, concept.config), ema=args.ema, clip_skip=args.clip_skip)
+    model = load_model(*base_model(args, concept.trained_on), ema=args.ema, clip_skip=args.clip_skip)
     concept.apply(model)
     model.to(pick_device(args.device))
     options = sampling_options(model, steps=args.steps, scale=args.scale, seed=args.seed)

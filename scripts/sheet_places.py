@@ -61,8 +61,8 @@ def evaluate_places(args, file: str) -> tuple[dict, dict]:
     from ldm.pretraining.scenes import PLACES
 
     concept = Concept.load(file)
-    vae = base_vae(args, concept.config)
-    model = load_model(*base_model(args, concept.config), ema=args.ema, clip_skip=args.clip_skip, vae=vae)
+    vae = base_vae(args, concept.trained_on)
+    model = load_model(*base_model(args, concept.trained_on), ema=args.ema, clip_skip=args.clip_skip, vae=vae)
     concept.apply(model)
     model.to(pick_device(args.device))
     options = sampling_options(model, steps=args.steps, scale=args.scale, seed=args.seed)

@@ -12,6 +12,7 @@ from dci.app.stepwise import Steps
 from dci.app.studio import Ready
 from dci.app.wanted import Wanted
 from dci.concept.prompts import parse_prompt
+from dci.concept.trained_on import TrainedOn
 from dci.dual_branch.sampling import Observers
 from dci.evaluation.encoders import TINY, Encoder, load_encoder
 from dci.evaluation.metrics import CLIP_T, DINO_I, image_scores, text_scores
@@ -156,7 +157,7 @@ def plane(grid: Grid, wanted: Wanted, ready: Ready, judges: Judges) -> str:
         UserError: the concept's reference images are not there.
     """
     text = parse_prompt(wanted.prompt, ready.concept.names).auxiliary  # the prompt without the learned words
-    references = judges.instance.image_features([read_image(file) for file in _references(ready.concept.config)])
+    references = judges.instance.image_features([read_image(file) for file in _references(ready.concept.trained_on)])
     named = [("plain", "plain", grid.plain_image())]
     named += [(f"T_a {t:g} {v:g}", f"T_a {t:g}", grid.images[t, v]) for t in grid.times for v in grid.lambdas]
     images = [image for _, _, image in named]
@@ -171,10 +172,9 @@ def plane(grid: Grid, wanted: Wanted, ready: Ready, judges: Judges) -> str:
     return inline_svg(fidelity_editability_plane(runs), described)
 
 
-def _references(config: dict) -> list[Path]:
+def _references(trained: TrainedOn) -> list[Path]:
     """The images that a concept was learned from."""
-    subjects = [entry for entry in config.get("concepts") or [config.get("data") or {}] if entry.get("images")]
-    folders = [find(entry["images"]) for entry in subjects]
+    folders = [find(folder) for folder in trained.images]
     if not folders or not all(folder.is_dir() for folder in folders):
         raise UserError("the images that this concept was learned from are not there, so its fidelity cannot be measured")
     return [file for folder in folders for file in list_images(folder)]

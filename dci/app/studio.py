@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dci.concept.autoencoder import trained_vae
-from dci.concept.base_model import trained_base
 from dci.concept.concept_file import Concept
 from dci.concept.foreign.importing import import_concept, is_foreign
 from dci.concept.loras import add_trained_loras
+from dci.concept.trained_on import TrainedOn
 from dci.pipeline import Pipeline
 from dci.samples.image_metadata import LoadedModel, precision_name
 from ldm.checkpoint import fingerprint, load_model, model_config
@@ -60,18 +59,18 @@ class Studio:
         with self._lock:
             if concept is None and self._base is not None:
                 return self._base
-            trained, asked = concept.config if concept else {}, self.weights
+            trained, asked = concept.trained_on if concept else TrainedOn(), self.weights
             if asked.model:
                 model, checkpoint = asked.model, asked.checkpoint
             else:
-                model, checkpoint = trained_base(trained, asked.checkpoint, str(TINY))
-            own = not asked.model and model == trained.get("model")
-            vae = asked.vae or (trained_vae(trained) if own else None)
-            loras = list(trained.get("loras") or [])
-            if self._base is None or self._place != _place(model, checkpoint, vae, loras):
+                model, checkpoint = trained.base(asked.checkpoint, str(TINY))
+            own = not asked.model and model == trained.model
+            vae = asked.vae or (trained.own_vae() if own else None)
+            place = _place(model, checkpoint, vae, trained.loras)
+            if self._base is None or self._place != place:
                 self._base = self._applied = None  # before the next one takes its memory
                 self._base = self._load(model, checkpoint, vae, concept)
-                self._place = _place(model, checkpoint, vae, loras)
+                self._place = place
             # The same file may have another name, which the images' metadata tell as it was given.
             known = dataclasses.replace(self._base[1], model=model, checkpoint=checkpoint, vae=vae)
             self._base = self._base[0], known
@@ -106,7 +105,7 @@ class Studio:
         if not is_foreign(file):
             return Concept.load(file)
         asked = self.weights
-        model, checkpoint = (asked.model, asked.checkpoint) if asked.model else trained_base({}, asked.checkpoint, str(TINY))
+        model, checkpoint = (asked.model, asked.checkpoint) if asked.model else TrainedOn().base(asked.checkpoint, str(TINY))
         load = partial(load_model, model, checkpoint, dtype=None)
         return import_concept([file], class_noun, trigger, model_config(model), load, identify=False).concept
 
@@ -127,7 +126,7 @@ class Studio:
         return loaded.to(device), known
 
 
-def _place(model: str, checkpoint: str | None, vae: str | None, loras: list[str]) -> tuple:
+def _place(model: str, checkpoint: str | None, vae: str | None, loras: tuple[str, ...]) -> tuple:
     """What tells a base model from another, however its files are named."""
     given = (find(name) if name else None for name in (model, checkpoint, vae))
     return *(str(path.resolve()) if path and path.exists() else str(path) for path in given), *loras

@@ -45,7 +45,7 @@ def main() -> None:
         raise UserError(f"--vae is for --to checkpoint: --to {args.to} writes no autoencoder, leave it out")
     concept = Concept.load(args.concept)
     words = [word.strip() for word in args.name.split(",")] if args.name else None
-    model = load_concept_base(args, concept, base_vae(args, concept.config) if whole else None, mapped=True)
+    model = load_concept_base(args, concept, base_vae(args, concept.trained_on) if whole else None, mapped=True)
     folder = Path(args.out or f"{args.name or 'my' + concept.class_noun.replace(' ', '')}-{args.to}")
     done = export(concept, model, args.to, folder, words, args.rank, args.bundle, args.folder)
     for line in done.said:

@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 from dci.cli.arguments import Parser, as_options, number, sampling_arguments
+from dci.concept.trained_on import TrainedOn
 from ldm.errors import UserError
 from ldm.shipped import ROOT
 
@@ -21,34 +22,27 @@ def pick_device(name: str) -> str:
         raise UserError(f"--{error}") from error
 
 
-def base_model(args: argparse.Namespace, trained: dict | None = None) -> tuple[str, str | None]:
+def base_model(args: argparse.Namespace, trained: TrainedOn | None = None) -> tuple[str, str | None]:
     """Return the model and the checkpoint that sampling should load: arguments of `load_model`.
 
     Args:
-        trained: a concept's training configuration, whose model is taken where none is asked for.
+        trained: what a concept was trained on, which is taken where no model is asked for.
     """
-    from dci.concept.base_model import trained_base
-
     if args.model:
         return args.model, args.checkpoint
-    return trained_base(trained or {}, args.checkpoint, str(TINY))
+    return (trained or TrainedOn()).base(args.checkpoint, str(TINY))
 
 
-def base_vae(args: argparse.Namespace, trained: dict) -> str | None:
+def base_vae(args: argparse.Namespace, trained: TrainedOn) -> str | None:
     """Return the autoencoder in place of the base model's own, if any: `--vae`, or what the concept was trained with.
 
     Like the model it is the concept's own only where no other model is asked for.
 
-    Args:
-        trained: the concept's training configuration.
-
     Raises:
         UserError: the concept's own is not there any more.
     """
-    from dci.concept.autoencoder import trained_vae
-
-    own_model = base_model(args, trained)[0] == trained.get("model")
-    return args.vae if args.vae or args.model or not own_model else trained_vae(trained)
+    own_model = base_model(args, trained)[0] == trained.model
+    return args.vae if args.vae or args.model or not own_model else trained.own_vae()
 
 
 def load_concept_base(args: argparse.Namespace, concept, vae: str | None = None, mapped: bool = False):
@@ -62,8 +56,8 @@ def load_concept_base(args: argparse.Namespace, concept, vae: str | None = None,
     from dci.concept.loras import add_trained_loras
     from ldm.checkpoint import load_model
 
-    whole = not mapped or concept.config.get("loras")
-    model = load_model(*base_model(args, concept.config), dtype=torch.float32 if whole else None, vae=vae)
+    whole = not mapped or concept.trained_on.loras
+    model = load_model(*base_model(args, concept.trained_on), dtype=torch.float32 if whole else None, vae=vae)
     add_trained_loras(model, concept)
     return model
 

@@ -42,8 +42,8 @@ def main() -> None:
     concept = read_concept(args)
     for text in texts:  # refuse them before the model is loaded
         parse_prompt(text, concept.names, args.auxiliary_noun)
-    base, checkpoint = base_model(args, concept.config)
-    args.vae = base_vae(args, concept.config)
+    base, checkpoint = base_model(args, concept.trained_on)
+    args.vae = base_vae(args, concept.trained_on)
     model = load_base(args, base, checkpoint)
     add_trained_loras(model, concept, args.lora)
     model_hash = fingerprint(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dci.concept.modifier_tokens import ConceptName
+from dci.concept.trained_on import TrainedOn
 from dci.files import safetensors_bytes, write_atomically
 from dci.version import __version__
 from ldm.checkpoint import PRECISIONS, fingerprint, read_safetensors
@@ -58,6 +59,11 @@ class Concept:
     version: str = __version__  # of this package
     low_rank: dict[str, LowRank] = field(default_factory=dict)  # SD name -> change, in place of a whole weight
     changes: dict[str, Tensor] = field(default_factory=dict)  # SD name -> W - W_base, of any rank
+
+    @property
+    def trained_on(self) -> TrainedOn:
+        """What its configuration says of the base model and the images."""
+        return TrainedOn.of(self.config)
 
     @property
     def modifier_tokens(self) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def add_trained_loras(model: LatentDiffusion, concept: Concept, asked: Sequence[
 
 def _trained_on(concept: Concept, asked: Sequence[str]) -> list[tuple[Path, float]]:
     found = []
-    for text in concept.config.get("loras") or []:
+    for text in concept.trained_on.loras:
         try:
             found.append(parse_lora(text))
         except UserError as error:

@@ -63,12 +63,9 @@ def recorded_references(folder: str | Path) -> list[Path]:
     Raises:
         UserError: `prompts.json` does not lead there.
     """
-    files, folders = concept_files(folder), []
-    for file in filter(lambda file: find(file).is_file(), files):
-        config = Concept.load(file).config
-        subjects = config.get("concepts") or [config.get("data", {})]
-        folders += [Path(subject["images"]) for subject in subjects if subject.get("images")]
-    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    files = concept_files(folder)
+    named = [name for file in files if find(file).is_file() for name in Concept.load(file).trained_on.images]
+    folders = [Path(name) for name in dict.fromkeys(named) if Path(name).is_dir()]
     if not folders:
         why = f"its concept {files[0]}, or that one's images, are not there" if files else "it names no concept file"
         raise UserError(f"{folder} does not lead to reference images ({why}): give them with --references FOLDER")

@@ -152,16 +152,16 @@ def _load_model(options: SamplingConfig, concept, device: str):
     """Load the base model onto the device; return it, what it is, and the concept for it."""
     import functools
 
-    from dci.concept.autoencoder import trained_vae
     from dci.concept.loras import add_trained_loras, on_loras
     from dci.samples.image_metadata import LoadedModel, precision_name
     from ldm.checkpoint import fingerprint, load_model
     from ldm.runtime.acceleration import PRECISIONS, accelerate, fastest_precision, pick_device
 
     device = pick_device(device)
-    model = options.model or concept.config["model"]
-    checkpoint = options.checkpoint or (None if options.model else concept.config.get("checkpoint"))
-    vae = options.vae or (None if options.model else trained_vae(concept.config))
+    trained = concept.trained_on
+    model = options.model or trained.model
+    checkpoint = options.checkpoint or (None if options.model else trained.checkpoint)
+    vae = options.vae or (None if options.model else trained.own_vae())
     auto = functools.partial(fastest_precision, device=device)
     dtype = auto if options.precision == "auto" else PRECISIONS[options.precision]
     loaded = load_model(model, checkpoint, dtype=dtype, ema=options.ema, clip_skip=options.clip_skip, vae=vae)

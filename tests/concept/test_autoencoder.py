@@ -12,6 +12,7 @@ from helpers import ROOT, refused, run_here, run_main
 from safetensors.torch import load_file, save_file
 
 from dci.cli.loading import base_vae
+from dci.concept.trained_on import TrainedOn
 from dci.experiments import cell
 from dci.experiments.sampling import SamplingConfig
 from dci.files import content_hash
@@ -58,11 +59,11 @@ def test_the_trained_autoencoder_comes_with_the_model(trained, tiny_base, load):
 def test_another_autoencoder_goes_before_it(trained):
     file, own, other = trained
     torch.testing.assert_close(bias(Pipeline.load(file, device="cpu", vae=other).model), load_file(other)[BIAS])
-    config = {"model": TINY, "vae": own}
+    config = TrainedOn(TINY, vae=own)
     asked = [(None, None, None), (other, None, None), (None, TINY, None), (other, TINY, None), (None, None, "weights.ckpt")]
     found = [base_vae(argparse.Namespace(vae=vae, model=model, checkpoint=file), config) for vae, model, file in asked]
     assert found == [own, other, None, other, own]
-    assert base_vae(argparse.Namespace(vae=None, model=None, checkpoint=None), {"model": "/gone", "vae": own}) is None
+    assert base_vae(argparse.Namespace(vae=None, model=None, checkpoint=None), TrainedOn("/gone", vae=own)) is None
 
 
 def test_images_record_its_content(trained, tmp_path):

@@ -56,7 +56,7 @@ class Card:
     def _lost(self) -> list[str]:
         lost = ["The image-specific contexts, which only further study needs."]
         lost += [] if self.to == "checkpoint" else ["A check that the base model is the right one: see to it yourself."]
-        loras = ", ".join(f"`{lora}`" for lora in self.done.concept.config.get("loras") or [])
+        loras = ", ".join(f"`{lora}`" for lora in self.done.concept.trained_on.loras)
         if loras and self.to != "checkpoint":
             how = "load them too" if self.to in ("lora", "diff") else "of their changes, those of the same weights are here"
             lost += [f"The LoRAs that the concept was trained on ({loras}): {how}."]

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 from matplotlib.figure import Figure
@@ -78,7 +79,7 @@ def write_report(
         "runs": [{"name": run.name, "series": run.series, **as_json(run.scores)} for run in runs],
         "differences": as_json(differences),
     }
-    write_atomically(outdir / REPORT, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(outdir / REPORT, f"{_row_by_row(content)}\n".encode())
     write_atomically(outdir / SUMMARY, readable(_csv(_summary_rows(runs))).encode())
     write_atomically(outdir / IMAGES, readable(_csv(_image_rows(runs))).encode())
     return outdir / PAGE
@@ -358,3 +359,14 @@ def _csv(rows: list[dict]) -> str:
     writer.writeheader()
     writer.writerows({key: "" if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()} for row in rows)
     return file.getvalue()
+
+
+def _row_by_row(content: dict[str, Any]) -> str:
+    """JSON with a line for each image: a report may have many thousands, and its changes should be readable."""
+    runs = []
+    for run in content["runs"]:
+        rows = ",\n".join(json.dumps(row) for row in run["rows"])
+        rest = json.dumps({name: value for name, value in run.items() if name != "rows"})
+        runs.append(f'{rest[:-1]}, "rows": [\n{rows}\n]}}')
+    rest = json.dumps({name: value for name, value in content.items() if name != "runs"})
+    return rest[:-1] + ', "runs": [\n' + ",\n".join(runs) + "\n]}"

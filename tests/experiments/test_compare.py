@@ -200,20 +200,21 @@ def test_cost_is_the_published_one_of_stable_diffusion():
 
 @pytest.mark.slow
 def test_an_estimate_counts_what_is_left(tmp_path):
-    overrides = [f"outdir={tmp_path}", "n_samples=2", "training=[training.steps=10]"]
-    suite = load_suite(SUITES / "tiny.yaml", overrides)
+    suite = load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}", "n_samples=2"])
     plan = grid_points(suite)
     trainings = len({point.training.name for point in plan})
     whole = estimate(plan, "cpu", rate=1e9)
     assert (whole.trainings, whole.images) == (trainings, len(plan) * 40)
     price = cost(configuration.load(ModelConfig, ROOT / "configs/model/tiny.yaml"))
-    rows = trainings * 40 * 10 * (2 + 2.5)  # 10 steps; with DCI, whose T_a is 0.5 there, half a row more
+    times = [method.sampling["dci"]["agg_time"] for method in suite.methods]
+    rows = len(STUDY_CONCEPTS) * 40 * 10 * sum(4 + t for t in times)  # 10 steps, plain and with DCI: one row more up to T_a
     made = 100 * len({concept.noun for concept in STUDY_CONCEPTS.values()})  # for regularization, of 20 steps, once
     assert whole.class_images == made
     flops = (rows + made * 40) * price.unet + (len(plan) * 40 + made) * price.decode
     assert whole.sampling_hours == pytest.approx(flops / (0.5 * 1e9 * 3600))
-    steps = 10 * (8 * trainings + 8 * 2 * len(STUDY_CONCEPTS))  # of 8 images, with regularization 16
-    assert whole.training_hours == pytest.approx(2.1 * steps * price.unet / (0.5 * 1e9 * 3600))
+    given = [dict(option.split("=") for option in method.training) for method in suite.methods]
+    seen = sum(int(one["training.steps"]) * int(one.get("training.batch_size", 8)) for one in given) * len(STUDY_CONCEPTS)
+    assert whole.training_hours == pytest.approx(2.1 * seen * price.unet / (0.5 * 1e9 * 3600))
     first = plan[0]
     for file in (first.result, first.training.concept_file):
         file.parent.mkdir(parents=True)

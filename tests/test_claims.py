@@ -1,5 +1,6 @@
 """What README and docs claim: every number of a marked table is that of its scores.json, and no claim stands outside."""
 
+import json
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from dci.evaluation.bootstrap import bootstrap_mean
 from dci.evaluation.claims import fill, rows_of, without_tables
 from dci.evaluation.power import difference_variances, smallest_shown
 from dci.evaluation.report import write_report
-from dci.evaluation.scores import ImageScore, RunScores, Scores, read_report, summarize
+from dci.evaluation.scores import ImageScore, RunScores, Scores, paired_differences, read_report, summarize
 from ldm.errors import UserError
 
 PAGES = [
@@ -109,11 +110,22 @@ def test_tables_that_name_what_is_not_there(report, before, after, message):
 @pytest.mark.slow
 def test_what_could_have_been_shown_is_what_the_page_says():
     text = (ROOT / "docs/results-tiny/README.md").read_text(encoding="utf-8")
-    eight, fifteen = re.search(
-        r"of about ([\d.]+) in CLIP-T in four of five cases, with fifteen about ([\d.]+)", text
-    ).groups()
+    fifteen, thirty = re.search(r"fifteen concepts show ([\d.]+) in CLIP-T and [\d.]+ in DINO-I, thirty ([\d.]+)", text).groups()
     runs = {run.name: run.scores for run in read_report(ROOT / "docs/results-tiny")}
     found = {v.metric: v for v in difference_variances(runs["ico, dci"], runs["custom-diffusion, plain"])}
-    for concepts, said in ((8, eight), (15, fifteen)):
+    for concepts, said in ((15, fifteen), (30, thirty)):
         shown = smallest_shown(found["clip_t"], concepts, repetitions=100, resamples=300)
         assert shown.difference == pytest.approx(float(said), rel=0.15)
+
+
+def test_the_gain_in_fidelity_and_the_distance_from_the_base_are_as_the_page_says():
+    content = json.loads((ROOT / "docs/results-tiny/distance.json").read_text())
+    correlation = content["ico, correlation"]
+    assert correlation["low"] < 0 < correlation["high"] and correlation["n"] == len(content["ico"]) == 15
+    ordered = sorted(content["ico"], key=content["ico"].get)
+    assert set(ordered[-2:]) == {"cake", "rabbit"} and set(ordered[:3]) == {"lorry", "tabby", "boot"}
+    runs = {run.name: run.scores for run in read_report(ROOT / "docs/results-tiny")}
+    found = paired_differences(runs["ico, plain"], runs["custom-diffusion, plain"])["dino_i"]
+    for concept, gain in content["ico"].items():
+        own = [difference for row, difference in found if row.concept == concept]
+        assert gain == pytest.approx(sum(own) / len(own), abs=1e-6)

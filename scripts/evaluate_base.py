@@ -92,9 +92,11 @@ def report(result: dict, prompts: int) -> str:
         f"`data/tiny/judges`, which on rendered images is right about {own['place']:.1%} of places",
         f"and {own['noun']:.1%} of nouns.",
         "",
-        "| | right |",
-        "|---|---|",
-        *(f"| {name} | {result[name + '_right']:.1%} |" for name in ("place", "noun", "both")),
+        "| | right | 95 % interval |",
+        "|---|---|---|",
+        *(_share(name, result[f"{name}_right"], prompts) for name in ("place", "noun", "both")),
+        "",
+        f"Wilson's intervals, of {prompts} independent prompts.",
         "",
         f"The autoencoder gives 256 held-out images back with {result['psnr']:.1f} dB (mean PSNR).",
         "",
@@ -106,6 +108,18 @@ def report(result: dict, prompts: int) -> str:
         table = sorted(result[f"{name}_right_by_{name}"].items(), key=lambda item: item[1])
         lines += ["", f"Right {name}, the worst first: " + ", ".join(f"{key} {share:.0%}" for key, share in table) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _share(name: str, share: float, number: int) -> str:
+    low, high = wilson(share, number)
+    return f"| {name} | {share:.1%} | [{low:.1%}, {high:.1%}] |"
+
+
+def wilson(share: float, number: int, z: float = 1.959964) -> tuple[float, float]:
+    """Return the interval of a share of independent cases (Wilson 1927), which keeps a width where all are right."""
+    middle = (share + z * z / (2 * number)) / (1 + z * z / number)
+    half = z / (1 + z * z / number) * (share * (1 - share) / number + z * z / (4 * number**2)) ** 0.5
+    return middle - half, middle + half
 
 
 if __name__ == "__main__":

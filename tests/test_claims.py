@@ -110,7 +110,9 @@ def test_tables_that_name_what_is_not_there(report, before, after, message):
 @pytest.mark.slow
 def test_what_could_have_been_shown_is_what_the_page_says():
     text = (ROOT / "docs/results-tiny/README.md").read_text(encoding="utf-8")
-    fifteen, thirty = re.search(r"fifteen concepts show ([\d.]+) in CLIP-T and [\d.]+ in DINO-I, thirty ([\d.]+)", text).groups()
+    fifteen, thirty = re.search(
+        r"fifteen concepts show ([\d.]+) in CLIP-T and [\d.]+ in DINO-I, thirty ([\d.]+)", text
+    ).groups()
     runs = {run.name: run.scores for run in read_report(ROOT / "docs/results-tiny")}
     found = {v.metric: v for v in difference_variances(runs["ico, dci"], runs["custom-diffusion, plain"])}
     for concepts, said in ((15, fifteen), (30, thirty)):
@@ -129,3 +131,29 @@ def test_the_gain_in_fidelity_and_the_distance_from_the_base_are_as_the_page_say
     for concept, gain in content["ico"].items():
         own = [difference for row, difference in found if row.concept == concept]
         assert gain == pytest.approx(sum(own) / len(own), abs=1e-6)
+
+
+def test_what_the_model_can_be_taught_is_as_the_page_says():
+    """The drawings' scores are in two files; the page has their means, and differences of the same drawings."""
+    page = (ROOT / "docs/pretraining.md").read_text(encoding="utf-8")
+    after, before = (
+        json.loads((ROOT / f"docs/{name}.json").read_text())["concepts"] for name in ("concepts", "concepts-before")
+    )
+    drawings = {"concept": list(after["ico-tiny"])}
+
+    def cells(values_of, signed=False):
+        shown = []
+        for metric in ("right_drawing", "place_right", "likeness"):
+            found = bootstrap_mean([values_of(drawing, metric) for drawing in drawings["concept"]], drawings)
+            form = f"{'+' if signed else ''}.{3 if metric == 'likeness' else 1}f"
+            mean, low, high = (
+                format(x if metric == "likeness" else 100 * x, form) for x in (found.mean, found.low, found.high)
+            )
+            shown.append(f"{mean}{'' if metric == 'likeness' else ' pp' if signed else ' %'} [{low}, {high}]")
+        return " | ".join(shown).replace("-", "−") + " |"
+
+    for scores in (after, before):
+        for method in ("ico-tiny", "custom-diffusion-tiny"):
+            assert cells(lambda drawing, metric, own=scores[method]: own[drawing][metric]) in page
+    for better, worse in (("ico-tiny", before["ico-tiny"]), ("ico-tiny", after["custom-diffusion-tiny"])):
+        assert cells(lambda d, m, a=after[better], b=worse: a[d][m] - b[d][m], signed=True) in page

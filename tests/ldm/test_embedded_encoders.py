@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 
 import numpy as np
 import open_clip
@@ -10,6 +11,7 @@ import torch
 from helpers import ROOT, run_main
 from open_clip.loss import ClipLoss
 from PIL import Image
+from scipy.stats import binomtest
 
 from ldm.embedded_encoders import ENCODERS, UNKNOWN, load_classifier, load_clip, load_instance_encoder
 from ldm.errors import UserError
@@ -324,6 +326,14 @@ def test_psnr_of_a_known_error_and_of_the_held_out_images(tiny_base):
     assert held_out.shape == (256, 64, 64, 3)
     assert len({image.tobytes() for image in held_out}) == 256
     assert psnr(tiny_base.autoencoder, held_out[:64]) > 25
+
+
+@pytest.mark.parametrize(("right", "number"), [(256, 256), (240, 256), (1, 7), (0, 5)])
+def test_shares_have_wilsons_interval(right, number, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    found = runpy.run_path(str(ROOT / "scripts/evaluate_base.py"))["wilson"](right / number, number)
+    expected = binomtest(right, number).proportion_ci(method="wilson")
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 @pytest.mark.slow

@@ -105,14 +105,16 @@ def test_what_cannot_be_chosen_from():
         choose([run("a1", 0.9, 0.3)], entries("a1"))
 
 
-@pytest.mark.skipif(not CHOSEN.is_file(), reason="the choice of the present weights is not stored yet")
-def test_the_tiny_suite_has_what_was_chosen(tmp_path):
+def test_the_tiny_suites_have_what_was_chosen(tmp_path):
     chosen = json.loads(CHOSEN.read_text())["methods"]
     suite = load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}"])
     for method in suite.methods:
         choice = chosen[method.name.removesuffix("-regularized")]
         assert set(choice["training"]) <= set(method.training), method.name
         assert method.sampling["dci"] == choice["sampling"], method.name
+    ablations = load_suite(SUITES / "tiny-ablations.yaml", [f"outdir={tmp_path}"])
+    assert set(chosen["ico"]["training"]) <= set(ablations.methods[0].training)
+    assert {s.name: s.sampling for s in ablations.settings}["dci"] == chosen["ico"]["sampling"]
 
 
 @pytest.mark.parametrize("only", [None, "cat/*"])

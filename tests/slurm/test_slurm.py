@@ -84,7 +84,7 @@ def is_on_node(job):
 def start_now(job, *changes):
     """Requeued jobs wait for two minutes, in which their processes end; the tests do not wait as long.
 
-    The node counts in whole seconds when it took a job's credential back: one made within the same second is refused.
+    A node notes in whole seconds when it took a job's credential back, and may refuse one made within the same second.
     """
     wait_for("requeued", lambda: info(job, "JobState") == "PENDING" and not is_on_node(job))
     time.sleep(5)

@@ -94,28 +94,22 @@ def _family(method: MethodEntry) -> str:
 @dataclass(frozen=True)
 class _Scored:
     run: PooledRun
+    is_plain: bool
     fidelity: float
     editability: float
     score: float
 
-    @property
-    def is_plain(self) -> bool:
-        return _is_plain(self.run)
-
-
-def _is_plain(run: PooledRun) -> bool:
-    return bool(run.sampling.get("no_dci"))
-
 
 def _scored(runs: Sequence[PooledRun]) -> list[_Scored]:
-    means = [(run.run.scores.summary[DINO_I].mean, run.run.scores.summary[CLIP_T].mean) for run in runs]
-    plain = [point for run, point in zip(runs, means, strict=True) if _is_plain(run)]
-    if not plain:
+    means = np.array([[run.run.scores.summary[metric].mean for metric in (DINO_I, CLIP_T)] for run in runs])
+    plain = np.array([bool(run.sampling.get("no_dci")) for run in runs])
+    if not plain.any():
         raise UserError("no run without DCI to choose from: complete the suite, or give it a setting with no_dci")
-    units = np.std(plain, axis=0)
+    units = means[plain].std(0)
     if not (units > 0).all():
         raise UserError("all trainings have the same fidelity or editability: nothing to choose by")
-    return [_Scored(run, *point, float((np.array(point) / units).sum())) for run, point in zip(runs, means, strict=True)]
+    scores = (means / units).sum(1)
+    return [_Scored(run, *row) for run, *row in zip(runs, plain.tolist(), *means.T.tolist(), scores.tolist(), strict=True)]
 
 
 def as_file(choices: Sequence[Choice]) -> bytes:

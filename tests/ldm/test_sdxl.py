@@ -5,11 +5,12 @@ import copy
 import pytest
 import tiny_models
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from helpers import ROOT, mostly_slow
 from safetensors.torch import save_file
 from tiny_models import relative_error
 
+from benchmarks.peers import diffusers_scheduler
 from dci.pipeline import Pipeline
 from ldm import tokenizer
 from ldm.checkpoint import TOLERATED, load_model, read_config
@@ -112,14 +113,7 @@ def test_pooled_text_equals_open_clip(theirs, ours):
 def test_a_trajectory_equals_diffusers(theirs, ours, negative):
     """Empty negative prompts are zeros, in context and pooled text; sizes and crop go to both halves."""
     options = SamplingOptions(4, 5.0, 0.0, 7, 32, 64, original_size=(40, 72), crop=(2, 4))
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    scheduler = diffusers_scheduler()
     pipeline = StableDiffusionXLPipeline(theirs.vae, theirs.text, theirs.text_2, None, None, theirs.unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     rows = ids_of(tokenizer.tokenize("a dog on the beach"))

@@ -113,3 +113,8 @@ def test_the_tiny_model_is_at_most_25_mb():
     files = list((ROOT / "data/tiny").glob("*.safetensors"))
     assert {f.name for f in files} == {"unet.safetensors", "text.safetensors", "vae.safetensors"}
     assert sum(Path(f).stat().st_size for f in files) <= 25e6
+
+
+def test_the_ground_of_the_method_is_clear():
+    """What lies beside the rooms is found at a glance: at most six files."""
+    assert len(list((ROOT / "dci").glob("*.py"))) <= 6

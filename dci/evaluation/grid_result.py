@@ -7,9 +7,9 @@ from typing import Any
 
 from dci.evaluation.place import Place
 from dci.evaluation.scores import Scores, as_json, scores_of
-from dci.facts import read_fact
 from dci.files import write_atomically
 from ldm.errors import UserError
+from ldm.facts import read_fact
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import numpy as np
 
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap_mean, factors
 from dci.evaluation.metrics import KID
-from dci.facts import read_fact
 from dci.files import write_atomically
 from ldm.errors import UserError
+from ldm.facts import read_fact
 
 REPORT = "scores.json"
 """A report's file of all its runs, beside its page."""

@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from dci.evaluation.place import Place
 from dci.experiments.sampling import SamplingConfig
-from dci.facts import read_fact
 from ldm.errors import UserError
+from ldm.facts import read_fact
 
 
 @dataclass

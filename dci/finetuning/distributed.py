@@ -1,19 +1,26 @@
-"""Which of several training processes this is, as launchers say it in the environment."""
+"""Which of several training processes this is, as launchers say it in the environment.
+
+Lightning is imported where it is asked: run folders are also read by programs that train nothing, and it takes seconds.
+"""
 
 import os
 import secrets
+from typing import TYPE_CHECKING
 
 import torch
-from pytorch_lightning.plugins.environments import ClusterEnvironment, LightningEnvironment
-from pytorch_lightning.utilities import rank_zero_only
 
 from ldm.errors import UserError
+
+if TYPE_CHECKING:
+    from pytorch_lightning.plugins.environments import ClusterEnvironment
 
 _SEED = "DCI_TRAINING_SEED"  # tells the other processes of a run which seed was chosen
 
 
 def rank() -> int:
     """This process's number over all nodes; 0 where there is one process."""
+    from pytorch_lightning.utilities import rank_zero_only
+
     return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
@@ -44,11 +51,13 @@ def chosen_seed() -> int:
     return int(os.environ[_SEED])
 
 
-def environments() -> list[ClusterEnvironment]:
+def environments() -> list["ClusterEnvironment"]:
     """Return what to tell Lightning about the launcher: that there is none, in a batch job without srun.
 
     By itself it would wait for as many processes as the job has tasks.
     """
+    from pytorch_lightning.plugins.environments import LightningEnvironment
+
     return [LightningEnvironment()] if "SLURM_NTASKS" in os.environ and not _launched() else []
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
+from ldm.runtime.acceleration import warn_of_emulation
 
 LightningName = Literal["32-true", "bf16-mixed", "16-mixed"]
 LIGHTNING: dict[str, LightningName] = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -33,9 +34,10 @@ def lightning_name(precision: str) -> LightningName:
 
 
 def check_device(precision: str, device: torch.device) -> None:
-    """Raise UserError for a precision that a device cannot train in."""
+    """Raise UserError for a precision that a device cannot train in, and warn of one that it emulates."""
     if lightning_name(precision) == "16-mixed" and device.type != "cuda":
         raise UserError(f"training.precision={precision} needs a GPU: give bf16, or --device cuda")
+    warn_of_emulation(_DTYPES[lightning_name(precision)], device)
 
 
 def shrink_frozen(model: LatentDiffusion, precision: str) -> None:

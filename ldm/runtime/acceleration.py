@@ -1,5 +1,7 @@
 """What a device computes fastest with: precision, memory layout, packed weights, compiled graphs."""
 
+import warnings
+
 import torch
 
 from ldm.config import ModelConfig
@@ -39,8 +41,25 @@ def fastest_precision(config: ModelConfig, device: torch.device | str) -> torch.
         return torch.float32
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if _multiplied_by_the_processor(torch.bfloat16) else torch.float32
+
+
+def warn_of_emulation(dtype: torch.dtype, device: torch.device | str) -> None:
+    """Warn of a half precision that the processor has no instructions for: it takes many times as long as fp32."""
+    if torch.device(device).type == "cpu" and _multiplied_by_the_processor(dtype) is False:
+        name = next(name for name, known in PRECISIONS.items() if known == dtype)
+        warnings.warn(f"this processor only emulates {name}, which takes many times as long as fp32", stacklevel=3)
+
+
+def _multiplied_by_the_processor(dtype: torch.dtype) -> bool | None:
+    """Whether the CPU has instructions for a precision; None: this release of PyTorch, or of the processor, does not say."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return True
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer releases of PyTorch have it
-    return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32
+    if known.get("architecture") != "x86_64":
+        return None
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(known.get(f"avx512_{name}") or known.get(f"amx_{name}"))
 
 
 def accelerate(
@@ -56,6 +75,7 @@ def accelerate(
     Returns:
         What was done, in words.
     """
+    warn_of_emulation(model.dtype, device)
     on_gpu, done = torch.device(device).type == "cuda", []
     if channels_last or (on_gpu and model.dtype != torch.float32):
         model.to(memory_format=torch.channels_last)

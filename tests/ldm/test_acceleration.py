@@ -10,9 +10,10 @@ from dci.concept.prompts import parse_prompt
 from dci.dual_branch.options import dual_branch, sampling_options
 from dci.finetuning.config import ConceptConfig, FinetuneConfig
 from dci.finetuning.module import ICOTraining
+from dci.finetuning.precision import check_device
 from ldm.config import AutoencoderConfig, ModelConfig, TextEncoderConfig, UNetConfig
 from ldm.diffusion import LatentDiffusion
-from ldm.runtime.acceleration import accelerate
+from ldm.runtime.acceleration import PRECISIONS, accelerate, warn_of_emulation
 from ldm.unet import UNet
 
 UNET = UNetConfig(model_channels=32, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[2], context_dim=64)
@@ -95,3 +96,31 @@ def test_what_is_done_for_speed_is_said(tiny):
     assert accelerate(model, "cpu") == ["convolutions' weights packed"]
     # For a GPU, where half precision has its own layout; the model is moved there later.
     assert accelerate(tiny.half(), "cuda") == ["channels last in memory"]
+
+
+@pytest.mark.parametrize(
+    ("known", "emulated"),
+    [
+        ({"architecture": "x86_64", "avx512_bf16": True, "avx512_fp16": False}, ["fp16"]),
+        ({"architecture": "x86_64", "amx_bf16": True, "amx_fp16": True}, []),
+        ({"architecture": "x86_64", "avx2": True}, ["fp16", "bf16"]),
+        ({"architecture": "aarch64"}, []),  # whose capabilities do not tell
+        ({}, []),
+    ],
+)
+def test_an_emulated_precision_is_warned_of(known, emulated, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    for name, dtype in PRECISIONS.items():
+        warn_of_emulation(dtype, "cpu")
+        warn_of_emulation(dtype, "cuda")
+        said = [str(warning.message) for warning in recwarn]
+        assert said == ([f"this processor only emulates {name}, which takes many times as long as fp32"] * (name in emulated))
+        recwarn.clear()
+
+
+def test_loading_and_training_warn_of_it(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
+    with pytest.warns(UserWarning, match="only emulates bf16"):
+        accelerate(tiny.bfloat16(), "cpu")
+    with pytest.warns(UserWarning, match="only emulates bf16"):
+        check_device("bf16", torch.device("cpu"))

@@ -28,6 +28,7 @@ def test_the_pages_that_report_results_are_marked():
     assert {named(page) for page in PAGES} >= {"README.md", "docs/results-tiny/README.md"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_numbers_are_those_of_the_stored_scores(page):
     text = page.read_text(encoding="utf-8")

@@ -123,6 +123,7 @@ def test_a_tuned_model_is_imported_as_a_whole_or_by_its_cross_attention(tiny_bas
     refused(run_here(capfd, "import_concept.py", *files, "--out", tmp_path / "d.safetensors"), "--model")
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_asked_for_by_the_programs_options(tiny_base, tmp_path, capfd):
     """The library names options as Python knows them."""
     place = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -121,6 +121,7 @@ def test_a_users_own_configurations_name_shipped_files(elsewhere):
     assert find(TINY) == ROOT / TINY
 
 
+@pytest.mark.slow
 def test_python_users_name_them_too(elsewhere):
     pipeline = Pipeline.load("concept.safetensors", TINY, "data/tiny", device="cpu")
     shipped = load_file(ROOT / "data/tiny/vae.safetensors")["first_stage_model.decoder.conv_out.bias"]

@@ -200,6 +200,7 @@ def test_training_refuses_impossible_input(tmp_path, capfd):
     assert not (tmp_path / "logs").exists()
 
 
+@pytest.mark.slow
 def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
     def sample(file=concept, prompt="a V* dog", *args):
         return run_here(capfd, "sample_dci.py", "--concept", file, "--prompt", prompt, "--outdir", tmp_path / "out", *args)

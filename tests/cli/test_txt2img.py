@@ -81,6 +81,7 @@ def test_strength_leads_away_from_the_image(tmp_path, start):
     assert distances == sorted(distances)
 
 
+@pytest.mark.slow
 def test_what_the_mask_keeps_is_kept(tmp_path, start):
     file = sample(tmp_path, "--prompt", "a dog", "--init-image", start / "image.png", "--mask", start / "mask.png")[0]
     change = np.abs(pixels(file) - pixels(start / "image.png")).max(-1)
@@ -96,6 +97,7 @@ def test_half_precision_gives_nearly_the_same(tmp_path, precision):
     assert np.abs(pixels(full[0]) - pixels(half[0])).mean() < 6
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_each(capfd, tmp_path, start):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")

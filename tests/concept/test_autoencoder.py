@@ -48,6 +48,7 @@ def bias(model):
     return dict(model.autoencoder.state_dict())[BIAS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("load", [lambda file, options: Pipeline.load(file, device="cpu", **options).model, cells_model])
 def test_the_trained_autoencoder_comes_with_the_model(trained, tiny_base, load):
     file, own, _ = trained

@@ -92,6 +92,7 @@ def test_a_concept_is_compressed_and_inspected_against_its_own_base_alone(tiny_b
             look()
 
 
+@pytest.mark.slow
 def test_merging_equals_the_karush_kuhn_tucker_system_solved_by_scipy(tiny_base, two, tmp_path):
     """min |W C_reg^T - W_0 C_reg^T| with W C^T = V, from its own equations, in float64."""
     merged = merge(two, tiny_base, CAPTIONS)

@@ -132,6 +132,7 @@ def test_the_card_names_them(trained, style, tmp_path):
     assert f"`{style}:{STRENGTH}`" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_embeddings_inside_have_no_effect_and_that_is_said(style, finetuned, tmp_path):
     finetuned[1].save(tmp_path / "c.safetensors")
     pipeline, said = load(tmp_path / "c.safetensors", model=TINY, loras=[str(style)])

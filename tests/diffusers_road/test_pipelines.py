@@ -119,6 +119,7 @@ def test_the_auxiliary_branch_keeps_what_inpainting_keeps(sd1):
         assert relative_error(auxiliary[..., :8], concept[..., :8]) > 1e-3
 
 
+@pytest.mark.slow
 def test_calls_are_those_of_diffusers(pipe):
     """Lists, outputs, callbacks and options of the pipeline's own call."""
     seen = []

@@ -10,13 +10,13 @@ import torch
 from calls import INTO, PROMPT, controlnet, half_mask, picture, seeded, with_and_without
 from diffusers import ControlNetModel, ControlNetUnionModel
 from diffusers_world import world
-from helpers import mostly_slow
 from tiny_models import relative_error
 
 from dci.diffusers import DCIPipeline
 from ldm.errors import UserError
 from ldm.tokenizer import END
 
+pytestmark = pytest.mark.slow
 latents = functools.partial(calls.latents, num_inference_steps=3, agg_time=1)
 UNIONS = {"num_trans_channel": 32, "num_proj_channel": 32, "num_trans_head": 4, "num_control_type": 6}
 
@@ -61,7 +61,7 @@ def made(pipe, kind):
     return other, options
 
 
-@pytest.mark.parametrize("kind", mostly_slow(KINDS, "text"))
+@pytest.mark.parametrize("kind", KINDS)
 def test_kinds(pipe, kind):
     """A weight of one is the pipeline by itself; DCI is something else; separate guidance is another thing again."""
     pipe, options = made(pipe, kind)
@@ -103,7 +103,6 @@ def test_each_row_has_its_own_texts_and_the_image_has_one_size(xl, pipe, shared)
     assert added["text_embeds"][0].abs().max() > 0
 
 
-@pytest.mark.slow
 def test_texts_are_pooled_at_their_end(xl):
     """Published configurations have an id that makes transformers take the largest one; added tokens' are larger."""
     pipe = xl.pipe(concept=False)
@@ -132,7 +131,6 @@ def test_the_second_prompt(pipe):
         latents(pipe, prompt_2=[PROMPT, PROMPT])
 
 
-@pytest.mark.slow
 def test_embeddings_in_place_of_prompts(pipe):
     branches = pipe.parse(PROMPT)
     embeds, negative, pooled, negative_pooled = pipe.encode_prompt(branches.concept)
@@ -153,7 +151,6 @@ def test_embeddings_in_place_of_prompts(pipe):
         latents(pipe, None, **given, auxiliary_prompt_embeds=auxiliary)
 
 
-@pytest.mark.slow
 def test_going_on_with_latents(pipe):
     """One pipeline may end early and another go on: the auxiliary branch goes on from the same latents."""
     into = made(pipe, "image")[0]
@@ -169,7 +166,6 @@ def test_going_on_with_latents(pipe):
     assert not torch.equal(latents(into, **options), other)
 
 
-@pytest.mark.slow
 def test_textual_inversions_belong_to_both_encoders(xl):
     pipe = xl.pipe()
     pairs = zip((pipe.text_encoder, pipe.text_encoder_2), (pipe.tokenizer, pipe.tokenizer_2), strict=True)
@@ -183,7 +179,6 @@ def test_textual_inversions_belong_to_both_encoders(xl):
     assert latents(pipe, "a <hat> on a V* dog").isfinite().all()
 
 
-@pytest.mark.slow
 def test_other_bases_are_refused(xl):
     pipe = xl.pipe(concept=False)
     with pytest.raises(UserError, match="holds another"):
@@ -196,7 +191,6 @@ def test_other_bases_are_refused(xl):
         world("sd1").pipe(concept=False).load_concept(xl.file)
 
 
-@pytest.mark.slow
 def test_the_refiner_is_refused(xl):
     plain = xl.plain()
     parts = {**plain.components, "text_encoder": None, "tokenizer": None}
@@ -205,7 +199,6 @@ def test_the_refiner_is_refused(xl):
         refiner.load_concept(xl.file)
 
 
-@pytest.mark.slow
 def test_the_base_is_known_in_bf16(xl):
     pipe = DCIPipeline.from_pretrained(xl.folder, torch_dtype=torch.bfloat16)
     pipe.load_concept(xl.file)

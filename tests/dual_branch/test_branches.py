@@ -256,6 +256,7 @@ def test_unknown_layers_are_named(finetuned, name):
         sampled(finetuned, dual_branch(finetuned[0], layers=f"middle,{name}"))
 
 
+@pytest.mark.slow
 def test_integration_happens_in_the_chosen_layers(finetuned):
     model, _ = finetuned
     images = {}

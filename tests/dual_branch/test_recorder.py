@@ -55,6 +55,7 @@ def test_maps_are_the_softmax_over_the_named_tokens():
     assert (maps.t, maps.number) == (981, 4)
 
 
+@pytest.mark.slow
 def test_looking_on_changes_nothing(finetuned):
     model, concept = finetuned
     options, dual = sampling_options(model, steps=8), dual_branch(model, agg_time=0.4)
@@ -215,6 +216,7 @@ def test_the_first_lines_of_python(page, saved, concept_file, tmp_path, monkeypa
     assert len(list(Path(tmp_path).glob("*.png"))) == saved
 
 
+@pytest.mark.slow
 def test_the_pipeline_gives_what_the_sampler_gives(finetuned, concept_file, tiny_base):
     model, concept = finetuned
     pipeline = Pipeline.load(concept_file, device="cpu")

@@ -317,6 +317,7 @@ class Page(HTMLParser):
         assert tag not in ("script", "link", "iframe")
 
 
+@pytest.mark.slow
 def test_the_program_writes_a_report_that_needs_no_network(tmp_path, capfd):
     a, b = (
         folder_of(tmp_path / name, {f"{i:05}": {"prompt": p, "seed": 0, "index": i // 2} for i, p in enumerate(PROMPTS)})

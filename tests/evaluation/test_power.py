@@ -109,6 +109,7 @@ def test_designs_that_show_nothing(design, message):
         smallest_shown(Variances("m", dict.fromkeys(("concept", "prompt", "seed"), 2), {}), **design)
 
 
+@pytest.mark.slow
 def test_the_program(tmp_path, capfd):
     from dci.evaluation.report import write_report
 

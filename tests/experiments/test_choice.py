@@ -117,6 +117,7 @@ def test_the_tiny_suites_have_what_was_chosen(tmp_path):
     assert {s.name: s.sampling for s in ablations.settings}["dci"] == chosen["ico"]["sampling"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", [None, "cat/*"])
 def test_dci_is_only_sampled_with_the_trainings_that_were_chosen(tmp_path, monkeypatch, capfd, only):
     """The launcher is a stand-in that scores each cell; a higher rate is better here."""

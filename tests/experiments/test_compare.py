@@ -191,6 +191,7 @@ def test_every_shipped_suite_is_planned(published, tmp_path, capfd, monkeypatch,
     assert not list(tmp_path.rglob("result.json"))
 
 
+@pytest.mark.slow
 def test_cost_is_the_published_one_of_stable_diffusion():
     """803.3 and 2,514.5 GFLOP are what others count for a UNet row and a decode at 512 px."""
     found = cost(configuration.load(ModelConfig, ROOT / "configs/model/sd-v1.yaml"))

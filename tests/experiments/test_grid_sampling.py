@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from foreign_models import lora_concept
-from helpers import ROOT, mostly_slow, pixels, run_main
+from helpers import ROOT, pixels, run_main
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -102,7 +102,8 @@ def plain(files, tmp_path_factory):
     return drawn(files, tmp_path_factory.mktemp("plain"), no_dci=True)[0]
 
 
-@pytest.mark.parametrize("option", mostly_slow(["loras", "vae", "strength_concept", "init_image"], "strength_concept"))
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["loras", "vae", "strength_concept", "init_image"])
 def test_each_has_its_effect(files, plain, tmp_path, option):
     value = {
         "loras": [str(files / "style.safetensors")],

@@ -383,6 +383,7 @@ def test_recomputed_blocks_and_channels_last_change_no_gradient(tiny):
             torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-6 + 1e-4 * gradient.abs().max().item())
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_kept_in_half_and_trained_ones_in_full(tiny):
     parts = batch([0])
     exact = ICOTraining(tiny, config(), images=1).loss(parts).item()

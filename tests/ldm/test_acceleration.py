@@ -87,6 +87,7 @@ def test_with_compile_a_smaller_last_batch_is_filled_up(monkeypatch, tmp_path, c
     assert max(abs(a - b).max() for a, b in zip(compiled, eager, strict=True)) <= 1
 
 
+@pytest.mark.slow
 def test_what_is_done_for_speed_is_said(tiny):
     assert accelerate(tiny, "cpu") == []  # narrow networks gain nothing
     assert accelerate(tiny, "cpu", channels_last=True) == ["channels last in memory"]
@@ -113,8 +114,8 @@ def test_an_emulated_precision_is_warned_of(known, emulated, monkeypatch, recwar
     for name, dtype in PRECISIONS.items():
         warn_of_emulation(dtype, "cpu")
         warn_of_emulation(dtype, "cuda")
-        said = [str(warning.message) for warning in recwarn]
-        assert said == ([f"this processor only emulates {name}, which takes many times as long as fp32"] * (name in emulated))
+        line = f"this processor only emulates {name}, which takes many times as long as fp32"
+        assert [str(warning.message) for warning in recwarn] == [line] * (name in emulated)
         recwarn.clear()
 
 

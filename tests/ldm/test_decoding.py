@@ -31,6 +31,7 @@ def test_slices_and_large_tiles_change_nothing(tiny_base):
     assert torch.equal(decode(tiny_base, latents, tile=64), whole)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_tiles_in_half_precision(tiny):
     latents = torch.randn(1, 4, 32, 32)

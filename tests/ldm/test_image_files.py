@@ -317,6 +317,7 @@ def test_what_the_library_warns_of_reaches_the_user_with_the_files_name(tmp_path
     assert [str(w.message) for w in caught] == [f"{tmp_path / 'a.png'}: {warning}"] * told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressed", [False, True])
 def test_an_image_with_large_texts_is_read(tmp_path, compressed):
     info = PngImagePlugin.PngInfo()
@@ -348,6 +349,7 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + b"\0\0\0\0IDAT"
 
 
+@pytest.mark.slow
 def test_200_megapixels_are_read(tmp_path):
     Image.new("L", (16320, 12240), 90).save(tmp_path / "a.jpg")
     assert read_image(tmp_path / "a.jpg").size == (8160, 6120)

@@ -33,6 +33,7 @@ def branches(model, concept, text="a V* cat on the beach", negative="", images=2
     return BranchContexts.of(model, concept, [prompt] * images, negative)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_are_encoded_once_in_a_run(tmp_path, encoded, monkeypatch):
     tokenizer._ids.cache_clear()
     (tmp_path / "prompts.txt").write_text("a dog\na cat\n a dog \n")

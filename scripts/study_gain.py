@@ -6,7 +6,8 @@ python scripts/study_gain.py                                  # gains by factor,
 python scripts/study_gain.py --suite configs/eval/tiny.yaml --methods ico,custom-diffusion      # any suite's concepts
 
 Each of eight nouns has five concepts that differ in one factor alone (ldm/pretraining/study.py), learned by both methods
-with two numbers of steps. --metric clip_t does the same for editability, --setting dci with DCI.
+with two numbers of steps; --nouns cake,house and --steps 100 make a smaller study. --metric clip_t does the same for
+editability, --setting dci with DCI.
 """
 
 import json
@@ -24,6 +25,8 @@ STEPS = (100, 400)
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--make", action="store_true", help="render the study's concepts, and write its suite")
+    parser.add_argument("--nouns", help="with --make: some of the study's, between commas (default: all eight)")
+    parser.add_argument("--steps", help=f"of the study's trainings (default {','.join(map(str, STEPS))})")
     parser.add_argument("--artwork", default=str(ROOT / ".artwork"), help="folder of scripts/fetch_artwork.sh")
     parser.add_argument("--suite", default=str(FOLDER / "suite.yaml"), help="whose results are read (default: the study's)")
     parser.add_argument("--methods", help="method and baseline (default: those of each number of steps)")
@@ -33,20 +36,52 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the suite, such as name= or outdir=")
     args = parser.parse_args()
+    args.steps = steps_of(args.steps)
     if args.make:
         make(args)
     else:
         report(args)
 
 
+def steps_of(text: str | None) -> list[int]:
+    """Return the numbers of steps that `--steps` names.
+
+    Raises:
+        UserError: one of them is no number above 0.
+    """
+    from ldm.errors import UserError
+
+    parts = text.split(",") if text is not None else [str(number) for number in STEPS]
+    for part in parts:
+        if not part.strip().isdecimal() or not int(part):
+            raise UserError(f"--steps {text}: expected numbers above 0 with commas between them, such as 100,400")
+    return [int(part) for part in parts]
+
+
+def nouns_of(text: str | None) -> list[str]:
+    """Return the nouns that `--nouns` names; all of the study's without it.
+
+    Raises:
+        UserError: the study has no such noun.
+    """
+    from ldm.errors import UserError
+    from ldm.pretraining.study import DRAWINGS
+
+    nouns = [part.strip() for part in text.split(",")] if text is not None else list(DRAWINGS)
+    for noun in nouns:
+        if noun not in DRAWINGS:
+            raise UserError(f"--nouns {text}: '{noun}' is none of the study's: {', '.join(DRAWINGS)}")
+    return list(dict.fromkeys(nouns))
+
+
 def make(args) -> None:
     """Write reference images of each noun and variant, and the suite that learns them."""
     import yaml
 
-    from ldm.pretraining.study import DRAWINGS, VARIANTS, render_variant
+    from ldm.pretraining.study import VARIANTS, render_variant
 
     folder, concepts = Path(args.suite).parent, []
-    for noun in DRAWINGS:
+    for noun in nouns_of(args.nouns):
         for variant in VARIANTS:
             images = folder / "concepts" / f"{noun}-{variant}"
             images.mkdir(parents=True, exist_ok=True)
@@ -54,7 +89,7 @@ def make(args) -> None:
                 image.save(images / f"{index:02}.png")
             concepts.append({"name": f"{noun}-{variant}", "class_noun": noun, "images": str(images.resolve())})
     methods = [
-        {"name": name, "config": str(ROOT / f"configs/train/{name}-tiny.yaml"), "vary": {"training.steps": list(STEPS)}}
+        {"name": name, "config": str(ROOT / f"configs/train/{name}-tiny.yaml"), "vary": {"training.steps": args.steps}}
         for name in ("custom-diffusion", "ico")
     ]
     tiny = yaml.safe_load((ROOT / "configs/eval/tiny.yaml").read_text(encoding="utf-8"))
@@ -77,7 +112,7 @@ def report(args) -> None:
     named = (
         [tuple(args.methods.split(","))]
         if args.methods
-        else [(f"ico-steps={n}", f"custom-diffusion-steps={n}") for n in STEPS]
+        else [(f"ico-steps={n}", f"custom-diffusion-steps={n}") for n in args.steps]
     )
     pairs = {pair: gains(points, *pair, args.setting, args.metric) for pair in named}
     distances = distances_from_base(suite, args.base_images)

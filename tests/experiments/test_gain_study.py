@@ -116,3 +116,20 @@ def test_the_study_is_made_from_the_artwork(tmp_path, capfd):
     suite = load_suite(file, [f"outdir={tmp_path}", "dataset.first=5"])
     assert [concept.name for concept in suite.concepts] == [f"dog-{variant}" for variant in VARIANTS]
     assert {method.family for method in suite.methods} == {"ico", "custom-diffusion"} and len(suite.methods) == 4
+
+
+@pytest.mark.skipif(not os.path.isdir(ARTWORK), reason="the artwork is not here: bash scripts/fetch_artwork.sh")
+def test_a_smaller_study_has_the_named_nouns_and_steps(tmp_path):
+    file = tmp_path / "study/suite.yaml"
+    run_main("study_gain.py", "--make", "--nouns", "cake, house", "--steps", 50, "--artwork", ARTWORK, "--suite", file)
+    suite = load_suite(file, [f"outdir={tmp_path}"])
+    assert [concept.name for concept in suite.concepts] == [f"{n}-{variant}" for n in ("cake", "house") for variant in VARIANTS]
+    assert [method.name for method in suite.methods] == ["custom-diffusion-steps=50", "ico-steps=50"]
+
+
+def test_nouns_and_steps_that_the_study_does_not_have(tmp_path, capfd):
+    options = ("--make", "--suite", tmp_path / "suite.yaml")
+    refused(run_here(capfd, "study_gain.py", *options, "--nouns", "cake,cow"), "'cow' is none of the study's: dog, rabbit")
+    for steps in ("0", "100,", "many", "-5"):
+        refused(run_here(capfd, "study_gain.py", *options, "--steps", steps), f"--steps {steps}: expected numbers above 0")
+    assert not (tmp_path / "suite.yaml").exists()

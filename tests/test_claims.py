@@ -94,6 +94,15 @@ def test_a_table_is_filled_from_its_report(report):
     assert "Row 1 is better." in without_tables(text) and "0.250" not in without_tables(text)
 
 
+def test_a_table_may_compare_rows_of_two_reports(report):
+    runs = [run for run in read_report(report / "report") if run.name == "a"]
+    write_report(report / "other", [RunScores("c", runs[0].scores)], "t")
+    both = PAGE.replace("report/scores.json", "report/scores.json other").replace("2 · `a`", "2 · `b, x` less `c`")
+    assert "| 2 · `b, x` less `c` | **+0.250** [+0.250, +0.250] |" in fill(both, report)
+    with pytest.raises(UserError, match="has a row 'a', as another report"):
+        fill(PAGE.replace("report/scores.json", "report/scores.json report"), report)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

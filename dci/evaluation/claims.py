@@ -4,7 +4,8 @@ A table that belongs to a report follows a line
 
     <!-- numbers: docs/results-tiny/scores.json -->
 
-Its first column names, behind a number of the row, a row of the report or a difference of two,
+or to several, with spaces between their files. Its first column names, behind a number of the row, a row of the report
+or a difference of two,
 
     | 3 · `ico, dci` less `ico, plain` |
 
@@ -21,7 +22,7 @@ from dci.evaluation.metrics import LABELS, NOUN, PLACE
 from dci.evaluation.scores import Scores, columns, paired_differences, read_report
 from ldm.errors import UserError
 
-_TABLE = re.compile(r"^<!-- numbers: (?P<file>\S+) -->\n\n?(?P<table>(?:\|.*\|\n)+)", re.MULTILINE)
+_TABLE = re.compile(r"^<!-- numbers: (?P<files>\S+(?: \S+)*) -->\n\n?(?P<table>(?:\|.*\|\n)+)", re.MULTILINE)
 _SHARES = (NOUN, PLACE)
 
 
@@ -32,12 +33,12 @@ def fill(text: str, root: str | Path) -> str:
         root: the folder that the tables' files are relative to.
 
     Raises:
-        UserError: a report, a row or a metric that there is not.
+        UserError: a report, a row or a metric that there is not, or a row that two of a table's reports have.
     """
 
     def filled(match: re.Match) -> str:
         head, rule, *rows = match["table"].splitlines()
-        runs = {run.name: run.scores for run in read_report(Path(root) / match["file"])}
+        runs = _runs([Path(root) / file for file in match["files"].split()])
         metrics = [_metric(cell) for cell in _cells(head)[1:]]
         lines = [head, rule, *(_row(_cells(row)[0], metrics, runs) for row in rows)]
         return match[0].replace(match["table"], "".join(f"{line}\n" for line in lines))
@@ -54,6 +55,17 @@ def rows_of(text: str) -> dict[int, str]:
 def without_tables(text: str) -> str:
     """Return a text without its marked tables."""
     return _TABLE.sub("", text)
+
+
+def _runs(files: list[Path]) -> dict[str, Scores]:
+    """The rows of reports by their names."""
+    found: dict[str, Scores] = {}
+    for file in files:
+        for run in read_report(file):
+            if run.name in found:
+                raise UserError(f"{file} has a row '{run.name}', as another report of the table has: name one of them")
+            found[run.name] = run.scores
+    return found
 
 
 def _cells(line: str) -> list[str]:

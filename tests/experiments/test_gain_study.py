@@ -122,8 +122,8 @@ def test_the_study_is_made_from_the_artwork(tmp_path, capfd):
 def test_a_smaller_study_has_the_named_nouns_and_steps(tmp_path):
     file = tmp_path / "study/suite.yaml"
     run_main("study_gain.py", "--make", "--nouns", "cake, house", "--steps", 50, "--artwork", ARTWORK, "--suite", file)
-    suite = load_suite(file, [f"outdir={tmp_path}"])
-    assert [concept.name for concept in suite.concepts] == [f"{n}-{variant}" for n in ("cake", "house") for variant in VARIANTS]
+    suite, nouns = load_suite(file, [f"outdir={tmp_path}"]), ("cake", "house")
+    assert [concept.name for concept in suite.concepts] == [f"{noun}-{name}" for noun in nouns for name in VARIANTS]
     assert [method.name for method in suite.methods] == ["custom-diffusion-steps=50", "ico-steps=50"]
 
 

@@ -102,7 +102,9 @@ def make(args) -> None:
 
 def report(args) -> None:
     """Print the gain of each variant and its effect, and the gains' rank correlation with what the base does not know."""
-    from dci.experiments.gain_study import effects, gains, rank_correlation
+    from dci.evaluation.report import write_scores
+    from dci.evaluation.scores import REPORT
+    from dci.experiments.gain_study import effects, gains, rank_correlation, runs_by_variant
     from dci.experiments.grid import grid_points
     from dci.experiments.suite import load_suite
     from ldm.errors import UserError
@@ -132,6 +134,9 @@ def report(args) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\nEach concept's gain and distance: {out}")
+    if runs := runs_by_variant(points, args.setting):
+        write_scores(FOLDER / REPORT, runs, suite.title)
+        print(f"Scores of each method and variant: {FOLDER / REPORT}")
 
 
 def distances_from_base(suite, images: int) -> dict[str, float]:

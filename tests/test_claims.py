@@ -103,6 +103,13 @@ def test_a_table_may_compare_rows_of_two_reports(report):
         fill(PAGE.replace("report/scores.json", "report/scores.json report"), report)
 
 
+def test_a_row_may_be_a_difference_of_differences(report):
+    row = "2 · `b, x` less `a` beside `a` less `b, x`"
+    assert f"| {row} | **+0.500** [+0.500, +0.500] | +0.0 pp" in fill(PAGE.replace("2 · `a`", row), report)
+    row = "2 · `b, x` less `a` beside `b, x` less `a`"
+    assert f"| {row} | +0.000 [+0.000, +0.000] | +0.0 pp" in fill(PAGE.replace("2 · `a`", row), report)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

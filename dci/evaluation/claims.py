@@ -8,9 +8,11 @@ or to several, with spaces between their files. Its first column names, behind a
 or a difference of two,
 
     | 3 · `ico, dci` less `ico, plain` |
+    | 4 · `ico, small` less `cd, small` beside `ico, usual` less `cd, usual` |
 
-and the heads of its other columns end in a metric's name as the reports have it, such as "fidelity (DINO-I)". What
-these cells say is written by `fill`; a text that already says it comes back as it is.
+(the fourth row says how much larger the first difference is than the second), and the heads of its other columns end in
+a metric's name as the reports have it, such as "fidelity (DINO-I)". What these cells say is written by `fill`; a text that
+already says it comes back as it is.
 """
 
 import re
@@ -19,11 +21,13 @@ from pathlib import Path
 
 from dci.evaluation.bootstrap import Interval, bootstrap_mean
 from dci.evaluation.metrics import LABELS, NOUN, PLACE
-from dci.evaluation.scores import Scores, columns, paired_differences, read_report
+from dci.evaluation.scores import ImageScore, Scores, columns, paired_differences, read_report
 from ldm.errors import UserError
 
 _TABLE = re.compile(r"^<!-- numbers: (?P<files>\S+(?: \S+)*) -->\n\n?(?P<table>(?:\|.*\|\n)+)", re.MULTILINE)
 _SHARES = (NOUN, PLACE)
+Differences = dict[str, list[tuple[ImageScore, float]]]
+"""Metric -> images and their paired differences, as `paired_differences` returns them."""
 
 
 def fill(text: str, root: str | Path) -> str:
@@ -84,14 +88,31 @@ def _row(name: str, metrics: list[str], runs: dict[str, Scores]) -> str:
     for row in rows:
         if row not in runs:
             raise UserError(f"no row '{row}' in the report: it has {'; '.join(runs)}")
-    if len(rows) == 2:
+    if len(rows) in (2, 4):
         found = paired_differences(runs[rows[0]], runs[rows[1]])
+        if len(rows) == 4:
+            found = _beside(found, paired_differences(runs[rows[2]], runs[rows[3]]))
         cells = [_difference(metric, found.get(metric)) for metric in metrics]
     elif len(rows) == 1:
         cells = [_shown(metric, runs[rows[0]].summary.get(metric)) for metric in metrics]
     else:
-        raise UserError(f"'{name}' names no row: expected `ROW`, or `ROW` less `ROW`")
+        raise UserError(f"'{name}' names no row: expected `ROW`, `ROW` less `ROW`, or two differences with beside between")
     return f"| {' | '.join([name, *cells])} |"
+
+
+def _beside(found: Differences, other: Differences) -> Differences:
+    """Differences less those of the same concept, prompt and noise in another pair."""
+    known = {m: {(row.concept, row.prompt, row.noise): value for row, value in pairs} for m, pairs in other.items()}
+    both = {
+        metric: [
+            (row, value - known[metric][key])
+            for row, value in pairs
+            if (key := (row.concept, row.prompt, row.noise)) in known[metric]
+        ]
+        for metric, pairs in found.items()
+        if metric in known
+    }
+    return {metric: pairs for metric, pairs in both.items() if pairs}
 
 
 def _difference(metric: str, found: list | None) -> str:

@@ -74,15 +74,26 @@ def write_report(
     )
     write_atomically(outdir / PAGE, readable(html).encode())
     write_atomically(outdir / TEXT, readable(_markdown(runs, title, notes, differences, tables)).encode())
-    content = {
-        "title": title,
-        "runs": [{"name": run.name, "series": run.series, **as_json(run.scores)} for run in runs],
-        "differences": as_json(differences),
-    }
-    write_atomically(outdir / REPORT, f"{_row_by_row(content)}\n".encode())
+    write_scores(outdir / REPORT, runs, title, differences)
     write_atomically(outdir / SUMMARY, readable(_csv(_summary_rows(runs))).encode())
     write_atomically(outdir / IMAGES, readable(_csv(_image_rows(runs))).encode())
     return outdir / PAGE
+
+
+def write_scores(
+    file: str | Path, runs: Sequence[RunScores], title: str, differences: dict[str, dict[str, Interval]] | None = None
+) -> None:
+    """Write what `dci.evaluation.scores.read_report` reads: JSON with every image's scores.
+
+    Args:
+        differences: of later runs to the first, see `differences_to_first`.
+    """
+    content = {
+        "title": title,
+        "runs": [{"name": run.name, "series": run.series, **as_json(run.scores)} for run in runs],
+        "differences": as_json(differences or {}),
+    }
+    write_atomically(Path(file), f"{_row_by_row(content)}\n".encode())
 
 
 def _plots(runs: Sequence[RunScores], answers: Sequence[Answer]) -> list[tuple[str, Figure]]:

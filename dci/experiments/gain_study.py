@@ -13,7 +13,7 @@ import numpy as np
 
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap_mean
 from dci.evaluation.metrics import DINO_I
-from dci.evaluation.scores import Scores, paired_differences
+from dci.evaluation.scores import RunScores, Scores, paired_differences, pool
 from dci.experiments.grid import GridPoint
 from ldm.errors import UserError
 
@@ -52,6 +52,19 @@ def gains(points: Sequence[GridPoint], method: str, baseline: str, setting: str,
             raise UserError(f"no {metric} in the results: expected a metric of the suite")
         found[concept] = {(row.prompt, row.noise): value for row, value in pairs}
     return found
+
+
+def runs_by_variant(points: Sequence[GridPoint], setting: str) -> list[RunScores]:
+    """Return the scores of each method and variant, pooled over the nouns; a run is called "METHOD, VARIANT".
+
+    Concepts that are not called NOUN-VARIANT are left out.
+    """
+    parts: dict[tuple[str, str], dict[str, Scores]] = {}
+    for point in points:
+        noun, _, variant = point.concept.rpartition("-")
+        if noun and point.setting == setting:
+            parts.setdefault((point.method, variant), {})[noun] = Scores.load(point.result)
+    return [RunScores(f"{method}, {variant}", pool(own), method) for (method, variant), own in parts.items()]
 
 
 def effects(found: Gains) -> list[Effect]:

@@ -9,6 +9,7 @@ import yaml
 from helpers import ROOT, refused, run_here, run_main
 from scipy import stats
 
+from dci.evaluation.scores import read_report
 from dci.experiments.gain_study import effects, gains, rank_correlation
 from dci.experiments.grid import grid_points
 from dci.experiments.suite import load_suite
@@ -101,6 +102,10 @@ def test_the_program_says_what_decides_the_gain(suite, tmp_path, capfd, monkeypa
     content = json.loads((tmp_path / "outputs/study-gain/report.json").read_text())
     assert content["ico-steps=100"]["cake-usual"] == pytest.approx(0.1)
     assert len(content["distance"]) == 4 and all(0 < value < 2 for value in content["distance"].values())
+    runs = {run.name: run.scores for run in read_report(tmp_path / "outputs/study-gain")}
+    assert {row.concept for row in runs["ico-steps=100, seen"].rows} == {"dog", "cake"}
+    assert runs["ico-steps=100, seen"].summary["dino_i"].mean == pytest.approx(0.9)
+    assert runs["custom-diffusion-steps=400, seen"].summary["dino_i"].mean == pytest.approx(0.5)
     refused(run_here(capfd, "study_gain.py", "--suite", suite[0], "--setting", "dci"), "run the suite to its end first")
 
 

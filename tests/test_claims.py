@@ -137,6 +137,26 @@ def test_what_could_have_been_shown_is_what_the_page_says():
         assert shown.difference == pytest.approx(float(said), rel=0.15)
 
 
+def test_the_places_that_dci_mends_and_spoils_are_as_many_as_the_page_says():
+    text = re.sub(r"\s+", " ", (ROOT / "docs/results-tiny/README.md").read_text(encoding="utf-8"))
+    said = (
+        ("custom-diffusion", r"misses the place in (\d+) of 2,400 images; DCI mends (\d+) of these and spoils (\d+) of the"),
+        ("textual-inversion", r"Textual inversion misses (\d+) \((\d+) mended, (\d+) spoiled\)"),
+        ("ico", r"ICO (\d+) \((\d+) mended, (\d+) spoiled\)"),
+    )
+    runs = {run.name: run.scores for run in read_report(ROOT / "docs/results-tiny")}
+    for method, pattern in said:
+        plain, dci = (
+            {(row.concept, row.prompt, row.noise): row.values["place"] for row in runs[f"{method}, {setting}"].rows}
+            for setting in ("plain", "dci")
+        )
+        assert len(plain) == len(dci) == 2400
+        missed = [key for key, right in plain.items() if not right]
+        mended = sum(dci[key] == 1 for key in missed)
+        spoiled = sum(dci[key] == 0 for key in plain) - (len(missed) - mended)
+        assert re.search(pattern, text).groups() == (str(len(missed)), str(mended), str(spoiled))
+
+
 def test_the_gain_in_fidelity_and_the_distance_from_the_base_are_as_the_page_says():
     content = json.loads((ROOT / "docs/results-tiny/distance.json").read_text())
     correlation = content["ico, correlation"]

@@ -94,7 +94,7 @@ def each(request, tmp_path_factory):
 
 
 def lora_by_diffusers(pipe, out):
-    pipe.load_lora_weights(str(out / "mycat-lora.safetensors"))
+    pipe.load_lora_weights(str(out), weight_name="mycat-lora.safetensors")  # offline, older releases want the name
 
 
 def custom_diffusion_by_diffusers(pipe, out):

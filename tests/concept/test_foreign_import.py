@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from inspect import signature
 
 import pytest
 import tiny_models
@@ -165,6 +166,10 @@ def train(network):
             parameter.data = 0.2 * torch.randn(parameter.shape)
 
 
+@pytest.mark.skipif(
+    "unet_lora_adapter_metadata" not in signature(StableDiffusionPipeline.save_lora_weights).parameters,
+    reason="this release of diffusers writes no alphas",
+)
 @pytest.mark.parametrize("kind", mostly_slow(PEFT, "mixed ranks and alphas"))
 def test_a_lora_by_peft(networks, kind, tmp_path):
     pipe, rules = networks.pipe, {"target_modules": UNET_LAYERS, **PEFT[kind]}
@@ -223,7 +228,7 @@ ALPHAS = {"alpha 1": lambda i, rank: 1, "no alpha": lambda i, rank: None}
 @pytest.mark.parametrize("kind", ALPHAS)
 def test_a_lora_by_kohya_as_diffusers_loads_it(networks, kind, tmp_path):
     kohya_file(networks.model, networks.pipe, ALPHAS[kind], tmp_path / "kohya.safetensors")
-    networks.pipe.load_lora_weights(str(tmp_path / "kohya.safetensors"))
+    networks.pipe.load_lora_weights(str(tmp_path), weight_name="kohya.safetensors")
     found = imported([tmp_path / "kohya.safetensors"], networks.model, "cat", "sks")
     assert "ranks 1 to 4" in found.said[0] or "ranks 1 to" in found.said[0]
     assert networks.error(found.concept) < 1e-5

@@ -75,7 +75,9 @@ def transformers_folder(their_open_clip, tmp_path_factory):
     words = open_clip.tokenizer.SimpleTokenizer()
     vocabulary = dict(words.encoder) | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
     del vocabulary["<start_of_text>"], vocabulary["<end_of_text>"]
-    CLIPTokenizer(vocab=vocabulary, merges=list(words.bpe_ranks)).save_pretrained(folder)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))  # older releases of transformers make one of files alone
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in words.bpe_ranks)]))
+    CLIPTokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder
 
 

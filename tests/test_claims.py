@@ -5,6 +5,7 @@ import re
 
 import pytest
 from helpers import ROOT
+from scipy.stats import binomtest
 
 from dci.evaluation.bootstrap import bootstrap_mean
 from dci.evaluation.claims import fill, rows_of, without_tables
@@ -168,6 +169,17 @@ def test_the_gain_in_fidelity_and_the_distance_from_the_base_are_as_the_page_say
     for concept, gain in content["ico"].items():
         own = [difference for row, difference in found if row.concept == concept]
         assert gain == pytest.approx(sum(own) / len(own), abs=1e-6)
+
+
+def test_the_places_that_long_training_loses_are_as_many_as_the_page_says():
+    page = (ROOT / "docs/pretraining.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "docs/overfitting.json").read_text())
+    assert len(measured) == 2
+    for steps, own in zip(("500", "3,000"), measured.values(), strict=True):
+        right = round(own["place_right"] * own["images"])
+        low, high = binomtest(right, own["images"]).proportion_ci(method="wilson")
+        place = f"{100 * own['place_right']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
+        assert f"| {steps} | {place} | {own['likeness']:.3f} |" in page
 
 
 def test_what_the_model_can_be_taught_is_as_the_page_says():

@@ -3,9 +3,10 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from helpers import ROOT
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 
 from dci.evaluation.bootstrap import bootstrap_mean
 from dci.evaluation.claims import fill, rows_of, without_tables
@@ -13,6 +14,7 @@ from dci.evaluation.power import difference_variances, smallest_shown
 from dci.evaluation.report import write_report
 from dci.evaluation.scores import ImageScore, RunScores, Scores, paired_differences, read_report, summarize
 from ldm.errors import UserError
+from ldm.pretraining.concepts import STUDY_CONCEPTS
 
 PAGES = [
     file for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "<!-- numbers:" in file.read_text()
@@ -136,6 +138,17 @@ def test_what_could_have_been_shown_is_what_the_page_says():
     for concepts, said in ((15, fifteen), (30, thirty)):
         shown = smallest_shown(found["clip_t"], concepts, repetitions=100, resamples=300)
         assert shown.difference == pytest.approx(float(said), rel=0.15)
+
+
+def test_no_difference_between_painted_and_plain_drawings_is_shown_as_the_page_says():
+    gains = json.loads((ROOT / "docs/results-tiny/distance.json").read_text())["ico"]
+    painted, drawn = (
+        np.array([gain for name, gain in gains.items() if (STUDY_CONCEPTS[name].colours is not None) == paint])
+        for paint in (True, False)
+    )
+    assert (len(painted), len(drawn)) == (5, 10)
+    found = bootstrap((painted, drawn), lambda a, b, axis: a.mean(axis) - b.mean(axis), n_resamples=2000, rng=0)
+    assert found.confidence_interval.low < 0 < found.confidence_interval.high
 
 
 def test_the_places_that_dci_mends_and_spoils_are_as_many_as_the_page_says():

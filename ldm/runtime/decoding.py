@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ldm.autoencoder import Decoder, ResnetBlock
 from ldm.config import AutoencoderConfig
 from ldm.diffusion import LatentDiffusion
+from ldm.runtime.acceleration import native_on_cpu
 from ldm.runtime.device_memory import free_memory
 
 SHARE = 0.5  # of what the device has left, for decoding
@@ -52,7 +53,7 @@ def within_memory(
     Args:
         free: bytes that the device has left; None: as it is now.
     """
-    config, size = model.config.autoencoder, model.vae_dtype.itemsize
+    config, size = model.config.autoencoder, bytes_of(model.vae_dtype, model.device)
     budget = SHARE * (free_memory(model.device) if free is None else free)
     each = decoding_bytes(config, height, width, size)
     if images * each <= budget:
@@ -72,6 +73,12 @@ def within_memory(
             stacklevel=3,
         )
     return min(batch, images), tile
+
+
+def bytes_of(dtype: torch.dtype, device: torch.device | str) -> int:
+    """Return how many bytes a number takes while it is computed with: where a CPU emulates its format, an fp32 copy too."""
+    emulated = torch.device(device).type == "cpu" and native_on_cpu(dtype) is False
+    return dtype.itemsize + (torch.float32.itemsize if emulated else 0)
 
 
 def decoding_bytes(config: AutoencoderConfig, height: int, width: int, size: int) -> int:

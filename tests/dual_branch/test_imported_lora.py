@@ -49,7 +49,7 @@ def test_a_weight_of_one_is_plain_sampling(imported, weights, shared):
     request = SampleRequest(prompt, [0], options, base=replaced)
     plain = sample(model, concept, request)
     dual = dual_branch(model, agg_lambda=-1e6, shared_guidance=shared, auxiliary_weights=weights)
-    assert (sample(model, concept, replace(request, dual=dual)) - plain).abs().max() < 1e-5
+    assert (sample(model, concept, replace(request, dual=dual)) - plain).abs().max() < 1e-4
     dual = dual_branch(model, auxiliary_weights=weights, shared_guidance=shared)
     assert (sample(model, concept, replace(request, dual=dual)) - plain).abs().max() > 0.02
 

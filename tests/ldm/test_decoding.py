@@ -11,7 +11,7 @@ from benchmarks.measure import peak_bytes
 from ldm.autoencoder import AutoencoderKL
 from ldm.config import AutoencoderConfig
 from ldm.runtime import decoding, device_memory
-from ldm.runtime.decoding import decode, decoding_bytes, within_memory
+from ldm.runtime.decoding import bytes_of, decode, decoding_bytes, within_memory
 
 
 @torch.inference_mode()
@@ -80,7 +80,7 @@ def test_a_gpu_without_room_for_one_image_gets_tiles():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_estimate_is_above_what_decoding_takes(dtype):
     network, latents = AutoencoderKL(AutoencoderConfig()).to(dtype).eval(), torch.randn(2, 4, 8, 8, dtype=dtype)
-    estimate = 2 * decoding_bytes(AutoencoderConfig(), 64, 64, dtype.itemsize)
+    estimate = 2 * decoding_bytes(AutoencoderConfig(), 64, 64, bytes_of(dtype, "cpu"))
     assert estimate / 2 < peak_bytes(lambda: network.decode(latents), "cpu") < estimate
 
 

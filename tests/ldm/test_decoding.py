@@ -11,6 +11,7 @@ from benchmarks.measure import peak_bytes
 from ldm.autoencoder import AutoencoderKL
 from ldm.config import AutoencoderConfig
 from ldm.runtime import decoding, device_memory
+from ldm.runtime.acceleration import native_on_cpu
 from ldm.runtime.decoding import bytes_of, decode, decoding_bytes, within_memory
 
 
@@ -79,9 +80,19 @@ def test_a_gpu_without_room_for_one_image_gets_tiles():
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_estimate_is_above_what_decoding_takes(dtype):
+    if native_on_cpu(dtype) is False:
+        pytest.skip("emulated here, which takes minutes")
     network, latents = AutoencoderKL(AutoencoderConfig()).to(dtype).eval(), torch.randn(2, 4, 8, 8, dtype=dtype)
     estimate = 2 * decoding_bytes(AutoencoderConfig(), 64, 64, bytes_of(dtype, "cpu"))
     assert estimate / 2 < peak_bytes(lambda: network.decode(latents), "cpu") < estimate
+
+
+def test_an_emulated_number_waits_beside_its_copy_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)
+    assert [bytes_of(dtype, "cpu") for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [4, 6, 6]
+    assert bytes_of(torch.bfloat16, "cuda") == 2
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64", "amx_bf16": True}, raising=False)
+    assert bytes_of(torch.bfloat16, "cpu") == 2
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):

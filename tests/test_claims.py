@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from helpers import ROOT
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, spearmanr
 
 from dci.evaluation.bootstrap import bootstrap_mean
 from dci.evaluation.claims import fill, rows_of, without_tables
@@ -173,8 +173,11 @@ def test_the_places_that_dci_mends_and_spoils_are_as_many_as_the_page_says():
 
 def test_the_gain_in_fidelity_and_the_distance_from_the_base_are_as_the_page_says():
     content = json.loads((ROOT / "docs/results-tiny/distance.json").read_text())
-    correlation = content["ico, correlation"]
-    assert correlation["low"] < 0 < correlation["high"] and correlation["n"] == len(content["ico"]) == 15
+    for trait, name in (("distance", "ico, correlation"), ("filled", "ico, filled, correlation")):
+        stored = content[name]
+        assert stored["low"] < 0 < stored["high"] and stored["n"] == len(content["ico"]) == 15
+        expected = spearmanr([content[trait][concept] for concept in content["ico"]], list(content["ico"].values()))
+        assert stored["mean"] == pytest.approx(expected.statistic)
     ordered = sorted(content["ico"], key=content["ico"].get)
     assert set(ordered[-2:]) == {"cake", "rabbit"} and set(ordered[:3]) == {"lorry", "tabby", "boot"}
     runs = {run.name: run.scores for run in read_report(ROOT / "docs/results-tiny")}

@@ -55,7 +55,7 @@ def steps_of(text: str | None) -> list[int]:
     for part in parts:
         if not part.strip().isdecimal() or not int(part):
             raise UserError(f"--steps {text}: expected numbers above 0 with commas between them, such as 100,400")
-    return [int(part) for part in parts]
+    return list(dict.fromkeys(int(part) for part in parts))
 
 
 def nouns_of(text: str | None) -> list[str]:

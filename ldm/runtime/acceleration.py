@@ -41,18 +41,23 @@ def fastest_precision(config: ModelConfig, device: torch.device | str) -> torch.
         return torch.float32
     if torch.device(device).type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if native_on_cpu(torch.bfloat16) else torch.float32
+    return torch.bfloat16 if _native_on_cpu(torch.bfloat16) else torch.float32
 
 
 def warn_of_emulation(dtype: torch.dtype, device: torch.device | str) -> None:
     """Warn of a half precision that the processor has no instructions for: it takes many times as long as fp32."""
-    if torch.device(device).type == "cpu" and native_on_cpu(dtype) is False:
+    if is_emulated(dtype, device):
         name = next(name for name, known in PRECISIONS.items() if known == dtype)
         warnings.warn(f"this processor only emulates {name}, which takes many times as long as fp32", stacklevel=3)
 
 
-def native_on_cpu(dtype: torch.dtype) -> bool | None:
-    """Return whether the CPU has instructions for a precision; None where PyTorch or the processor does not say."""
+def is_emulated(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Return whether a device is a CPU that is known to have no instructions for a precision."""
+    return torch.device(device).type == "cpu" and _native_on_cpu(dtype) is False
+
+
+def _native_on_cpu(dtype: torch.dtype) -> bool | None:
+    """Whether the CPU has instructions for a precision; None where PyTorch or the processor does not say."""
     if dtype not in (torch.float16, torch.bfloat16):
         return True
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer releases of PyTorch have it

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ldm.autoencoder import Decoder, ResnetBlock
 from ldm.config import AutoencoderConfig
 from ldm.diffusion import LatentDiffusion
-from ldm.runtime.acceleration import native_on_cpu
+from ldm.runtime.acceleration import is_emulated
 from ldm.runtime.device_memory import free_memory
 
 SHARE = 0.5  # of what the device has left, for decoding
@@ -77,8 +77,7 @@ def within_memory(
 
 def bytes_of(dtype: torch.dtype, device: torch.device | str) -> int:
     """Return how many bytes a number takes while it is computed with: where a CPU emulates its format, an fp32 copy too."""
-    emulated = torch.device(device).type == "cpu" and native_on_cpu(dtype) is False
-    return dtype.itemsize + (torch.float32.itemsize if emulated else 0)
+    return dtype.itemsize + (torch.float32.itemsize if is_emulated(dtype, device) else 0)
 
 
 def decoding_bytes(config: AutoencoderConfig, height: int, width: int, size: int) -> int:

@@ -11,7 +11,7 @@ from benchmarks.measure import peak_bytes
 from ldm.autoencoder import AutoencoderKL
 from ldm.config import AutoencoderConfig
 from ldm.runtime import decoding, device_memory
-from ldm.runtime.acceleration import native_on_cpu
+from ldm.runtime.acceleration import is_emulated
 from ldm.runtime.decoding import bytes_of, decode, decoding_bytes, within_memory
 
 
@@ -80,7 +80,7 @@ def test_a_gpu_without_room_for_one_image_gets_tiles():
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_estimate_is_above_what_decoding_takes(dtype):
-    if native_on_cpu(dtype) is False:
+    if is_emulated(dtype, "cpu"):
         pytest.skip("emulated here, which takes minutes")
     network, latents = AutoencoderKL(AutoencoderConfig()).to(dtype).eval(), torch.randn(2, 4, 8, 8, dtype=dtype)
     estimate = 2 * decoding_bytes(AutoencoderConfig(), 64, 64, bytes_of(dtype, "cpu"))

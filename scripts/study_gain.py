@@ -111,6 +111,8 @@ def report(args) -> None:
 
     suite = load_suite(args.suite, args.overrides)
     points = grid_points(suite)
+    if args.methods and args.methods.count(",") != 1:
+        raise UserError(f"--methods {args.methods}: expected the method and its baseline, such as ico,custom-diffusion")
     named = (
         [tuple(args.methods.split(","))]
         if args.methods
@@ -130,13 +132,14 @@ def report(args) -> None:
         print(f"  rank correlation with the distance from the base model: {correlation}")
         content[method] = {name: sum(values.values()) / len(values) for name, values in found.items()}
         content[f"{method}, correlation"] = vars(correlation)
-    out = FOLDER / "report.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = FOLDER.with_name(suite.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / "report.json"
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\nEach concept's gain and distance: {out}")
     if runs := runs_by_variant(points, args.setting):
-        write_scores(FOLDER / REPORT, runs, suite.title)
-        print(f"Scores of each method and variant: {FOLDER / REPORT}")
+        write_scores(folder / REPORT, runs, suite.title)
+        print(f"Scores of each method and variant: {folder / REPORT}")
 
 
 def distances_from_base(suite, images: int) -> dict[str, float]:

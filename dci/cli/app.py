@@ -5,7 +5,7 @@ python scripts/app.py
 
 from pathlib import Path
 
-from dci.cli.arguments import Parser
+from dci.cli.arguments import Parser, port
 from dci.cli.loading import pick_device
 
 
@@ -14,7 +14,7 @@ def main() -> None:
     concept = "concept files to choose from, beside the demo concepts and finished runs"
     parser.add_argument("--concept", nargs="+", default=[], metavar="FILE", help=concept)
     parser.add_argument("--logdir", default="logs", help="where runs are found and made (default logs)")
-    parser.add_argument("--port", type=int, default=7860, help="default 7860")
+    parser.add_argument("--port", type=port, default=7860, help="default 7860")
     parser.add_argument("--host", default="127.0.0.1", help="address to bind to (default 127.0.0.1: this machine alone)")
     model = "YAML, .ckpt or .safetensors file, diffusers folder, hub id (default: the concept's, or the embedded model)"
     parser.add_argument("--model", help=model)

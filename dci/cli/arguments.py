@@ -186,11 +186,27 @@ def number(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    """Parse a finite number above 0, for argparse."""
+    value = number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
 def positive(text: str) -> int:
     """Parse a whole number from 1 on, for argparse."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
+    return value
+
+
+def port(text: str) -> int:
+    """Parse a port, for argparse."""
+    value = int(text)
+    if not 1 <= value < 2**16:
+        raise argparse.ArgumentTypeError(f"{text}: expected a port, 1 to 65535")
     return value
 
 

@@ -80,16 +80,21 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from dci.evaluation.answers import read_answers
+    from dci.evaluation.answers import check_answered, read_answers
     from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders
     from dci.evaluation.feature_cache import FeatureStore
-    from dci.evaluation.ratings import with_ratings
+    from dci.evaluation.ratings import check_rated, read_ratings, with_ratings
     from dci.evaluation.report import TEXT, write_report
     from dci.evaluation.scores import RunScores
     from dci.samples.reader import read_samples
 
-    for folder in folders.values():  # a mistake shows before weights are loaded
-        read_samples(folder, args.class_noun)
+    # A mistake shows before weights are loaded.
+    found = {name: read_samples(folder, args.class_noun) for name, folder in folders.items()}
+    images = [(name, str(image.file)) for name, of_folder in found.items() for image in of_folder]
+    if args.ratings:
+        check_rated(read_ratings(args.ratings), images, args.ratings)
+    answers = read_answers(args.answers) if args.answers else []
+    check_answered(answers, images)
     printed: dict[str, None] = {}  # once, not for each folder of samples
 
     def report(line: str) -> None:
@@ -114,19 +119,21 @@ def main() -> None:
             scores = evaluate_folder(folder, args.references, encoders, scoring, store, observers)
         runs.append(RunScores(name, scores))
     runs = with_ratings(runs, args.ratings) if args.ratings else runs
-    page = write_report(args.out, runs, args.title, answers=read_answers(args.answers) if args.answers else ())
+    page = write_report(args.out, runs, args.title, answers=answers)
     print((Path(args.out) / TEXT).read_text(encoding="utf-8"))
     print(f"Page: {page}")
 
 
 def named_folders(given: list[str]) -> dict[str, Path]:
     """Return name -> folder of `[NAME=]FOLDER` arguments; a folder without a name goes by its own."""
-    folders = {}
+    folders: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
         named = equals and not os.path.exists(text) and "/" not in name  # a folder's own name may have "=" in it
         name, folder = (name, folder) if named else (Path(text).resolve().name, text)
         if not name or name in folders:
             raise UserError(f"{text}: the name '{name}' is {'taken' if name else 'empty'}: write NAME=FOLDER")
+        if twice := [other for other, known in folders.items() if known.resolve() == Path(folder).resolve()]:
+            raise UserError(f"{text}: '{twice[0]}' is this folder already: give each folder once")
         folders[name] = Path(folder)
     return folders

@@ -7,7 +7,7 @@ python scripts/power.py docs/results-tiny --difference 0.05      # how many conc
 
 from collections.abc import Iterator
 
-from dci.cli.arguments import Parser, number, positive, seed, whole_numbers
+from dci.cli.arguments import Parser, above_zero, number, positive, seed, whole_numbers
 from ldm.errors import UserError
 
 METRICS = "dino_i,clip_t"
@@ -22,7 +22,7 @@ def arguments():
     parser.add_argument("--concepts", type=whole_numbers, default=[8, 15, 24, 32], metavar="N,N", help="default 8,15,24,32")
     parser.add_argument("--prompts", type=positive, help="in place of the present number")
     parser.add_argument("--seeds", type=positive, help="images of each prompt, in place of the present number")
-    parser.add_argument("--difference", type=number, help="say how many concepts it takes to show this one")
+    parser.add_argument("--difference", type=above_zero, help="say how many concepts it takes to show this one")
     parser.add_argument("--power", type=number, default=0.8, help="share of repetitions that are to show it (default 0.8)")
     parser.add_argument("--repetitions", type=positive, default=200, help="simulated comparisons (default 200)")
     parser.add_argument("--resamples", type=positive, default=999, help="of the bootstrap of each (default 999)")

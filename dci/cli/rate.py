@@ -9,7 +9,7 @@ Answers are kept one by one; the same command goes on with what is not answered 
 
 from pathlib import Path
 
-from dci.cli.arguments import Parser, positive, seed
+from dci.cli.arguments import Parser, port, positive, seed
 from dci.cli.evaluate import named_folders
 
 
@@ -25,7 +25,7 @@ def arguments():
     parser.add_argument("--rater", metavar="NAME", help="a name that goes with the answers; each has questions of their own")
     parser.add_argument("--most", type=positive, metavar="N", help="pairs at most, chosen by chance (default: all)")
     parser.add_argument("--seed", type=seed, default=0, help="of the pairs' order and sides (default 0)")
-    parser.add_argument("--port", type=int, default=0, help="of the page (default: a free one)")
+    parser.add_argument("--port", type=port, help="of the page (default: a free one)")
     return parser.parse_args()
 
 
@@ -37,7 +37,7 @@ def main() -> None:
 
     pairs = make_pairs(images_of(named_folders(args.folders), args.references), args.seed, args.most)
     session = Session(pairs, args.answers, args.rater or "")
-    with serve(session, args.port) as server:
+    with serve(session, args.port or 0) as server:
         waiting = len(session.open())
         print(f"{waiting} of {len(session.asked)} questions about {len(pairs)} pairs are open; answers go to {args.answers}")
         print(f"Page: {address(server)}  (Ctrl-C ends it)", flush=True)

@@ -19,7 +19,8 @@ from dci.cli.arguments import Parser, number
 def arguments():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="a file of configs/eval/ or configs/sweep/, or one of your own")
-    parser.add_argument("--only", metavar="PATTERN", help="some cells: concept/method/seed/setting, * for any")
+    only = "some cells: concept/method/seed/setting, * for any; may be repeated"
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=only)
     parser.add_argument("--dry-run", action="store_true", help="show the jobs, the number of images and an estimate")
     parser.add_argument(
         "--tflops",

@@ -75,6 +75,19 @@ def read_answers(file: str | Path) -> list[Answer]:
     return answers
 
 
+def check_writable(file: str | Path) -> None:
+    """Raise UserError where answers cannot be added to a file; an empty one is not left behind."""
+    file, new = Path(file), not Path(file).exists()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8"):
+            pass
+        if new:
+            file.unlink()
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}): expected a file that keeps the answers") from error
+
+
 def append_answer(file: str | Path, answer: Answer) -> None:
     """Add an answer to a file, on the disk when this returns; a last line that was cut off gives way."""
     file = Path(file)
@@ -103,7 +116,13 @@ def agreements(runs: Sequence[RunScores], answers: Iterable[Answer]) -> list[Agr
     rows = {(run.name, _place(row.file)): row for run in runs for row in run.scores.rows}
     metrics = dict.fromkeys(name for row in rows.values() for name in row.values)
     ratings = [name for name in metrics if name.startswith(PREFIX)]
-    decided = [(answer, *_rows(answer, rows)) for answer in answers if answer.answer != NEITHER]
+    answers = list(answers)
+    check_answered(answers, rows)
+    decided = []
+    for answer in answers:
+        left, right = (rows[image] for image in _shown(answer))
+        if answer.answer != NEITHER:
+            decided.append((answer, left, right))
     found = []
     for question in QUESTIONS:
         for metric in (*(name for name in JUDGED_BY[question] if name in metrics), *ratings):
@@ -127,20 +146,29 @@ def preferences(answers: Iterable[Answer]) -> list[tuple[str, str, str, Interval
     ]
 
 
+def check_answered(answers: Iterable[Answer], images: Iterable[tuple[str, str]]) -> None:
+    """Raise UserError for an answer about an image that is none of a report's.
+
+    Args:
+        images: (run, file) of the report.
+    """
+    known = {(run, _place(file)) for run, file in images}
+    for answer in answers:
+        for run, place in _shown(answer):
+            if (run, place) not in known:
+                raise UserError(
+                    f"an answer is about {place} of '{run}', which the report does not have: give the runs the names "
+                    "that they had when they were rated"
+                )
+
+
+def _shown(answer: Answer) -> list[tuple[str, str]]:
+    """The two images, left and right, that an answer is about."""
+    return [(answer.left_run, _place(answer.left_file)), (answer.right_run, _place(answer.right_file))]
+
+
 def _place(file: str) -> str:
     return str(Path(file).resolve())
-
-
-def _rows(answer: Answer, rows: dict[tuple[str, str], ImageScore]) -> tuple[ImageScore, ImageScore]:
-    found = []
-    for run, file in ((answer.left_run, answer.left_file), (answer.right_run, answer.right_file)):
-        if (run, _place(file)) not in rows:
-            raise UserError(
-                f"an answer is about {file} of '{run}', which the report does not have: give the runs the names "
-                "that they had when they were rated"
-            )
-        found.append(rows[run, _place(file)])
-    return found[0], found[1]
 
 
 def _agrees(answer: Answer, left: ImageScore, right: ImageScore, metric: str) -> float:

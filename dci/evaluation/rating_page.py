@@ -8,6 +8,7 @@ import datetime
 import io
 import re
 import secrets
+import sys
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
@@ -18,8 +19,9 @@ from urllib.parse import parse_qs
 
 from jinja2 import Environment, FileSystemLoader
 
-from dci.evaluation.answers import QUESTIONS, SIDES, THING, append_answer, read_answers
+from dci.evaluation.answers import QUESTIONS, SIDES, THING, append_answer, check_writable, read_answers
 from dci.evaluation.pairs import Pair, key_of
+from ldm.errors import UserError
 from ldm.images import read_image
 
 HOST = "127.0.0.1"
@@ -36,7 +38,7 @@ class Session:
         rater: a name that goes with each answer.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file holds something else, or cannot be written.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Session:
         self.asked = [(number, question) for number in range(len(pairs)) for question in questions]
         self._lock = threading.Lock()
         given = read_answers(self.file) if self.file.is_file() else []
+        check_writable(self.file)  # before anybody answers
         self._answered = {key_of(answer) for answer in given if answer.rater == rater}
 
     def open(self) -> list[tuple[int, str]]:
@@ -69,9 +72,15 @@ def serve(session: Session, port: int = 0) -> ThreadingHTTPServer:
 
     Args:
         port: 0: one that is free.
+
+    Raises:
+        UserError: the port is taken.
     """
     handler = type("Handler", (_Handler,), {"session": session})
-    return ThreadingHTTPServer((HOST, port), handler)
+    try:
+        return ThreadingHTTPServer((HOST, port), handler)
+    except OSError as error:
+        raise UserError(f"cannot serve on {HOST}:{port} ({error.strerror}): give another port, or none") from error
 
 
 def address(server: ThreadingHTTPServer) -> str:
@@ -120,7 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
         ):
             self._refuse(HTTPStatus.BAD_REQUEST)
         else:
-            self.session.answer(int(number), question, side)
+            try:
+                self.session.answer(int(number), question, side)
+            except OSError as error:
+                self._report(HTTPStatus.INTERNAL_SERVER_ERROR, f"{self.session.file} cannot be written ({error.strerror})")
+                return
             self.send_response(HTTPStatus.SEE_OTHER)
             self.send_header("Location", "/")
             self.send_header("Content-Length", "0")
@@ -164,7 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_image(self, file: Path) -> None:
         content = io.BytesIO()
-        read_image(file).save(content, "PNG")
+        try:
+            read_image(file).save(content, "PNG")
+        except (OSError, UserError) as error:
+            self._report(HTTPStatus.NOT_FOUND, error if isinstance(error, UserError) else f"{file}: {error.strerror}")
+            return
         self._send(content.getvalue(), "image/png")
 
     def _send(self, content: bytes, kind: str) -> None:
@@ -183,6 +200,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _refuse(self, status: HTTPStatus) -> None:
         self.send_error(status)
+
+    def _report(self, status: HTTPStatus, fault: object) -> None:
+        """Say what went wrong, to the person on the page and in the terminal; the server goes on."""
+        print(f"error: {fault}", file=sys.stderr, flush=True)
+        self.send_error(status, explain=f"{fault}: mend it, and load this page again.")
 
     def log_message(self, *_: Any) -> None:
         """Say nothing: the program prints what it is asked."""

@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dci.evaluation.metrics import LABELS
@@ -12,6 +12,9 @@ from ldm.errors import UserError
 
 PREFIX = "rating: "
 """Begins the name of a metric that is a rating; the CSV's column follows."""
+
+Ratings = dict[tuple[str, str], dict[str, float]]
+"""(run or "", image) -> rating's name -> value."""
 
 _OWN = {"run", "file", "concept", "prompt", "text", "seed", *LABELS}
 
@@ -24,10 +27,22 @@ def with_ratings(runs: Sequence[RunScores], file: str | Path) -> list[RunScores]
             a file's name is not enough, `run`; empty cells are no ratings.
 
     Raises:
-        UserError: the table has no such columns, a cell that is no number, or an image that no run has.
+        UserError: the table has no such columns or no ratings, two columns or two lines say the same thing, a cell is
+            no number, or an image is in no run.
     """
     ratings = read_ratings(file)
-    known = {(run.name, _place(row.file)) for run in runs for row in run.scores.rows}
+    check_rated(ratings, ((run.name, row.file) for run in runs for row in run.scores.rows), file)
+    return [_rated(run, ratings) for run in runs]
+
+
+def check_rated(ratings: Ratings, images: Iterable[tuple[str, str]], file: str | Path) -> None:
+    """Raise UserError for a rating of an image that is none of a report's.
+
+    Args:
+        images: (run, file) of the report.
+        file: the ratings', for the message.
+    """
+    known = {(run, _place(image)) for run, image in images}
     known |= {("", place) for _, place in known}
     for run, place in ratings:
         if (run, place) not in known:
@@ -35,10 +50,9 @@ def with_ratings(runs: Sequence[RunScores], file: str | Path) -> list[RunScores]
                 f"{file} rates {place} of {f'run {run}' if run else 'any run'}, which the report does not show: "
                 "take its pictures.csv, and add columns"
             )
-    return [_rated(run, ratings) for run in runs]
 
 
-def read_ratings(file: str | Path) -> dict[tuple[str, str], dict[str, float]]:
+def read_ratings(file: str | Path) -> Ratings:
     """Return (run or "", file) -> rating's name -> value.
 
     Raises:
@@ -46,17 +60,29 @@ def read_ratings(file: str | Path) -> dict[tuple[str, str], dict[str, float]]:
     """
     try:
         with open(file, newline="", encoding="utf-8-sig") as opened:
-            table = csv.DictReader(opened)
-            columns = [name for name in table.fieldnames or () if name not in _OWN]
-            rows = list(table)
+            header, *rows = list(csv.reader(opened)) or [[]]
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8") from error
-    if "file" not in (table.fieldnames or ()) or not columns:
+    columns = [name for name in header if name not in _OWN]
+    if "file" not in header or not columns:
         raise UserError(f"{file}: expected a column 'file' and columns of ratings, as in a report's pictures.csv")
-    ratings: dict[tuple[str, str], dict[str, float]] = {}
-    for number, row in enumerate(rows, start=2):
-        values = {name: _number(row[name], file, number, name) for name in columns if (row[name] or "").strip()}
-        ratings.setdefault((row.get("run") or "", _place(row["file"])), {}).update(values)
+    if len(set(header)) < len(header):
+        raise UserError(f"{file}: expected columns of different names, and it has {', '.join(header)}")
+    ratings: Ratings = {}
+    for number, cells in enumerate(rows, start=2):
+        if not any(map(str.strip, cells)):
+            continue
+        if len(cells) != len(header):
+            raise UserError(f"{file}, line {number}: {len(cells)} cells, expected {len(header)} as in its first line")
+        row = dict(zip(header, cells, strict=True))
+        key = row.get("run", ""), _place(row["file"])
+        if not row["file"].strip() or key in ratings:
+            raise UserError(
+                f"{file}, line {number}: it {'rates an image twice' if row['file'].strip() else 'names no file'}"
+            )
+        ratings[key] = {name: _number(row[name], file, number, name) for name in columns if row[name].strip()}
+    if not any(ratings.values()):
+        raise UserError(f"{file}: there is no rating in {', '.join(columns)}: expected numbers in some of the lines")
     return ratings
 
 
@@ -74,7 +100,7 @@ def _place(file: str) -> str:
     return str(Path(file).resolve())
 
 
-def _rated(run: RunScores, ratings: dict[tuple[str, str], dict[str, float]]) -> RunScores:
+def _rated(run: RunScores, ratings: Ratings) -> RunScores:
     def values(row: ImageScore) -> dict[str, float]:
         found = ratings.get((run.name, _place(row.file)), {}) or ratings.get(("", _place(row.file)), {})
         return {PREFIX + name: value for name, value in found.items()}

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -152,16 +152,16 @@ def last_words(point: GridPoint) -> str:
     return f"the worker was killed; before: {last}"
 
 
-def chosen(points: list[GridPoint], pattern: str | None) -> list[GridPoint]:
-    """Return the points whose names fit a pattern such as cat/*/0/*; all of them without one.
+def chosen(points: list[GridPoint], patterns: Sequence[str]) -> list[GridPoint]:
+    """Return the points whose names fit one of the patterns, such as cat/*/0/*; all of them without any.
 
     Raises:
-        UserError: there are none.
+        UserError: a pattern fits none.
     """
-    found = [point for point in points if pattern is None or fnmatch.fnmatchcase(point.name, pattern)]
-    if not found:
-        raise UserError(f"no cell is called '{pattern}': --status shows their names, such as {points[0].name}")
-    return found
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(point.name, pattern) for point in points):
+            raise UserError(f"no cell is called '{pattern}': --status shows their names, such as {points[0].name}")
+    return [p for p in points if not patterns or any(fnmatch.fnmatchcase(p.name, pattern) for pattern in patterns)]
 
 
 def check_recipes(points: list[GridPoint]) -> None:

@@ -206,6 +206,12 @@ def test_other_mistakes_are_one_line(tmp_path, capfd):
     refused(run_here(capfd, "evaluate.py", "--samples", tmp_path / "none", *out), "no folder")
     refused(run_here(capfd, "evaluate.py", "--samples", f"a={folder}", f"a={folder}", *out), "taken")
     refused(run_here(capfd, "evaluate.py", "--samples", folder, "--clip", "clip", *out), "no encoder 'clip'")
+    refused(run_here(capfd, "evaluate.py", "--samples", f"a={folder}", f"b={folder}", *out), "'a' is this folder already")
+    (tmp_path / "wrong.csv").write_text("file,beauty\nz.png,1\n")
+    # Before an encoder is loaded, let alone an image scored.
+    for option, said in (("--ratings", "which the report does not show"), ("--answers", "holds no answers")):
+        told = run_here(capfd, "evaluate.py", "--samples", folder, "--clip", "clip", option, tmp_path / "wrong.csv", *out)
+        refused(told, said)
     with pytest.raises(UserError, match="--references"):
         recorded_references(folder)
 

@@ -160,6 +160,38 @@ def test_other_addresses_lead_nowhere(served, path):
     assert status(served[1] + path) == 404
 
 
+def test_an_image_or_a_file_that_is_gone_is_reported_and_the_page_goes_on(served, capfd):
+    session, url = served
+    image = session.pairs[0].left.file
+    content = image.read_bytes()
+    image.unlink()
+    assert status(url + "image/0/left") == 404
+    assert str(image) in capfd.readouterr().err
+    image.write_bytes(content)
+    assert get(url + "image/0/left")[0][:4] == b"\x89PNG"
+    facts = {"token": session.token, "number": "0", "question": "thing", "answer": "left"}
+    session.file.mkdir()
+    assert status(url + "answer", facts) == 500
+    said = capfd.readouterr().err
+    assert f"{session.file} cannot be written (Is a directory)" in said and "Traceback" not in said
+    session.file.rmdir()
+    get(url + "answer", facts)
+    assert [given.answer for given in read_answers(session.file)] == ["left"]
+
+
+def test_a_file_that_cannot_keep_answers_is_refused_before_the_first(folders, tmp_path):
+    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\)"):
+        Session(pairs_of(folders), tmp_path)
+    Session(pairs_of(folders), tmp_path / "new" / "answers.csv")
+    assert not (tmp_path / "new/answers.csv").exists()
+
+
+def test_a_port_that_is_taken_is_named(served, folders, tmp_path):
+    port = int(served[1].rsplit(":", 1)[1].rstrip("/"))
+    with pytest.raises(UserError, match=f"cannot serve on 127.0.0.1:{port} .*give another port"):
+        serve(Session(pairs_of(folders), tmp_path / "b.csv"), port)
+
+
 def test_others_are_not_answered(served):
     session, url = served
     good = {"token": session.token, "number": "0", "question": "thing", "answer": "left"}
@@ -258,6 +290,14 @@ def test_the_report_draws_agreement_and_shows_ratings(tmp_path):
         ("file,clip_t\na0.png,1\n", "columns of ratings"),
         ("image,beauty\na0.png,1\n", "a column 'file'"),
         ("file,beauty\nz.png,1\n", "which the report does not show"),
+        ("", "a column 'file'"),
+        ("file,beauty\n", "there is no rating in beauty"),
+        ("file,beauty\na0.png,\n", "there is no rating in beauty"),
+        ("file,beauty\na0.png,1\na0.png,2\n", "line 3: it rates an image twice"),
+        ("file,beauty,beauty\na0.png,1,2\n", "columns of different names"),
+        ("file,beauty\na0.png\n", "line 2: 1 cells, expected 2"),
+        ("file,beauty\na0.png,1,2\n", "line 2: 3 cells, expected 2"),
+        ("file,beauty\n,1\n", "line 2: it names no file"),
     ],
 )
 def test_ratings_that_cannot_be_used(content, message, tmp_path):
@@ -275,5 +315,8 @@ def test_the_program_says_where_the_page_is(folders, tmp_path, monkeypatch, capf
     out = capfd.readouterr().out
     assert "6 of 6 questions about 3 pairs are open" in out and "http://127.0.0.1:" in out
     refused(run_here(capfd, "rate.py", given[0], "--references", REFERENCES), "two runs")
+    again = f"again={folders['plain']}/../plain"
+    refused(run_here(capfd, "rate.py", *given, again, "--references", REFERENCES), "'plain' is this folder already")
+    refused(run_here(capfd, "rate.py", *given, "--references", REFERENCES, "--port", "65536"), "expected a port")
     (tmp_path / "a.csv").write_text("x\n")
     refused(run_here(capfd, "rate.py", *given, "--references", REFERENCES, "--answers", tmp_path / "a.csv"), "no answers")

@@ -99,14 +99,15 @@ def test_the_program_says_what_decides_the_gain(suite, tmp_path, capfd, monkeypa
     out = capfd.readouterr().out
     assert "dino_i of ico-steps=400 less custom-diffusion-steps=400, plain" in out
     assert "seen       0.4000 [0.4000, 0.4000]   less usual: 0.3000 [0.3000, 0.3000]" in out
-    content = json.loads((tmp_path / "outputs/study-gain/report.json").read_text())
+    content = json.loads((tmp_path / "outputs/s/report.json").read_text())
     assert content["ico-steps=100"]["cake-usual"] == pytest.approx(0.1)
     assert len(content["distance"]) == 4 and all(0 < value < 2 for value in content["distance"].values())
-    runs = {run.name: run.scores for run in read_report(tmp_path / "outputs/study-gain")}
+    runs = {run.name: run.scores for run in read_report(tmp_path / "outputs/s")}
     assert {row.concept for row in runs["ico-steps=100, seen"].rows} == {"dog", "cake"}
     assert runs["ico-steps=100, seen"].summary["dino_i"].mean == pytest.approx(0.9)
     assert runs["custom-diffusion-steps=400, seen"].summary["dino_i"].mean == pytest.approx(0.5)
     refused(run_here(capfd, "study_gain.py", "--suite", suite[0], "--setting", "dci"), "run the suite to its end first")
+    refused(run_here(capfd, "study_gain.py", "--suite", suite[0], "--methods", "ico"), "the method and its baseline")
 
 
 def test_the_factors_are_what_they_say():

@@ -298,5 +298,11 @@ def test_batch_files_say_what_each_resource_is_and_name_no_site(file):
 
 def test_patterns_choose_points(config):
     points = grid_points(tiny_grid(config))
-    assert [point.name for point in chosen(points, "c*/ico/1/dci")] == ["cat/ico/1/dci", "car/ico/1/dci"]
-    assert chosen(points, None) == points
+    assert [point.name for point in chosen(points, ["c*/ico/1/dci"])] == ["cat/ico/1/dci", "car/ico/1/dci"]
+    both = chosen(points, ["car/ico/1/dci", "cat/ico/1/*", "cat/ico/1/dci"])
+    assert [point.name for point in both] == [
+        p.name for p in points if p.name in ("car/ico/1/dci", "cat/ico/1/plain", "cat/ico/1/dci")
+    ]
+    assert chosen(points, []) == points
+    with pytest.raises(UserError, match=r"no cell is called 'dog/\*'"):
+        chosen(points, ["cat/*", "dog/*"])

@@ -37,6 +37,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from dci.dual_branch.options import sampling_options
+    from dci.evaluation.bootstrap import bootstrap_mean
     from ldm.checkpoint import fingerprint, load_model
     from ldm.embedded_encoders import ENCODERS, load_classifier
     from ldm.pretraining.evaluation import classify, generate_images, held_out_images, labelled_prompts
@@ -57,7 +58,13 @@ def main() -> None:
     texts = [prompt.prompt for prompt in prompts]
     with bf16, tqdm(total=len(prompts) * args.images, desc="sampling", unit="image") as bar:
         images = generate_images(model, texts, args.images, options, args.batch_size, bar.update, cache)
-    result = {"psnr": round(psnr(model.autoencoder, held_out_images()), 2), **classify(classifier, prompts, images)}
+    decibels = psnr(model.autoencoder, held_out_images()).tolist()
+    given_back = bootstrap_mean(decibels, {"image": [str(number) for number in range(len(decibels))]})
+    result = {
+        "psnr": round(given_back.mean, 2),
+        "psnr_interval": [round(end, 2) for end in (given_back.low, given_back.high)],
+    }
+    result |= classify(classifier, prompts, images)
     result |= {"pictures": len(images), "guidance": args.scale, "steps": args.steps, "seed": args.seed}
     result["precision"] = args.precision
     result["classifier_on_rendered_pictures"] = json.loads((ENCODERS / "accuracy.json").read_text())["classifier"]
@@ -83,7 +90,7 @@ def write(outdir: Path, result: dict, prompts: list, images, each: int) -> None:
 
 def report(result: dict, prompts: int) -> str:
     """Return the figures as Markdown."""
-    own = result["classifier_on_rendered_pictures"]
+    own, (low, high) = result["classifier_on_rendered_pictures"], result["psnr_interval"]
     lines = [
         "# The base model, evaluated",
         "",
@@ -98,16 +105,26 @@ def report(result: dict, prompts: int) -> str:
         "",
         f"Wilson's intervals, of {prompts} independent prompts.",
         "",
-        f"The autoencoder gives 256 held-out images back with {result['psnr']:.1f} dB (mean PSNR).",
+        f"The autoencoder gives 256 held-out images back with {result['psnr']:.1f} dB [{low:.1f}, {high:.1f}] (mean PSNR, "
+        "bootstrap interval).",
         "",
         "The first image of every prompt; in brackets what the classifier took a wrong noun for:",
         "",
         "![200 prompts](base-evaluation.png)".replace("200", str(prompts)),
     ]
     for name in ("noun", "place"):
-        table = sorted(result[f"{name}_right_by_{name}"].items(), key=lambda item: item[1])
-        lines += ["", f"Right {name}, the worst first: " + ", ".join(f"{key} {share:.0%}" for key, share in table) + "."]
+        lines += ["", f"Right {name}, the worst first: {_worst_first(result[f'{name}_right_by_{name}'], prompts)}."]
     return "\n".join(lines) + "\n"
+
+
+def _worst_first(shares: dict[str, float], prompts: int) -> str:
+    """Each share with its interval, and those that are always right together."""
+    each = prompts // len(shares)  # prompts of each noun or place
+    some = sorted((item for item in shares.items() if item[1] < 1), key=lambda item: item[1])
+    listed = [f"{key} {share:.0%} [{low:.0%}, {high:.0%}]" for key, share in some for low, high in (wilson(share, each),)]
+    return "; ".join(
+        [*listed, f"{'the other' if some else 'all'} {len(shares) - len(some)} 100% [{wilson(1, each)[0]:.0%}, 100%]"]
+    )
 
 
 def _share(name: str, share: float, number: int) -> str:

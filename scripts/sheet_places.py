@@ -55,6 +55,7 @@ def evaluate_places(args, file: str) -> tuple[dict, dict]:
     from dci.concept.prompts import parse_prompt
     from dci.dual_branch.options import dual_branch, sampling_options
     from dci.dual_branch.sampling import SampleRequest, sample
+    from dci.evaluation.bootstrap import bootstrap_mean
     from ldm.checkpoint import load_model
     from ldm.embedded_encoders import SIZE, load_classifier, load_instance_encoder
     from ldm.images import list_images, read_image, square, to_images, to_tensor
@@ -67,7 +68,8 @@ def evaluate_places(args, file: str) -> tuple[dict, dict]:
     model.to(pick_device(args.device))
     options = sampling_options(model, steps=args.steps, scale=args.scale, seed=args.seed)
     dual = dual_branch(model) if args.dci else None
-    classifier, instance, generated, seen, likeness = load_classifier(), load_instance_encoder(), {}, {}, []
+    classifier, instance = load_classifier(), load_instance_encoder()
+    generated, seen, likeness = {}, {}, {}
     folder = concept.config["data"]["images"]
     images = torch.stack([to_tensor(square(read_image(file), SIZE)) for file in list_images(folder)])
     with torch.inference_mode():
@@ -77,13 +79,14 @@ def evaluate_places(args, file: str) -> tuple[dict, dict]:
         prompt = parse_prompt(text, concept.names)
         pixels = sample(model, concept, SampleRequest(prompt, list(range(args.n_samples)), options, dual)).clamp(-1, 1).cpu()
         with torch.inference_mode():
-            likeness.append((instance.image_features(pixels) @ references.T).mean())
+            likeness[place] = float((instance.image_features(pixels) @ references.T).mean())
             answers = [classifier.places[i] for i in classifier.logits(pixels)[1].argmax(-1)]
         generated[phrases[0]] = to_images(pixels)
         seen[place] = {name: answers.count(name) / len(answers) for name in sorted(set(answers))}
     right = sum(shares.get(place, 0) for place, shares in seen.items()) / len(seen)
-    like = float(torch.stack(likeness).mean())
-    return generated, {"place_right": right, "likeness": like, "images": len(seen) * args.n_samples, "seen": seen}
+    like = bootstrap_mean(list(likeness.values()), {"place": list(likeness)})
+    figures = {"place_right": right, "likeness": like.mean, "likeness_interval": [like.low, like.high]}
+    return generated, figures | {"images": len(seen) * args.n_samples, "seen": seen}
 
 
 if __name__ == "__main__":

@@ -195,7 +195,22 @@ def test_the_places_that_long_training_loses_are_as_many_as_the_page_says():
         right = round(own["place_right"] * own["images"])
         low, high = binomtest(right, own["images"]).proportion_ci(method="wilson")
         place = f"{100 * own['place_right']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]"
-        assert f"| {steps} | {place} | {own['likeness']:.3f} |" in page
+        like = "{:.3f} [{:.3f}, {:.3f}]".format(own["likeness"], *own["likeness_interval"])
+        assert f"| {steps} | {place} | {like} |" in page
+
+
+def test_ratios_of_speed_are_those_of_the_stored_runs():
+    """Every measured ratio of the page, with its range, is some stored run's; at least one from each file that it names."""
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    stored = {}
+    for file in (ROOT / "benchmarks/results").glob("*.json"):
+        for measured in json.loads(file.read_text()).get("measurements", []):
+            for ratio in measured.get("ratios", {}).values():
+                low, high = ratio["range"]
+                stored[f"{ratio['median']:.2f} [{low:.2f}, {high:.2f}]"] = file.stem
+    said = re.findall(r"(?<=\| )\d\.\d\d \[[^]]*\]", page)
+    assert len(said) == 10 and set(said) <= stored.keys()
+    assert len({stored[ratio] for ratio in said}) == 8  # as many runs
 
 
 def test_what_the_model_can_be_taught_is_as_the_page_says():

@@ -73,7 +73,7 @@ def _pretrain_vae(config: PretrainConfig, model: LatentDiffusion, world: Rendere
     trained = module.averaged()
     checkpoint.save_weights(_prefixed(trained.state_dict(), "first_stage_model."), weights)
     moments = encoded_world(trained, world.images[:2000], _latent_file(config, root, trained, 2000), module.device)
-    print(f"PSNR on held-out images: {psnr(trained, held_out_world(config, root).images[:1000]):.2f} dB")
+    print(f"PSNR on held-out images: {psnr(trained, held_out_world(config, root).images[:1000]).mean():.2f} dB")
     print(f"saved {weights}; put into {config.model}: latent_scale: {latent_scale(moments):.4f}")
 
 

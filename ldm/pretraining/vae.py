@@ -45,11 +45,11 @@ def reconstruction_loss(decoded: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def psnr(autoencoder: AutoencoderKL, images: np.ndarray) -> float:
-    """Mean over images (n, h, w, 3) uint8 of the peak signal-to-noise ratio of their reconstructions, in dB."""
+def psnr(autoencoder: AutoencoderKL, images: np.ndarray) -> Tensor:
+    """Peak signal-to-noise ratio of each reconstruction of images (n, h, w, 3) uint8, in dB: (n,)."""
     values = []
     for start in range(0, len(images), 100):
         x = torch.from_numpy(images[start : start + 100].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
         decoded = autoencoder.decode(autoencoder.encode(x).mean).clamp(-1, 1)
         values.append(10 * torch.log10(4 / (decoded - x).square().mean(dim=(1, 2, 3))))
-    return torch.cat(values).mean().item()
+    return torch.cat(values)

@@ -321,11 +321,11 @@ def test_psnr_of_a_known_error_and_of_the_held_out_images(tiny_base):
             return z + 0.02
 
     images = np.full((3, 64, 64, 3), 100, np.uint8)
-    assert psnr(Shifted(), images) == pytest.approx(20 * np.log10(2 / 0.02), abs=1e-3)
+    assert psnr(Shifted(), images).tolist() == pytest.approx([20 * np.log10(2 / 0.02)] * 3, abs=1e-3)
     held_out = held_out_images()
     assert held_out.shape == (256, 64, 64, 3)
     assert len({image.tobytes() for image in held_out}) == 256
-    assert psnr(tiny_base.autoencoder, held_out[:64]) > 25
+    assert psnr(tiny_base.autoencoder, held_out[:64]).mean() > 25
 
 
 @pytest.mark.parametrize(("right", "number"), [(256, 256), (240, 256), (1, 7), (0, 5)])
@@ -334,6 +334,21 @@ def test_shares_have_wilsons_interval(right, number, monkeypatch):
     found = runpy.run_path(str(ROOT / "scripts/evaluate_base.py"))["wilson"](right / number, number)
     expected = binomtest(right, number).proportion_ci(method="wilson")
     assert found == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_page_of_the_base_model_is_that_of_its_figures(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    program = runpy.run_path(str(ROOT / "scripts/evaluate_base.py"))
+    result = json.loads((ROOT / "docs/base-evaluation.json").read_text())
+    page = (ROOT / "docs/base-evaluation.md").read_text(encoding="utf-8")
+    assert program["report"](result, len(result["prompts"])) == page
+    shares = result["noun_right_by_noun"].values()
+    assert 100 * np.mean(list(shares)) == pytest.approx(100 * result["noun_right"], abs=1e-4)
+    low, high = binomtest(1, 4).proportion_ci(method="wilson")
+    assert (
+        program["_worst_first"]({"cat": 0.25, "dog": 1.0}, 8)
+        == f"cat 25% [{low:.0%}, {high:.0%}]; the other 1 100% [51%, 100%]"
+    )
 
 
 @pytest.mark.slow

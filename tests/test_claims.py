@@ -113,6 +113,35 @@ def test_a_row_may_be_a_difference_of_differences(report):
     assert f"| {row} | +0.000 [+0.000, +0.000] | +0.0 pp" in fill(PAGE.replace("2 · `a`", row), report)
 
 
+def test_a_row_may_be_of_some_concepts_or_of_the_images_that_have_their_place(tmp_path):
+    picture = str(ROOT / "data/concepts/cat/00.png")
+
+    def run(name, value_of):
+        rows = [
+            ImageScore(picture, f"p{p}", "", f"0:{s}", {"dino_i": value_of(c, p, s), "place": float(p)}, c)
+            for c in ("cat", "dog", "cow")
+            for p in range(2)
+            for s in range(2)
+        ]
+        return RunScores(name, Scores(tuple(rows), summarize(rows, 99)))
+
+    gains = {"cat": 0.1, "dog": 0.2, "cow": 0.6}
+    runs = [run("a", lambda c, p, s: 0.1 * s), run("b", lambda c, p, s: 0.1 * s + gains[c] * (1 + p))]
+    write_report(tmp_path / "report", runs, "t")
+    base, text = "`b` less `a`", "<!-- numbers: report/scores.json -->\n| | DINO-I |\n|---|---|\n| 1 · {} | |\n"
+    for row, mean in (
+        (base, "+0.450"),
+        (f"{base} without `cow`", "+0.225"),
+        (f"{base} without `cow` and `dog`", "+0.150"),
+        (f"{base} where the place is right", "+0.600"),
+        (f"{base} where the place is wrong", "+0.300"),
+        (f"{base} where the place is wrong without `cow`", "+0.150"),
+    ):
+        assert f"| 1 · {row} | **{mean}** [" in fill(text.format(row), tmp_path)
+    with pytest.raises(UserError, match="no concept 'pig' in the report: it has cat, dog, cow"):
+        fill(text.format(f"{base} without `pig`"), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

@@ -10,9 +10,13 @@ or a difference of two,
     | 3 · `ico, dci` less `ico, plain` |
     | 4 · `ico, small` less `cd, small` beside `ico, usual` less `cd, usual` |
 
-(the fourth row says how much larger the first difference is than the second), and the heads of its other columns end in
-a metric's name as the reports have it, such as "fidelity (DINO-I)". What these cells say is written by `fill`; a text that
-already says it comes back as it is.
+(the fourth row says how much larger the first difference is than the second). A difference may be of some images alone:
+
+    | 5 · `ico, dci` less `cd, plain` without `cake` and `rabbit` |          other concepts
+    | 6 · `cd, dci` less `cd, plain` where the place is right |              in the image of the run behind "less"; or wrong
+
+The heads of the other columns end in a metric's name as the reports have it, such as "fidelity (DINO-I)". What these
+cells say is written by `fill`; a text that already says it comes back as it is.
 """
 
 import re
@@ -84,7 +88,8 @@ def _metric(head: str) -> str:
 
 
 def _row(name: str, metrics: list[str], runs: dict[str, Scores]) -> str:
-    rows = re.findall(r"`([^`]+)`", name)
+    of, _, without = name.partition(" without ")
+    rows, left_out = (re.findall(r"`([^`]+)`", part) for part in (of, without))
     for row in rows:
         if row not in runs:
             raise UserError(f"no row '{row}' in the report: it has {'; '.join(runs)}")
@@ -92,6 +97,7 @@ def _row(name: str, metrics: list[str], runs: dict[str, Scores]) -> str:
         found = paired_differences(runs[rows[0]], runs[rows[1]])
         if len(rows) == 4:
             found = _beside(found, paired_differences(runs[rows[2]], runs[rows[3]]))
+        found = _without(_where(found, of, runs[rows[1]]), left_out)
         cells = [_difference(metric, found.get(metric)) for metric in metrics]
     elif len(rows) == 1:
         cells = [_shown(metric, runs[rows[0]].summary.get(metric)) for metric in metrics]
@@ -113,6 +119,32 @@ def _beside(found: Differences, other: Differences) -> Differences:
         if metric in known
     }
     return {metric: pairs for metric, pairs in both.items() if pairs}
+
+
+def _where(found: Differences, name: str, baseline: Scores) -> Differences:
+    """Differences where the baseline's image has its place, or has not, if the row's name says so."""
+    if not (asked := re.search(r" where the place is (right|wrong)$", name)):
+        return found
+    places = {(row.concept, row.prompt, row.noise): row.values.get(PLACE) for row in baseline.rows}
+    wanted = float(asked[1] == "right")
+    return {
+        metric: some
+        for metric, pairs in found.items()
+        if (some := [(row, value) for row, value in pairs if places[row.concept, row.prompt, row.noise] == wanted])
+    }
+
+
+def _without(found: Differences, concepts: list[str]) -> Differences:
+    """Differences of the other concepts.
+
+    Raises:
+        UserError: a concept that there is not.
+    """
+    known = {row.concept: None for pairs in found.values() for row, _ in pairs}
+    for concept in concepts:
+        if concept not in known:
+            raise UserError(f"no concept '{concept}' in the report: it has {', '.join(known)}")
+    return {metric: [(row, value) for row, value in pairs if row.concept not in concepts] for metric, pairs in found.items()}
 
 
 def _difference(metric: str, found: list | None) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from dci.captions import LISTS, captioned_files
 from dci.concept.concept_file import Concept
 from dci.evaluation import metrics
-from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval
+from dci.evaluation.bootstrap import LEVEL, RESAMPLES
 from dci.evaluation.encoders import INCEPTION, TINY, Encoder, inception_file, load_encoder
 from dci.evaluation.feature_cache import FeatureStore
 from dci.evaluation.object_only import in_words
 from dci.evaluation.scores import ImageScore, Scores, columns, resampled, summarize
+from dci.evaluation.scoring_metadata import BootstrapMetadata, KidMetadata, ScoringMetadata
 from dci.samples.reader import SampledImage, concept_files, read_samples, report_content
 from ldm.errors import UserError
 from ldm.images import list_images, report_not_used
@@ -137,28 +138,30 @@ def evaluate_folder(
     rows = tuple(ImageScore(str(s.file), s.prompt, s.text, s.noise, own) for s, own in zip(samples, scores, strict=True))
     summary, metadata = summarize(rows, scoring.resamples, scoring.seed), describe(folder, rows, groups, encoders, scoring)
     if scoring.object_only:
-        metadata["object_only"] = in_words([file for group in groups for file in group], files)
-        observers.report(metadata["object_only"])
+        metadata = replace(metadata, object_only=in_words([file for group in groups for file in group], files))
+        observers.report(metadata.object_only)
     if real:
         known, made = (scale_for_kid(features(encoders.kid, part), encoders.kid) for part in (real, files))
-        summary[metrics.KID], metadata["kid"] = _kid(known, made, rows, scoring.resamples, scoring.seed)
-        metadata["kid"] |= {"features": encoders.kid.name, "regularization": str(scoring.regularization)}
+        value = metrics.kid(known, made, seed=scoring.seed)
+        summary[metrics.KID] = metrics.kid_interval(known, made, columns(rows), value, scoring.resamples, scoring.seed)
+        about = KidMetadata(encoders.kid.name, str(scoring.regularization), len(known), value.subset_size, value.std)
+        metadata = replace(metadata, kid=about)
     return Scores(rows, summary, metadata)
 
 
 def describe(
     folder: str | Path, rows: Sequence[ImageScore], groups: list[list[Path]], encoders: Encoders, scoring: Scoring
-) -> dict:
+) -> ScoringMetadata:
     """Return what a report states about how scores were made."""
-    return {
-        "folder": str(folder),
-        "pictures": len(rows),
-        "references": [str(file) for group in groups for file in group],
-        "encoders": {role: getattr(encoders, role).name for role in ("clip", "instance", "kid")},
-        "preprocessing": {role: getattr(encoders, role).preprocessing for role in ("clip", "instance", "kid")},
-        "interval": {"level": LEVEL, "resamples": scoring.resamples, "seed": scoring.seed},
-        "resampled": resampled(rows),
-    }
+    return ScoringMetadata(
+        folder=str(folder),
+        images=len(rows),
+        references=tuple(str(file) for group in groups for file in group),
+        encoders={role: getattr(encoders, role).name for role in ("clip", "instance", "kid")},
+        preprocessing={role: getattr(encoders, role).preprocessing for role in ("clip", "instance", "kid")},
+        interval=BootstrapMetadata(LEVEL, scoring.resamples, scoring.seed),
+        resampled=resampled(rows),
+    )
 
 
 def scale_for_kid(features: Tensor, encoder: Encoder) -> Tensor:
@@ -210,12 +213,6 @@ def _text_features(encoder: Encoder, samples: Sequence[SampledImage], batch_size
     texts = list(dict.fromkeys(sample.text for sample in samples))
     parts = [encoder.text_features(texts[start : start + batch_size]) for start in range(0, len(texts), batch_size)]
     return torch.cat(parts)[[texts.index(sample.text) for sample in samples]]
-
-
-def _kid(real: Tensor, fake: Tensor, rows: Sequence[ImageScore], resamples: int, seed: int) -> tuple[Interval, dict]:
-    value = metrics.kid(real, fake, seed=seed)
-    interval = metrics.kid_interval(real, fake, columns(rows), value, resamples, seed)
-    return interval, {"subset_size": value.subset_size, "std_over_subsets": value.std, "real": len(real)}
 
 
 def _references(folder: str | Path, report: Callable[[str], None]) -> list[Path]:

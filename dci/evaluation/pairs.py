@@ -85,8 +85,8 @@ def _of_grid(folder: Path) -> list[RatedImage]:
     found, settings = [], {file.parent.name for file in results}
     for file in results:
         result = GridResult.load(file)
-        references = result.scores.metadata.get("references")
-        if not isinstance(references, list):
+        references = result.scores.metadata.references
+        if not references:
             raise UserError(f"{file} names no references: remove it, and run the grid again")
         run = f"{result.method}, {result.setting}" if len(settings) > 1 else result.method
         shown = tuple(Path(reference).resolve() for reference in references)

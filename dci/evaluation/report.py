@@ -21,6 +21,7 @@ from dci.evaluation.metrics import CLIP_I, CLIP_T, DINO_I, KID, LABELS, PLACE
 from dci.evaluation.plots import agreement_plot, fidelity_editability_plane, inline_svg, scores_by_prompt
 from dci.evaluation.ratings import PREFIX
 from dci.evaluation.scores import REPORT, ImageScore, RunScores, as_json, difference
+from dci.evaluation.scoring_metadata import BootstrapMetadata, KidMetadata
 from dci.files import write_atomically
 from ldm.errors import UserError
 from ldm.images import read_image
@@ -68,7 +69,7 @@ def write_report(
         differences=difference_table(differences, runs[0].name),
         people=tables,
         plots=[(caption, inline_svg(figure, caption)) for caption, figure in [*plots, *figures]],
-        references=[data_url(file) for file in runs[0].scores.metadata.get("references", [])[:10]],
+        references=[data_url(file) for file in runs[0].scores.metadata.references[:10]],
         **_gallery(runs, max_images),
         methods=[*how_measured(runs), *([_about_people(answers)] if answers else [])],
     )
@@ -120,9 +121,9 @@ def _from_here(run: RunScores) -> RunScores:
 
     scores = run.scores
     rows = tuple(dataclasses.replace(row, file=short(row.file)) for row in scores.rows)
-    metadata = scores.metadata | {"references": [short(file) for file in scores.metadata.get("references", ())]}
-    if "folder" in metadata:
-        metadata["folder"] = short(metadata["folder"])
+    known = scores.metadata
+    references = tuple(short(file) for file in known.references)
+    metadata = dataclasses.replace(known, references=references, folder=short(known.folder) if known.folder else "")
     return dataclasses.replace(run, scores=dataclasses.replace(scores, rows=rows, metadata=metadata))
 
 
@@ -217,18 +218,17 @@ def how_measured(runs: Sequence[RunScores]) -> list[str]:
         )
     for run in runs:
         metadata = run.scores.metadata
-        if "encoders" in metadata:
+        if metadata.encoders:
             roles = {"clip": "CLIP-T and CLIP-I", "instance": "DINO-I"}
             sentences += [
-                f"{metric}: {metadata['encoders'][role]} ({metadata['preprocessing'][role]})."
-                for role, metric in roles.items()
+                f"{metric}: {metadata.encoders[role]} ({metadata.preprocessing[role]})." for role, metric in roles.items()
             ]
-        if "object_only" in metadata:
-            sentences.append(metadata["object_only"])
-        if "kid" in metadata:
-            sentences.append(_about_kid(metadata["kid"]))
-        if "interval" in metadata:
-            sentences.append(_about_intervals(metadata))
+        if metadata.object_only:
+            sentences.append(metadata.object_only)
+        if metadata.kid:
+            sentences.append(_about_kid(metadata.kid))
+        if metadata.interval:
+            sentences.append(_about_intervals(metadata.interval, metadata.resampled))
     if any(name.startswith(PREFIX) for run in runs for name in run.scores.summary):
         sentences.append("Ratings were brought in from a table; this project made none of them.")
     if len(runs) > 1:
@@ -238,25 +238,24 @@ def how_measured(runs: Sequence[RunScores]) -> list[str]:
     return list(dict.fromkeys(sentences))
 
 
-def _about_kid(metadata: dict) -> str:
-    kernel = "(x·y / d + 1)³" if metadata["features"] == INCEPTION else "(cosine + 1)³"
+def _about_kid(kid: KidMetadata) -> str:
+    kernel = "(x·y / d + 1)³" if kid.features == INCEPTION else "(cosine + 1)³"
     return (
-        f"KID: squared maximum mean discrepancy (kernel {kernel}, unbiased) of the features of {metadata['features']} to "
-        f"{metadata['real']} real images, over 100 subsets of {metadata['subset_size']}; the interval is that of all."
+        f"KID: squared maximum mean discrepancy (kernel {kernel}, unbiased) of the features of {kid.features} to "
+        f"{kid.real} real images, over 100 subsets of {kid.subset_size}; the interval is that of all."
     )
 
 
-def _about_intervals(metadata: dict) -> str:
-    factors = " and ".join(f"{name}s ({levels})" for name, levels in metadata["resampled"].items())
+def _about_intervals(interval: BootstrapMetadata, resampled: dict[str, int]) -> str:
+    factors = " and ".join(f"{name}s ({levels})" for name, levels in resampled.items())
     several = (
         "each of them drawn with replacement by itself; an image counts as often as the product of its draws"
-        if len(metadata["resampled"]) > 1
+        if len(resampled) > 1
         else "drawn with replacement"
     )
-    settings = metadata["interval"]
     return (
-        f"Intervals: {100 * settings['level']:.0f} % percentile bootstrap over {factors}, {several}; "
-        f"{settings['resamples']} resamples, seed {settings['seed']}."
+        f"Intervals: {100 * interval.level:.0f} % percentile bootstrap over {factors}, {several}; "
+        f"{interval.resamples} resamples, seed {interval.seed}."
     )
 
 

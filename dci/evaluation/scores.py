@@ -5,7 +5,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval, bootstrap_mean, factors
 from dci.evaluation.metrics import KID
+from dci.evaluation.scoring_metadata import BootstrapMetadata, ScoringMetadata
 from dci.files import write_atomically
 from ldm.errors import UserError
 from ldm.facts import read_fact
@@ -39,7 +40,7 @@ class Scores:
 
     rows: tuple[ImageScore, ...]
     summary: dict[str, Interval]  # metric -> mean over the rows, KID over the folder
-    metadata: dict[str, Any] = field(default_factory=dict)  # encoders, references, numbers of images, ...
+    metadata: ScoringMetadata = ScoringMetadata()
 
     def save(self, file: str | Path) -> None:
         """Write JSON, whole or not at all."""
@@ -64,8 +65,11 @@ def scores_of(content: Any) -> Scores:
     Raises:
         UserError: something is missing or of another type.
     """
-    if isinstance(content, dict):  # version 0.1 said facts
-        content = content | {"metadata": content.get("metadata", content.get("facts"))}
+    if isinstance(content, dict):
+        metadata = content.get("metadata", content.get("facts"))  # version 0.1 said facts, and counted pictures
+        if isinstance(metadata, dict) and "pictures" in metadata:
+            metadata = {("images" if name == "pictures" else name): value for name, value in metadata.items()}
+        content = content | {"metadata": metadata}
     return read_fact(Scores, content)
 
 
@@ -174,12 +178,16 @@ def pool(parts: Mapping[str, Scores], resamples: int = RESAMPLES, seed: int = 0)
     if parts and all(KID in part.summary for part in parts.values()):
         kids = [part.summary[KID].mean for part in parts.values()]
         summary[KID] = bootstrap_mean(kids, {"concept": list(parts)}, resamples, seed)
-    metadata = dict(next(iter(parts.values())).metadata) if parts else {}
-    metadata |= {"concepts": list(parts), "pictures": len(rows), "resampled": resampled(rows)}
-    metadata["interval"] = {"level": LEVEL, "resamples": resamples, "seed": seed}
-    if KID not in summary:
-        metadata.pop("kid", None)
-    metadata["references"] = [file for part in parts.values() for file in part.metadata.get("references", ())]
+    first = next((part.metadata for part in parts.values()), ScoringMetadata())
+    metadata = dataclasses.replace(
+        first,
+        concepts=tuple(parts),
+        images=len(rows),
+        resampled=resampled(rows),
+        interval=BootstrapMetadata(LEVEL, resamples, seed),
+        kid=first.kid if KID in summary else None,
+        references=tuple(file for part in parts.values() for file in part.metadata.references),
+    )
     return Scores(rows, summary, metadata)
 
 

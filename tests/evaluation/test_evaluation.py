@@ -234,7 +234,7 @@ def test_scores_are_those_of_the_encoders(encoders, tmp_path):
     assert {"noun", "place"} <= scores.rows[1].values.keys()
     assert "place" not in scores.rows[0].values  # the prompt names none
     assert scores.summary["place"].n == 2
-    assert scores.metadata["resampled"] == {"prompt": 3, "seed": 2}  # two blanks are another wording
+    assert scores.metadata.resampled == {"prompt": 3, "seed": 2}  # two blanks are another wording
     assert scores.summary["kid"].mean > 0.1  # noise is not like cats
 
 
@@ -283,7 +283,7 @@ def test_masks_are_no_references_and_what_is_not_used_is_said(encoders, tmp_path
     (references / "raw").mkdir()
     said = []
     found = evaluate_folder(run, references, encoders, scoring, observers=ScoringObservers(report=said.append))
-    assert found.summary == expected.summary and found.metadata["references"] == expected.metadata["references"]
+    assert found.summary == expected.summary and found.metadata.references == expected.metadata.references
     assert said == [
         f"Not used in {references}: 1 folder (raw), 1 caption (0.txt), 3 masks (0.mask.png, 1-masklabel.PNG, mask_2.png)",
         f"Not used in {run / 'samples'}: 1 mask (mask-00001.jpg)",

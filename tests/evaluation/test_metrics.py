@@ -14,6 +14,7 @@ from dci.evaluation import metrics
 from dci.evaluation.bootstrap import bootstrap_mean, factors, weights
 from dci.evaluation.plots import pareto_front
 from dci.evaluation.scores import ImageScore, Scores, difference, pool, summarize
+from dci.evaluation.scoring_metadata import ScoringMetadata
 from ldm.errors import UserError
 
 
@@ -139,7 +140,7 @@ def scores(values, concept=""):
         for i, row in enumerate(np.asarray(values))
         for j, v in enumerate(row)
     )
-    return Scores(rows, summarize(rows, 499), {"pictures": len(rows)})
+    return Scores(rows, summarize(rows, 499), ScoringMetadata(images=len(rows)))
 
 
 def test_pairing_takes_out_what_prompts_and_seeds_do_to_both():
@@ -164,7 +165,7 @@ def test_pooled_concepts_are_a_factor():
     parts = {"cat": scores(np.zeros((3, 2))), "dog": scores(np.ones((3, 2))), "car": scores(np.full((3, 2), 2.0))}
     whole = pool(parts, 999)
     assert len(whole.rows) == 18
-    assert whole.metadata["resampled"] == {"concept": 3, "prompt": 3, "seed": 2}
+    assert whole.metadata.resampled == {"concept": 3, "prompt": 3, "seed": 2}
     one = whole.summary["clip_t"]
     assert (one.mean, one.low, one.high) == pytest.approx((1, *scipy_interval(np.arange(3.0))))
 

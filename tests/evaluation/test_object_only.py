@@ -58,9 +58,9 @@ def test_scores_of_the_object_alone(references, tmp_path):
     assert alone.rows[0].values["dino_i"] == pytest.approx(((first + second) @ own / 2).item(), abs=1e-5)
     assert abs(alone.rows[0].values["dino_i"] - whole.rows[0].values["dino_i"]) > 1e-3
     assert alone.rows[0].values["clip_t"] == whole.rows[0].values["clip_t"]
-    words = alone.metadata["object_only"]
+    words = alone.metadata.object_only
     assert words in said and "1 of 2 references, 0 of 1 generated images; the others count whole" in words
-    assert "object_only" not in whole.metadata
+    assert whole.metadata.object_only == ""
 
 
 def test_another_mask_is_another_feature(references, tmp_path):

@@ -47,7 +47,7 @@ def test_a_newer_versions_key_is_left_out(tmp_path):
     [
         (lambda content: content.pop("method"), "(method is missing)"),
         (lambda content: content.pop("rows"), "(rows is missing)"),
-        (lambda content: content.pop("metadata"), "(metadata: expected an object, not None)"),
+        (lambda content: content.pop("metadata"), "(metadata: expected an object with folder, images, references"),
         (lambda content: content.update(seed="0"), "(seed: expected a whole number, not '0')"),
         (lambda content: content["rows"][1].pop("prompt"), "(rows[1]: prompt is missing)"),
         (lambda content: content["rows"][0].update(later=1), "(rows[0]: unknown key 'later')"),

@@ -20,6 +20,8 @@ PAGES += sorted((ROOT / "data").glob("*/README.md"))
 FOREIGN = [
     "tensorboard",
     "git",
+    "hf",
+    "gdown",
     "unzip",
     "scp",
     "cat",

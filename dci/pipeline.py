@@ -271,7 +271,11 @@ class Pipeline:
         return dataclasses.replace(found, notes=_notes(found))
 
     def parse(self, prompt: str, auxiliary_noun: str | None = None) -> BranchPrompts:
-        """Return both branches' prompts, and where the concept and its noun stand in them."""
+        """Return both branches' prompts, and where the concept and its noun stand in them.
+
+        Raises:
+            UserError: the pipeline has no concept, or the prompt does not name it or is too long.
+        """
         if self.concept is None:
             raise UserError("this pipeline has no concept: prompts are read as they stand")
         return parse_prompt(prompt, self.concept.names, auxiliary_noun)

@@ -16,6 +16,7 @@ from ldm.shipped import ROOT
 
 
 def main() -> None:
+    """Generate the images that are still missing, classify all of them, and write the figures."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=positive, default=200, help="prompts taken from all pairs (default 200)")
     parser.add_argument(

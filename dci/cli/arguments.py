@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
     @overload
     def parse_args(self, *, namespace: _Into) -> _Into: ...
     def parse_args(self, args: Iterable[str] | None = None, namespace: object = None) -> object:
+        """Parse options and overrides in any order; an empty value of an option that needs one ends the program."""
         args = sys.argv[1:] if args is None else args
         # Intermixed: key=value overrides may stand before, between and behind the options.
         found = super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)

@@ -50,10 +50,12 @@ class Rows(NamedTuple):
 
     @property
     def concept(self) -> slice:
+        """The rows of the concept branch: the last of the pipeline's own."""
         return slice(self.own - self.images, self.own)
 
     @property
     def auxiliary(self) -> slice:
+        """The rows of the auxiliary branch: the last of those that were added."""
         return slice(self.own + self.added - self.images, self.own + self.added)
 
 
@@ -107,6 +109,9 @@ class AuxiliaryBranch:
         Args:
             prepared: the latents, and in inpainting their noise and the image's latents.
             noised: how the pipeline got them from an image; None: they are noise alone.
+
+        Raises:
+            UserError: no step is left to take, or the prompts are not as many as the images.
         """
         latents, *more = prepared if isinstance(prepared, tuple) else (prepared,)
         if not len(latents):

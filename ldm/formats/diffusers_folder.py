@@ -145,6 +145,9 @@ def read_state(folder: Path, config: ModelConfig, half: bool, read: Any) -> dict
         config: as `read_config` returns it, for the number of levels and blocks.
         half: take the fp16 variant where both are there; without one, what there is.
         read: (file) -> its state dict.
+
+    Raises:
+        UserError: a part of the model has no weights.
     """
     parts = {}
     for part in parts_of(folder):

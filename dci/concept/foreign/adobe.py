@@ -44,7 +44,11 @@ def read_ckpt(content: dict, source: str) -> Content:
 
 
 def read_bin(content: dict, layers: Layers, source: str) -> Content:
-    """Return what a delta.bin holds; see `read_ckpt`."""
+    """Return what a delta.bin holds; see `read_ckpt`.
+
+    Raises:
+        UserError: it is damaged, or sets a weight that the model does not have.
+    """
 
     def rename(name: str) -> str:
         layer, dot, kind = name.rpartition(".")

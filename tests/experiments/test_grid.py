@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import LINUX, ROOT, refused, run_here, run_main
-from test_benchmarks import concepts  # noqa: F401
+from test_datasets import concepts  # noqa: F401
 
 from dci.experiments import grid
 from dci.experiments.comparison import varied

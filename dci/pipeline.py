@@ -179,7 +179,7 @@ class Pipeline:
             model: YAML, weights' file, diffusers folder or hub id; None: what the concept was trained on.
             checkpoint: weights in place of the model's own.
             device: None: CUDA where there is one, else the CPU.
-            dtype: of the networks; None: what the device computes them fastest in, as `pipeline.model.dtype` tells.
+            dtype: of the networks; None: what the device computes them fastest in; `pipeline.model.dtype` says which.
             class_noun: of another program's files: the ordinary word for the concept.
             trigger: of another program's files: the words for the concept in prompts, where no token was learned.
             loras: put on the base model beside the concept: "FILE" or "FILE:0.8" each.
@@ -292,7 +292,7 @@ class Pipeline:
 
 
 def _notes(prepared: Prepared) -> list[str]:
-    """What a request asks for and does not get."""
+    """Return a note for each option and each piece of prompt syntax that has no effect."""
     request, dual, init = prepared.request, prepared.dual, prepared.init
     texts = [*request.prompts, request.negative]
     notes = prompt_notes(texts)

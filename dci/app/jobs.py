@@ -1,4 +1,4 @@
-"""Trainings in a queue of one: each is the training program in a process of its own, whoever watches it or not."""
+"""Trainings in a queue of one: each is the training program in a process of its own, whether a page shows it or not."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""The Learn tab: images dropped, a training started, and what it has come to, for whoever opens the page."""
+"""The Learn tab: images dropped, a training started, and how far it is, shown to everybody who opens the page."""
 
 import re
 from collections.abc import Callable

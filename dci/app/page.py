@@ -27,7 +27,7 @@ class Page:
         self.studio = Studio(settings.weights)
         self.shelf = Shelf(self.studio.read, settings.concepts, settings.logdir)
         self.jobs = Jobs(settings.logdir, uploads)
-        self.studio.base()  # what cannot be loaded is said before anybody opens the page
+        self.studio.base()  # report what cannot be loaded before anybody opens the page
         self.blocks = self._build()
 
     @cached_property

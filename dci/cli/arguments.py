@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that takes --agg_time for --agg-time and reports what is wrong in one line."""
 
     def __init__(self, **options):
-        # Not argparse's own idea of it, which tells `python -m dci` apart from `dci`.
+        # Not argparse's own idea of it, which differs between `python -m dci` and `dci`.
         described = re.sub(r"python scripts/\w+\.py", "%(prog)s", options.pop("description", ""))
         super().__init__(**{"prog": Path(sys.argv[0]).name, "description": described, **options})
         # argparse takes -2 for a value but -1e6 for an unknown option.

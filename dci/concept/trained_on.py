@@ -31,7 +31,7 @@ class TrainedOn:
         """Return the model and the checkpoint to load for a concept where no model is asked for.
 
         Args:
-            checkpoint: weights that are asked for in place of the model's own; by themselves they tell their architecture.
+            checkpoint: weights that are asked for in place of the model's own; without a model they give the architecture.
             embedded: the model where neither leads anywhere.
         """
         if self.model and self.is_there:

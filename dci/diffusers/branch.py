@@ -120,7 +120,7 @@ class AuxiliaryBranch:
             raise UserError(f"{len(self.prompts)} prompts for {len(latents)} images: expected one prompt for each")
         self.generator = forked(self.generator, latents.device)
         if self.dual.shared_noise or self.arguments.get("denoising_start") is not None:
-            # What was denoised before does not tell its noise.
+            # The noise of latents that were denoised before is not known.
             self._noise = noised.noise if noised else more[0] if more else None
             self.latents = latents.clone()
         else:

@@ -114,7 +114,7 @@ class DCIPipeline:
 
         Args:
             files: a concept file of ours, or files of other programs, as scripts/import_concept.py takes them.
-            class_noun: the ordinary word for the concept, where such files do not tell it.
+            class_noun: the ordinary word for the concept, where such files do not have it.
             trigger: the words that stand for it in prompts, where no token was learned for it.
             strength: factor on what the concept changes in the weights; 0 leaves the base's, 1 is as it was learned.
             check_base: False takes a concept of another base model than the pipeline's, if its weights fit.

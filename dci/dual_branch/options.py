@@ -50,7 +50,7 @@ def dual_branch(model: LatentDiffusion, height: int | None = None, width: int | 
 
 
 def checked_dual_branch(settings: dict[str, Any]) -> DualBranch:
-    """Return DCI's settings, those that are not given as the authors have them.
+    """Return DCI's settings; unset ones get the authors' defaults.
 
     Raises:
         UserError: an unknown setting, or a value out of range.

@@ -67,7 +67,7 @@ class BranchRecorder:
         self.waiting = []
 
     def _sheets(self, row: int, pixels: Tensor, prompt: BranchPrompts, steps: StepRecord, maps: MapRecord) -> Files:
-        from dci.dual_branch.figures import map_sheet, step_sheet  # Matplotlib is for those who want sheets
+        from dci.dual_branch.figures import map_sheet, step_sheet  # Matplotlib is needed for sheets alone
 
         files: Files = {}
         if self.steps:

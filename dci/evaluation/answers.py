@@ -186,5 +186,5 @@ def _share(values: list[float], answered: Sequence[tuple]) -> Interval:
 
 
 def raters(answers: Iterable[Answer]) -> int:
-    """Return how many people answered, as far as their names tell."""
+    """Return how many people answered, counted by their names."""
     return len({answer.rater for answer in answers})

@@ -28,7 +28,7 @@ class ImageScore:
     file: str
     prompt: str  # as it was asked for; one level of the factor "prompt"
     text: str  # what CLIP-T compares the image with: the prompt without modifier tokens
-    noise: str  # what the initial noise depends on, "seed:index"; "" where nobody wrote it down
+    noise: str  # what the initial noise depends on, "seed:index"; "" where it was not recorded
     values: dict[str, float]  # metric -> score; a metric that does not apply to the image is left out
     concept: str = ""  # where several concepts are pooled
 

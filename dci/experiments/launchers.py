@@ -1,4 +1,4 @@
-"""Who works on a grid's points: processes of this machine with a device each, or Slurm's jobs, through submitit."""
+"""The workers of a grid: processes of this machine with a device each, or Slurm's jobs, through submitit."""
 
 import json
 import multiprocessing

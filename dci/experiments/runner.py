@@ -125,7 +125,7 @@ class Worker:
 
 
 def state(point: GridPoint, queued: Set[str] = frozenset()) -> str:
-    """Return done, running, failed (begun, but nobody is at it), queued or waiting.
+    """Return done, running, failed (begun, but no process works on it), queued or waiting.
 
     Args:
         queued: names of trainings that a batch system is going to work on, or is working on.

@@ -145,7 +145,7 @@ def exact_factors(change: Tensor) -> LowRank:
 
 
 def _headed(done: Export, to: str, bundle: bool) -> None:
-    """Write a .safetensors file by kohya's names, whose header tells programs what it is."""
+    """Write a .safetensors file by kohya's names, whose header says what it is."""
     concept, ranks = done.concept, set()
     if to == "lora":
         whole = {name: d for name, d in done.differences().items() if name not in concept.low_rank}

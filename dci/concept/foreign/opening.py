@@ -1,4 +1,4 @@
-"""Foreign files opened and told apart; nothing in them is run."""
+"""Open foreign files and recognise their kinds; nothing in them is run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -310,7 +310,7 @@ def _unpack_token_table(state: dict[str, Tensor], source: str) -> dict[str, Tens
 
 
 def fingerprint(model: LatentDiffusion) -> str:
-    """Return 16 hex digits that tell base models apart.
+    """Return 16 hex digits that differ between base models.
 
     Hashes the weights that a concept builds on: the UNet's cross-attention keys and values and the
     text transformer's first layer, rounded to fp16 so that a checkpoint's precision does not matter, nor

@@ -146,7 +146,7 @@ def turn(image: Image.Image, marked: int) -> Image.Image:
 
 @contextmanager
 def _open(file: Path) -> Iterator[Image.Image]:
-    """Open an image of any size that is no attack, with texts of any length that are none."""
+    """Open an image, however large it and its texts are, short of an attack."""
     with open(file, "rb") as stream:
         head = stream.read(12)
     turned: list[bool] = []

@@ -22,7 +22,7 @@ from ldm.solvers import Solver
 
 @dataclass(frozen=True)
 class InitImage:
-    """What sampling starts from, and what of it stays."""
+    """An image that sampling starts from, and the part of it that stays."""
 
     latents: Tensor  # scaled latent of the image (1, c, h, w)
     pixels: Tensor  # the image (1, 3, H, W) in [-1, 1]

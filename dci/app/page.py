@@ -32,7 +32,7 @@ class Page:
 
     @cached_property
     def look(self) -> dict[str, Any]:
-        """How it looks: arguments of `launch`. The fonts are the system's."""
+        """The page's looks, as arguments of `launch`. The fonts are the system's."""
         theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=_SYSTEM, font_mono=_MONO)
         theme = theme.set(
             body_text_color_subdued="*neutral_600",

@@ -23,7 +23,7 @@ TINY = ROOT / "configs/model/tiny.yaml"
 
 @dataclass(frozen=True)
 class Weights:
-    """Which base model is asked for; None leaves it to the concept, as the programs do."""
+    """Which base model to load; None leaves it to the concept, as the programs do."""
 
     model: str | None = None
     checkpoint: str | None = None

@@ -62,7 +62,7 @@ class Concept:
 
     @property
     def trained_on(self) -> TrainedOn:
-        """What its configuration says of the base model and the images."""
+        """The base model and the images, as the training's configuration names them."""
         return TrainedOn.of(self.config)
 
     @property
@@ -165,7 +165,7 @@ class Concept:
         return undo
 
     def replaced(self, model: LatentDiffusion) -> dict[str, Tensor]:
-        """Return a copy of the base model's weights that the concept will take the place of.
+        """Return a copy of the base model's weights that the concept will replace.
 
         Args:
             model: the base model, without the concept.

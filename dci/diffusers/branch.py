@@ -42,7 +42,7 @@ class Noising(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """How many rows a batch of a network has."""
+    """The numbers of rows in a network's batch."""
 
     own: int  # from the pipeline
     added: int  # of the auxiliary branch
@@ -60,7 +60,7 @@ class Rows(NamedTuple):
 
 
 class AuxiliaryBranch:
-    """What runs beside a pipeline's loop while both branches run.
+    """The auxiliary branch, which runs beside a pipeline's loop.
 
     Args:
         pipe: the pipeline.

@@ -1,4 +1,4 @@
-"""Options of sampling and of DCI: the model's own, and what the user gives in place of them."""
+"""Options of sampling and of DCI: the model's own, or the user's in place of them."""
 
 import dataclasses
 from collections.abc import Collection

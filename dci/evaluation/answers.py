@@ -1,4 +1,4 @@
-"""What people answered about pairs of images, and how often a metric says the same."""
+"""People's answers about pairs of images, and how often a metric agrees with them."""
 
 import csv
 import os

@@ -207,4 +207,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_error(status, explain=f"{fault}: mend it, and load this page again.")
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing: the program prints what it is asked."""
+        """Print nothing: requests are of no interest in the terminal."""

@@ -35,7 +35,7 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `evaluate_folder` measures."""
+    """The scores that `evaluate_folder` returns."""
 
     rows: tuple[ImageScore, ...]
     summary: dict[str, Interval]  # metric -> mean over the rows, KID over the folder
@@ -59,7 +59,7 @@ class Scores:
 
 
 def scores_of(content: Any) -> Scores:
-    """Return what `as_json` made of scores, of an object that may hold more.
+    """Read scores that `as_json` wrote, from an object that may hold more.
 
     Raises:
         UserError: something is missing or of another type.

@@ -1,4 +1,4 @@
-"""Working through the points of a grid: one process after the other, a log and a result for each point.
+"""Work through the points of a grid: one process after the other, a log and a result for each point.
 
 Everything that is known about a point is in its files, so any number of workers on any number of
 machines with a common disk can work on a grid, and any of them can be killed.

@@ -335,7 +335,7 @@ def _check_tokenizer(folder: Path, pad: str) -> None:
 
 
 def _schedule(file: Path) -> tuple[ScheduleConfig, dict[str, str]]:
-    """The schedule, and what it asks of the samplers."""
+    """The schedule, and the samplers' defaults that follow from it."""
     content = read_json(file)
     _require(file, content, _SCHEDULER)
     kinds = {"epsilon": "eps", "v_prediction": "v"}

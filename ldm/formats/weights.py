@@ -22,7 +22,7 @@ SUFFIXES = (".safetensors", *PICKLED)
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict under SD's names, and what it says of its model."""
+    """A state dict under SD's names, and its model's configuration."""
 
     source: str  # for messages
     state: dict[str, Tensor]

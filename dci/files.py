@@ -56,7 +56,7 @@ def folder_lock(folder: Path) -> filelock.BaseFileLock:
 
 
 def make_new_folder(parent: Path, name: str) -> Path:
-    """Make and return a folder that nobody has made before: parent/name, with a number behind it where that is taken."""
+    """Make and return a folder that did not exist before: parent/name, with a number behind it where that is taken."""
     parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
@@ -67,12 +67,12 @@ def make_new_folder(parent: Path, name: str) -> Path:
 
 
 def file_hash(path: str | Path) -> str:
-    """Return 16 hex digits that tell contents of files apart."""
+    """Return 16 hex digits that differ between contents of files."""
     return hashlib.sha256(find(path).read_bytes()).hexdigest()[:16]
 
 
 def content_hash(path: str | Path) -> str:
-    """Return 16 hex digits that tell contents apart: a file's, or those of all files in a folder."""
+    """Return 16 hex digits that differ between contents: a file's, or those of all files in a folder."""
     path = find(path)
     if path.is_file():
         return file_hash(path)

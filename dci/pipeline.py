@@ -179,7 +179,7 @@ class Pipeline:
             model: YAML, weights' file, diffusers folder or hub id; None: what the concept was trained on.
             checkpoint: weights in place of the model's own.
             device: None: CUDA where there is one, else the CPU.
-            dtype: of the networks; None: what the device computes them fastest in, as `pipeline.model.dtype` tells.
+            dtype: of the networks; None: what the device computes them fastest in; `pipeline.model.dtype` says which.
             class_noun: of another program's files: the ordinary word for the concept.
             trigger: of another program's files: the words for the concept in prompts, where no token was learned.
             loras: put on the base model beside the concept: "FILE" or "FILE:0.8" each.
@@ -271,7 +271,11 @@ class Pipeline:
         return dataclasses.replace(found, notes=_notes(found))
 
     def parse(self, prompt: str, auxiliary_noun: str | None = None) -> BranchPrompts:
-        """Return both branches' prompts, and where the concept and its noun stand in them."""
+        """Return both branches' prompts, and where the concept and its noun stand in them.
+
+        Raises:
+            UserError: the pipeline has no concept, or the prompt does not name it or is too long.
+        """
         if self.concept is None:
             raise UserError("this pipeline has no concept: prompts are read as they stand")
         return parse_prompt(prompt, self.concept.names, auxiliary_noun)
@@ -288,7 +292,7 @@ class Pipeline:
 
 
 def _notes(prepared: Prepared) -> list[str]:
-    """What a request asks for and does not get."""
+    """Return a note for each option and each piece of prompt syntax that has no effect."""
     request, dual, init = prepared.request, prepared.dual, prepared.init
     texts = [*request.prompts, request.negative]
     notes = prompt_notes(texts)

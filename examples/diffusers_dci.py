@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("diffusers_dci.png"), help="above without DCI, below with it")
     args = parser.parse_args()
 
-    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler  # here: a missing package is told in one line
+    from diffusers import StableDiffusionPipeline, UniPCMultistepScheduler  # here: a missing package is reported in one line
 
     with tempfile.TemporaryDirectory() as folder:
         concept = args.concept or learned(args.train_steps, Path(folder) / "run")

@@ -53,10 +53,10 @@ def load_model(
     """Build a Stable Diffusion model and load its weights, on the CPU.
 
     Args:
-        path: our YAML file, one of CompVis or Stability AI, or weights that tell their architecture: a .ckpt
+        path: our YAML file, one of CompVis or Stability AI, or weights whose architecture can be inferred: a .ckpt
             or .safetensors file, a diffusers folder, a hub id.
         checkpoint: weights in place of those that `path` names: as above, or a folder of .safetensors files.
-        dtype: precision of the weights, or what tells it from the configuration; None keeps the file's own.
+        dtype: precision of the weights, or a function of the configuration that returns it; None keeps the file's own.
             In the file's precision the weights are memory-mapped and not copied.
         ema: use the averaged weights (`model_ema.*`) of a training checkpoint for the UNet.
         clip_skip: layers of the text encoder to stop before the end, counted from 1 (none left out).
@@ -94,7 +94,7 @@ def model_config(path: str | Path) -> ModelConfig:
     """Return the configuration of what `load_model` takes as its path, without loading the weights.
 
     Raises:
-        UserError: it is missing or broken, or does not tell its architecture.
+        UserError: it is missing or broken, or its architecture cannot be inferred.
     """
     return open_weights(path).config() if are_weights(path) else read_config(path)
 
@@ -310,7 +310,7 @@ def _unpack_token_table(state: dict[str, Tensor], source: str) -> dict[str, Tens
 
 
 def fingerprint(model: LatentDiffusion) -> str:
-    """Return 16 hex digits that tell base models apart.
+    """Return 16 hex digits that differ between base models.
 
     Hashes the weights that a concept builds on: the UNet's cross-attention keys and values and the
     text transformer's first layer, rounded to fp16 so that a checkpoint's precision does not matter, nor

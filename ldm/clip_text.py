@@ -115,7 +115,7 @@ class CLIPTextTransformer(nn.Module):
         return self.final_layer_norm(self.hidden(embeddings, depth))
 
     def hidden(self, embeddings: Tensor, depth: int) -> Tensor:
-        """The same without the last norm."""
+        """Token embeddings without positions (b, l, d) -> the output of the first `depth` layers, not normed (b, l, d)."""
         hidden = self.embeddings(embeddings)
         for layer in self.encoder.layers[:depth]:
             hidden = layer(hidden)

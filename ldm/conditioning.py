@@ -1,7 +1,7 @@
 """The UNet's condition on a text: a context for its cross-attention and, in some families, one vector besides.
 
-One seam for all families: text goes into a text encoder, a `Conditioning` comes out. Who samples or trains
-hands it on and need not know whether there is a vector.
+One seam for all families: text goes into a text encoder, a `Conditioning` comes out. Sampling and
+training hand it on and need not know whether there is a vector.
 """
 
 from collections.abc import Sequence

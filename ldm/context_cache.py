@@ -1,4 +1,4 @@
-"""Contexts that were worked out before: a run has many images, and few prompts."""
+"""A cache of text contexts: a run has many images, and few prompts."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -13,7 +13,7 @@ Version = tuple[tuple[int, int], ...]
 
 
 def version(module: nn.Module) -> Version | None:
-    """Return what changes whenever a module's weights are replaced, moved or written to; None: that cannot be known.
+    """Return a value that changes whenever a module's weights are replaced, moved or written to; None: it cannot be known.
 
     Writing through `.data` leaves no trace.
     """
@@ -52,5 +52,5 @@ class ContextCache:
         return [found[key] for key in keys]
 
     def forget(self) -> None:
-        """Start anew."""
+        """Empty the cache."""
         self.contexts.clear()

@@ -53,18 +53,22 @@ class LatentDiffusion(nn.Module):
 
     @property
     def unet(self) -> UNet:
+        """The denoiser, whose parameters have the names of SD's `model.diffusion_model`."""
         return self.model.diffusion_model
 
     @property
     def autoencoder(self) -> AutoencoderKL:
+        """The VAE between pixels and latents."""
         return self.first_stage_model
 
     @property
     def text_encoder(self) -> TextEncoder:
+        """The encoder of prompts; SDXL's is a pair of encoders behind one interface."""
         return self.conditioner if hasattr(self, "conditioner") else self.cond_stage_model
 
     @property
     def device(self) -> torch.device:
+        """The device of the noise schedule, which moves along with the networks."""
         return self.alphas_cumprod.device
 
     @property

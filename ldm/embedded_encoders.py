@@ -43,6 +43,7 @@ class WorldCLIP(nn.Module):
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are, and where token ids are made."""
         return self.clip.positional_embedding.device
 
     def tokenize(self, prompts: list[str]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and how a program ends with them and with its readers."""
+"""Errors that a user can mend, and how a program ends with them or when its output is closed."""
 
 import errno
 import os
@@ -20,15 +20,15 @@ class UserError(Exception):
 
 
 class Note(UserWarning):
-    """What the user asked for has no effect, or another one than it seems: worth a line, not worth stopping."""
+    """What the user asked for has no effect, or an unexpected one: worth a line, not worth stopping."""
 
 
 @contextmanager
 def reported_in_one_line() -> Iterator[None]:
     """Around a program: a user's mistake, an unusable file or a missing extra becomes one line and exit code 2.
 
-    Characters that the output's encoding lacks are written as escapes. Once nobody reads the output any
-    more, as behind `| head -1`, it goes nowhere, and the program's work goes on.
+    Characters that the output's encoding lacks are written as escapes. When the reader of the
+    output has gone, as behind `| head -1`, the rest is dropped, and the program's work goes on.
     """
     before = sys.stdout, sys.stderr
     warnings.formatwarning = lambda message, kind, *_, **__: f"{'note' if kind is Note else 'warning'}: {message}\n"
@@ -84,7 +84,7 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or drop what nobody reads."""
+        """Write; when the reader has gone, drop the text."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -92,7 +92,7 @@ class Output:
             return len(text)
 
     def flush(self) -> None:
-        """Send what is written, or drop what nobody reads."""
+        """Flush; when the reader has gone, drop what is left."""
         try:
             self._stream.flush()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The package's extras: what sampling does without is installed for those who need it."""
+"""The package's extras: dependencies that sampling does without are installed on request."""
 
 EXTRAS = {
     "pytorch_lightning": "train",

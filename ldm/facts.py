@@ -1,4 +1,4 @@
-"""Facts in files: what JSON gives back becomes a dataclass again, or one line says what is wrong with it."""
+"""Dataclasses stored as JSON: read back strictly, or refused in one line that says what is wrong."""
 
 import functools
 import types

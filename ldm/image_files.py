@@ -146,7 +146,7 @@ def turn(image: Image.Image, marked: int) -> Image.Image:
 
 @contextmanager
 def _open(file: Path) -> Iterator[Image.Image]:
-    """Open an image of any size that is no attack, with texts of any length that are none."""
+    """Open an image, however large it and its texts are, short of an attack."""
     with open(file, "rb") as stream:
         head = stream.read(12)
     turned: list[bool] = []
@@ -164,7 +164,7 @@ def _open(file: Path) -> Iterator[Image.Image]:
 
 
 def _explain(warning: str, turned: bool) -> str | None:
-    """Say what a warning of Pillow's means for the user; None: nothing, of sizes, tags and frames that nobody reads."""
+    """Return what a warning of Pillow's means for the user; None for sizes, tags and frames that are not used here."""
     if re.search("exif|truncated file read", warning, re.IGNORECASE):
         damaged = f"its EXIF block is damaged ({warning.strip()})"
         return None if turned else f"{damaged}: should the image lie on its side, turn it and save it anew"
@@ -172,7 +172,7 @@ def _explain(warning: str, turned: bool) -> str | None:
 
 
 def _know_phones(file: Path, brand: bytes) -> None:
-    """Let Pillow read HEIC; the content tells the format, for phones also call such files .jpg."""
+    """Let Pillow read HEIC; the format is taken from the content, for phones also call such files .jpg."""
     if brand in (b"avif", b"avis"):
         if not features.check("avif"):
             raise UserError(f"{file} is AVIF, which this Pillow cannot read: pip install -U pillow, or convert the file")

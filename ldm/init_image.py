@@ -22,7 +22,7 @@ from ldm.solvers import Solver
 
 @dataclass(frozen=True)
 class InitImage:
-    """What sampling starts from, and what of it stays."""
+    """An image that sampling starts from, and the part of it that stays."""
 
     latents: Tensor  # scaled latent of the image (1, c, h, w)
     pixels: Tensor  # the image (1, 3, H, W) in [-1, 1]
@@ -66,11 +66,11 @@ class InitImage:
         return steps - min(int(steps * self.strength), steps)
 
     def start(self, solver: Solver, noise: Tensor) -> Tensor:
-        """The first state: the image's latent, noised; noise (..., b, c, h, w)."""
+        """Return the first state, the noised latent of the image, in the shape of noise (..., b, c, h, w)."""
         return self._noised(solver.alphas[0], noise) if solver.timesteps else self.latents.expand_as(noise)
 
     def keep(self, solver: Solver, noise: Tensor) -> After | None:
-        """Return what puts the part to keep back after each step; None if there is none."""
+        """Return the function that restores the kept part after each step, None without a mask; noise (..., b, c, h, w)."""
         if self.mask is None:
             return None
         # A latent cell that touches what is to be painted is painted.
@@ -78,7 +78,7 @@ class InitImage:
         return lambda x, i: paint * x + (1 - paint) * self._noised(solver.alphas[i + 1], noise)
 
     def finish(self, pixels: Tensor) -> Tensor:
-        """Put the kept pixels, which the autoencoder cannot give back exactly, over the generated ones."""
+        """Put the kept pixels, which the autoencoder cannot reproduce exactly, over the generated ones (b, 3, H, W)."""
         return pixels if self.mask is None else self.mask * pixels + (1 - self.mask) * self.pixels
 
     def _noised(self, alpha: float, noise: Tensor) -> Tensor:
@@ -86,7 +86,11 @@ class InitImage:
 
 
 def begin(init: InitImage | None, solver: Solver, noise: Tensor) -> tuple[Tensor, After | None]:
-    """Return the first state, from a init or from the noise alone, and what puts a init's kept part back."""
+    """Return the first state, from an initial image or from noise, and the function that restores the kept part.
+
+    Args:
+        noise: N(0, 1) in the state's shape (..., b, c, h, w).
+    """
     if init is None:
         return solver.initial_scale * noise, None
     return init.start(solver, noise), init.keep(solver, noise)

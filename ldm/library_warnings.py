@@ -1,4 +1,4 @@
-"""What libraries warn of while they read a user's file: passed on with the file's name, or left out."""
+"""Warnings of libraries that read a user's file: passed on with the file's name, or left out."""
 
 import warnings
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Lightning without its small talk."""
+"""Silence Lightning's needless messages."""
 
 import logging
 import warnings

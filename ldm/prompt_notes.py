@@ -1,4 +1,4 @@
-"""What a prompt or an option asks for and does not get: lines for the user."""
+"""Notes for the user about options and prompt syntax without effect."""
 
 import re
 from collections.abc import Iterable

@@ -41,7 +41,12 @@ def q_sample(x_0: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
 
 
 def training_target(x_0: Tensor, noise: Tensor, alpha: Tensor, parameterization: str) -> Tensor:
-    """What the UNet should predict: the noise, or v = sqrt(alpha) noise - sqrt(1 - alpha) x_0."""
+    """Return what the UNet should predict (b, c, h, w): the noise, or v = sqrt(alpha) noise - sqrt(1 - alpha) x_0.
+
+    Args:
+        x_0, noise, alpha: as for `q_sample`.
+        parameterization: eps or v.
+    """
     if parameterization == "eps":
         return noise
     alpha = alpha.view(-1, 1, 1, 1)

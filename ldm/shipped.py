@@ -1,4 +1,4 @@
-"""Where the files lie that come with the programs: configurations, the embedded model, demo concepts, prompt lists."""
+"""The places of the files that come with the programs: configurations, the embedded model, demo concepts, prompt lists."""
 
 import itertools
 import sys

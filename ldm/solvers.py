@@ -1,4 +1,4 @@
-"""Solvers of the reverse diffusion: where each one stops by, and its step, a pure function.
+"""Solvers of the reverse diffusion: the timesteps that each visits, and its step, a pure function.
 
 All of them see the state x as the UNet sees it, sqrt(alpha) x_0 + sqrt(1 - alpha) noise, so that
 they can be exchanged, started from an image, and stacked. A step may have any leading dimensions.

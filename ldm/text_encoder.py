@@ -2,7 +2,7 @@
 
     token ids --embed--> input embeddings --encode--> context
 
-Whoever wants other vectors at some positions puts rows into `embed`'s extra table, or edits the
+To have other vectors at some positions, put rows into `embed`'s extra table, or edit the
 embeddings between the two steps; the text transformer itself is never patched.
 
 What the UNet is to read comes as a `Conditioning`, in every family alike: from `condition` with gradients, for

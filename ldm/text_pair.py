@@ -37,7 +37,7 @@ class PairedTextEncoder(TextEncoder):
 
     @property
     def token_table(self) -> Tensor:
-        """There are two."""
+        """Not defined for a pair: use `token_tables`."""
         raise NotImplementedError("see token_tables")
 
     @property

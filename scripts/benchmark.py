@@ -22,6 +22,7 @@ WHAT = {
 
 
 def arguments():
+    """Parse what to measure, against which peer, and at which size and precision."""
     parser = Parser(description=__doc__.splitlines()[0])
     kinds = "; ".join(f"{name}: {text}" for name, text in WHAT.items())
     parser.add_argument("what", nargs="?", choices=list(WHAT), default="sample", help=f"{kinds} (default sample)")
@@ -40,6 +41,7 @@ def arguments():
 
 
 def main() -> None:
+    """Run one measurement, and print and save its page of results."""
     args = arguments()
     args.device = pick_device("cpu" if (args.what, args.device) == ("load", "auto") else args.device)
     given = {key: value for key, value in vars(args).items() if key != "out"}

@@ -16,6 +16,7 @@ from ldm.shipped import ROOT
 
 
 def main() -> None:
+    """Generate the images that are still missing, classify all of them, and write the figures."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=positive, default=200, help="prompts taken from all pairs (default 200)")
     parser.add_argument(
@@ -91,8 +92,14 @@ def write(outdir: Path, result: dict, prompts: list, images, each: int) -> None:
 def report(result: dict, prompts: int) -> str:
     """Return the figures as Markdown."""
     own, (low, high) = result["classifier_on_rendered_pictures"], result["psnr_interval"]
+    each = result["pictures"] // prompts
     lines = [
         "# The base model, evaluated",
+        "",
+        "```bash",
+        f"python scripts/evaluate_base.py --prompts {prompts} --images {each} --scale {result['guidance']:g} "
+        f"--steps {result['steps']} --seed {result['seed']} --precision {result['precision']}",
+        "```",
         "",
         f'{result["pictures"]} images of {prompts} prompts "a <noun> <place>" generated with seed {result["seed"]};',
         f"guidance {result['guidance']:g}, {result['steps']} DDIM steps, {result['precision']}. Scored by the classifier of",

@@ -21,6 +21,7 @@ METHODS = "ico-tiny,custom-diffusion-tiny"
 
 
 def main() -> None:
+    """Train and sample each drawing with each method, and write sheets and figures."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--concepts", help="names with commas between them (default: all held-out drawings)")
     parser.add_argument("--methods", default=METHODS, help=f"files of configs/train, without .yaml (default {METHODS})")

@@ -13,6 +13,7 @@ from ldm.shipped import ROOT
 
 
 def main() -> None:
+    """Rewrite the pages whose numbers differ from their reports, and print which ones those are."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("pages", nargs="*", help="Markdown files (default: README.md and docs)")
     args = parser.parse_args()

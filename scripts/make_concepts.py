@@ -12,6 +12,7 @@ from ldm.shipped import ROOT
 
 
 def main() -> None:
+    """Render the chosen concepts, a folder of images each."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--artwork", default=str(ROOT / ".artwork"), help="folder of scripts/fetch_artwork.sh")
     parser.add_argument("--outdir", default=str(ROOT / "data/concepts"))

@@ -17,6 +17,7 @@ CONCEPTS = {"cake": "cake", "cottage": "house", "lorry": "truck"}
 
 
 def main() -> None:
+    """Train each demo concept unless a finished run is there, and copy it to data/demo."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--logdir", default="logs/demo", help="where the runs are made; finished ones are taken as they are")
     args = parser.parse_args()

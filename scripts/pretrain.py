@@ -10,6 +10,7 @@ from ldm.shipped import ROOT
 
 
 def main() -> None:
+    """Train, export the last checkpoint, or only write the preview sheet, as the options say."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="configs/pretrain/vae.yaml, diffusion.yaml, clip.yaml, ...")
     parser.add_argument("--preview", metavar="PNG", help="only write a sheet of the world's first images with captions")

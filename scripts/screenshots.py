@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
+    """Serve the page, use it as a visitor would, and save a picture of each tab."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default=str(ROOT / "docs"), help="folder for the pictures (default docs)")
     args = parser.parse_args()

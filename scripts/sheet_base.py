@@ -10,6 +10,7 @@ from dci.cli.loading import TINY, pick_device
 
 
 def main() -> None:
+    """Generate an image for each prompt, and save all of them as one captioned sheet."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="the sheet's file")
     parser.add_argument("--images", "--pictures", dest="images", type=positive, default=48)

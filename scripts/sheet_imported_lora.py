@@ -17,6 +17,7 @@ LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def main() -> None:
+    """Train the LoRA unless it is there, import it, and save the images of both ways to sample."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="folder of images of the concept")
     parser.add_argument("--class-noun", required=True, help="the ordinary word for it")

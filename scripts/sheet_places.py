@@ -13,6 +13,7 @@ from dci.cli.loading import base_model, base_vae, pick_device
 
 
 def main() -> None:
+    """Sample each concept in every place, classify the images, and write sheet and figures."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--concept", required=True, action="append", help="a concept file; repeat it to compare several")
     parser.add_argument("--prompt", default="a V* {noun} {place}", help="with V*, {noun} and {place}")

@@ -23,6 +23,7 @@ STEPS = (100, 400)
 
 
 def main() -> None:
+    """Write the study's concepts and suite, or print what its results say."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--make", action="store_true", help="render the study's concepts, and write its suite")
     parser.add_argument("--nouns", help="with --make: some of the study's, between commas (default: all eight)")

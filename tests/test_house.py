@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import re
 from pathlib import Path
 
@@ -98,15 +99,39 @@ def test_no_circular_imports():
 
 def test_every_public_name_has_a_docstring():
     missing = []
-    for file in sources(*PACKAGES):
+    for file in sources(*PACKAGES, "scripts"):
         tree = ast.parse(file.read_text())
         for node in [tree, *tree.body]:
-            named = isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
-            if file.parent.name == "cli" and getattr(node, "name", "") in ("main", "arguments"):
-                continue  # the module's docstring is the program's
+            named = isinstance(node, FUNCTIONS | ast.ClassDef) and not node.name.startswith("_")
             if (isinstance(node, ast.Module) or named) and not ast.get_docstring(node):
                 missing.append(f"{file.relative_to(ROOT)} {getattr(node, 'name', '')}")
     assert not missing
+
+
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+UNDOCUMENTED = re.compile(r"_.*|forward|backward")
+"""Methods that need no docstring: Python's own, ours that are private, and those that a network or gradient consists of."""
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "scripts"])
+def test_every_public_method_has_a_docstring(package):
+    """Its own, or that of the base class's method that it overrides; a hook of Lightning's is such a method too."""
+    missing = []
+    for file in sources(package):
+        for node in ast.walk(ast.parse(file.read_text())):
+            for method in node.body if isinstance(node, ast.ClassDef) else ():
+                if not isinstance(method, FUNCTIONS) or UNDOCUMENTED.fullmatch(method.name) or ast.get_docstring(method):
+                    continue
+                if [ast.unparse(decorator) for decorator in method.decorator_list] == ["overload"]:
+                    continue  # a signature alone; the method itself follows
+                if not overrides_a_documented_one(file, node.name, method.name):
+                    missing.append(f"{file.relative_to(ROOT)} {node.name}.{method.name}")
+    assert not missing
+
+
+def overrides_a_documented_one(file, class_name, method):
+    own = getattr(importlib.import_module(module_name(file)), class_name)
+    return any(getattr(base.__dict__.get(method), "__doc__", None) for base in own.__mro__[1:])
 
 
 def test_the_tiny_model_is_at_most_25_mb():

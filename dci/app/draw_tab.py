@@ -271,18 +271,18 @@ class DrawTab:
 
 
 def waits(running: Running) -> tuple[int, str, Any]:
-    """What the page says until a client's turn comes, and that it may give up waiting."""
+    """What the page shows until a client's turn comes: that it waits, and can cancel."""
     text = "Waiting for its turn; one client samples at a time, and few may wait."
     return running.press(), markup.note(text), gr.update(interactive=True)
 
 
 def failed(error: BaseException) -> str:
-    """Say in one line what no user can mend."""
+    """Return an unexpected error, which no user can mend, as one line."""
     return f"sampling failed: {next(iter(str(error).splitlines()), '') or type(error).__name__}"
 
 
 def gallery(drawing: Drawing) -> str:
-    """Return both sides' images as HTML: predictions while they are made, then buttons and downloads."""
+    """Return both sides' images as HTML: predictions while they are sampled, then buttons and downloads."""
     sections = []
     for name in drawing.sides:
         title, hint = TITLES[name]

@@ -48,7 +48,7 @@ class Side:
 
 @dataclass
 class Drawing:
-    """What the page keeps of a press of Draw."""
+    """What the page keeps of one press of Draw."""
 
     wanted: Wanted
     sides: dict[str, Side]
@@ -63,7 +63,7 @@ class Drawing:
 
 
 def draw(ready: Ready, entry: Entry, wanted: Wanted, stopped: Callable[[], bool] = lambda: False) -> Iterator[Drawing]:
-    """Sample both sides, and give the drawing whenever there is something new to see; the last time it is finished.
+    """Sample both sides, and yield the drawing whenever there is something new to see; the last one is finished.
 
     Args:
         stopped: asked after each step; once it is true, nothing more is given.
@@ -127,12 +127,12 @@ def _files(side: Side, ready: Ready, entry: Entry) -> list[bytes]:
 
 
 def watched_alike(ready: Ready) -> bool:
-    """Whether images come out the same whether their branch weights are watched or not."""
+    """Whether recording the branch weights leaves the images exactly as they are without it."""
     return fused_kernels(ready.pipeline.model.device) is None
 
 
 class _Previews:
-    """Decodes what the branches take the images for, as often as that takes a small share of the time."""
+    """Decodes the branches' predictions of the images, as often as a small share of the time allows."""
 
     def __init__(self, model: LatentDiffusion):
         self.model, self.began, self.spent, self.last = model, time.monotonic(), 0.0, 0.0
@@ -174,7 +174,7 @@ class Drawings:
         return key
 
     def get(self, key: str | None) -> Drawing | None:
-        """Return a drawing; None: it is forgotten."""
+        """Return a drawing, None if it has been forgotten."""
         return self._kept.get(key or "")
 
     def __len__(self) -> int:

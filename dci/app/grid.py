@@ -40,7 +40,7 @@ class Grid:
 
     @property
     def finished(self) -> bool:
-        """Whether all of them are there."""
+        """Whether all images are there."""
         return self.plain is not None and len(self.images) == len(self.times) * len(self.lambdas)
 
     def plain_image(self) -> Image.Image:
@@ -86,7 +86,7 @@ def values(text: str, name: str, low: float, high: float) -> list[float]:
 def sample_grid(
     ready: Ready, wanted: Wanted, times: list[float], lambdas: list[float], stopped: Callable[[], bool] = lambda: False
 ) -> Iterator[Grid]:
-    """Sample plain, then every setting; give the grid whenever an image is there, and now and then between.
+    """Sample plainly, then with every setting; yield the grid after each image, and now and then in between.
 
     Args:
         wanted: the prompt, the seed and the sampler; one image of each setting is made.

@@ -88,7 +88,7 @@ def _block(name: str) -> str:
 
 
 def heat_over(image: Image.Image, values: np.ndarray, low: float, high: float) -> Image.Image:
-    """Lay a map over an image that is made grey.
+    """Lay a heat map over the image in grey.
 
     Args:
         values: (h, w), of fewer pixels than the image.

@@ -1,4 +1,4 @@
-"""Trainings in a queue of one: each is the training program in a process of its own, whoever watches it or not."""
+"""Trainings in a queue of one: each is the training program in a process of its own, whether a page shows it or not."""
 
 import itertools
 import json
@@ -91,7 +91,7 @@ class Jobs:
         return shown[-1] if shown else None
 
     def waiting(self) -> int:
-        """How many wait."""
+        """How many trainings wait."""
         return sum(job.state == WAITING for job in self.jobs)
 
     def stop(self) -> None:
@@ -205,7 +205,7 @@ def last_line(log: Path) -> str:
 
 
 def as_json(jobs: Jobs) -> str:
-    """Return what changes when the tab has something new to show."""
+    """Return a text that changes whenever the tab has something new to show."""
     job = jobs.current()
     if job is None:
         return json.dumps([0, len(jobs.resumable())])

@@ -1,4 +1,4 @@
-"""The Learn tab: images dropped, a training started, and what it has come to, for whoever opens the page."""
+"""The Learn tab: images dropped, a training started, and how far it is, shown to everybody who opens the page."""
 
 import re
 from collections.abc import Callable
@@ -216,5 +216,5 @@ def _overrides(images: str, noun: str, steps: int, masked: bool) -> list[str]:
 
 
 def _here(path: Path) -> str:
-    """A path as a command in this folder names it."""
+    """A path as a command that is started in the current folder would give it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -48,7 +48,7 @@ def progress(done: int, of: int, text: str) -> str:
 
 
 def note(text: str) -> str:
-    """Return a calm line."""
+    """Return a note, a line in quiet colours."""
     return f'<p class="dci-note">{escape(text)}</p>' if text else ""
 
 

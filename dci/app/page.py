@@ -27,12 +27,12 @@ class Page:
         self.studio = Studio(settings.weights)
         self.shelf = Shelf(self.studio.read, settings.concepts, settings.logdir)
         self.jobs = Jobs(settings.logdir, uploads)
-        self.studio.base()  # what cannot be loaded is said before anybody opens the page
+        self.studio.base()  # report what cannot be loaded before anybody opens the page
         self.blocks = self._build()
 
     @cached_property
     def look(self) -> dict[str, Any]:
-        """How it looks: arguments of `launch`. The fonts are the system's."""
+        """The page's looks, as arguments of `launch`. The fonts are the system's."""
         theme = gr.themes.Base(primary_hue="indigo", neutral_hue="slate", radius_size="md", font=_SYSTEM, font_mono=_MONO)
         theme = theme.set(
             body_text_color_subdued="*neutral_600",

@@ -13,7 +13,7 @@ from ldm.tokenizer import VOCAB_SIZE
 
 
 def reading(prompt: str, names: Sequence[ConceptName], auxiliary_noun: str | None) -> str:
-    """Return what the parser makes of a prompt as HTML, or its one line on what is wrong."""
+    """Return the parsed prompt as HTML, or the parser's one-line error."""
     if not prompt.strip():
         return markup.note("Type a prompt: V* stands for the concept.")
     if len(prompt) > LONGEST_PROMPT:

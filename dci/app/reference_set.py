@@ -1,4 +1,4 @@
-"""Images that somebody drops to learn from: checked, kept together, and shown as training will see them."""
+"""Images that a visitor drops to learn from: checked, kept together, and shown as training will see them."""
 
 import re
 import secrets

@@ -1,4 +1,4 @@
-"""Who presses a button of the page, and who has given up since."""
+"""Presses of the page's buttons, and which of them have been cancelled since."""
 
 import itertools
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Running:
-    """Who does not want any more what was asked for: presses of a button have rising numbers, and so has giving up.
+    """Records which presses a client has cancelled: presses and cancellations share one rising count.
 
     Gradio's own way ends whatever the same client has running by the time that it gets there, the next press included.
     """
@@ -21,7 +21,7 @@ class Running:
         return next(self._numbers)
 
     def stop(self, client: str) -> None:
-        """Note that a client gives up what it has pressed so far."""
+        """Note that a client cancels what it has pressed so far."""
         with self._lock:
             self._given_up[client] = next(self._numbers)
             self._given_up.move_to_end(client)
@@ -29,5 +29,5 @@ class Running:
                 self._given_up.popitem(last=False)
 
     def given_up(self, client: str | None, press: float | None) -> Callable[[], bool]:
-        """Return what tells, when it is asked, whether a client has given up since a press."""
+        """Return a function that checks whether a client has cancelled since a press."""
         return lambda: press is not None and press < self._given_up.get(str(client), 0)

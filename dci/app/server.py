@@ -1,4 +1,4 @@
-"""The page's server: on this machine alone unless told otherwise, without telemetry, asking nothing of the network."""
+"""Serves the page, on this machine alone by default; no telemetry, no network access."""
 
 import atexit
 import os
@@ -13,7 +13,7 @@ from ldm.errors import UserError
 
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 QUEUE = 12
-"""Presses of Draw and of Compare that may wait; further ones are told that the queue is full."""
+"""Presses of Draw and of Compare that may wait; further ones get the message that the queue is full."""
 
 
 def serve(settings: Settings, bounds: Bounds = Bounds()) -> None:  # noqa: B008
@@ -59,7 +59,7 @@ def serve(settings: Settings, bounds: Bounds = Bounds()) -> None:  # noqa: B008
 
 
 def _quiet(uploads: Path) -> None:
-    """Set what Gradio reads when it is imported: where uploads go, and that nobody is told of anything."""
+    """Set what Gradio reads when it is imported: where uploads go; and turn telemetry off."""
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

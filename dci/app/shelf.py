@@ -23,7 +23,7 @@ UPLOADS = 20  # that are kept; an older one is deleted
 
 @dataclass(frozen=True)
 class Entry:
-    """A concept file, and how the page names it."""
+    """A concept file and its label on the page."""
 
     key: str
     label: str
@@ -92,7 +92,7 @@ class Shelf:
         return self.load(self.find(key)).names
 
     def stamp(self, entry: Entry) -> str:
-        """Return what changes with the file's content."""
+        """Return a value that changes with the file's content."""
         try:
             facts = entry.file.stat()
         except OSError as error:
@@ -100,7 +100,7 @@ class Shelf:
         return f"{facts.st_mtime_ns}-{facts.st_size}"
 
     def add(self, file: Path, name: str, class_noun: str | None = None, trigger: str | None = None) -> Entry:
-        """Take an uploaded file onto the shelf.
+        """Add an uploaded file to the shelf.
 
         Raises:
             UserError: it cannot be used; it is deleted.

@@ -1,4 +1,4 @@
-"""Sampling as an iterator: who watches takes one step after another, and may stop between two of them."""
+"""Sampling as an iterator: the caller takes one step after another, and may stop between two of them."""
 
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -8,7 +8,7 @@ from ldm.sampling_loop import Callback
 
 
 class _Stopped(BaseException):
-    """Raised within sampling once nobody takes further steps; no handler of errors shall catch it."""
+    """Raised within sampling once its steps are no longer wanted; no handler of errors shall catch it."""
 
 
 class Steps(Iterator[dict[str, Any]]):

@@ -23,7 +23,7 @@ TINY = ROOT / "configs/model/tiny.yaml"
 
 @dataclass(frozen=True)
 class Weights:
-    """Which base model is asked for; None leaves it to the concept, as the programs do."""
+    """Which base model to load; None leaves it to the concept, as the programs do."""
 
     model: str | None = None
     checkpoint: str | None = None
@@ -33,7 +33,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Ready:
-    """A concept on its base model, and what tells that model in the images' metadata."""
+    """A concept on its base model, and what identifies that model in the images' metadata."""
 
     concept: Concept
     pipeline: Pipeline
@@ -71,7 +71,7 @@ class Studio:
                 self._base = self._applied = None  # before the next one takes its memory
                 self._base = self._load(model, checkpoint, vae, concept)
                 self._place = place
-            # The same file may have another name, which the images' metadata tell as it was given.
+            # The same file may have another name, which the images' metadata record as it was given.
             known = dataclasses.replace(self._base[1], model=model, checkpoint=checkpoint, vae=vae)
             self._base = self._base[0], known
             return self._base
@@ -80,7 +80,7 @@ class Studio:
         """Return a concept on its base model; the one before is taken off.
 
         Args:
-            key: what tells the concept's content, such as a hash.
+            key: identifies the concept's content, such as a hash.
 
         Raises:
             UserError: the concept's base model is not there, or another one.
@@ -127,6 +127,6 @@ class Studio:
 
 
 def _place(model: str, checkpoint: str | None, vae: str | None, loras: tuple[str, ...]) -> tuple:
-    """What tells a base model from another, however its files are named."""
+    """What identifies the base model, whatever its files are called."""
     given = (find(name) if name else None for name in (model, checkpoint, vae))
     return *(str(path.resolve()) if path and path.exists() else str(path) for path in given), *loras

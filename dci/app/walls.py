@@ -1,4 +1,4 @@
-"""What the page's server answers at all: its own few addresses, files of the upload folder, uploads within bounds.
+"""What the page's server answers: requests to its own few addresses, files of the upload folder, uploads within bounds.
 
 Gradio checks paths by itself. These walls stand before it, and know less: what is not named here is not there.
 """
@@ -113,7 +113,7 @@ class Walls:
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Count what comes in: a header may say less than is sent."""
+        """Count the bytes that arrive: a header may claim fewer."""
         read = 0
 
         async def counted() -> dict[str, Any]:

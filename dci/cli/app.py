@@ -10,6 +10,7 @@ from dci.cli.loading import pick_device
 
 
 def main() -> None:
+    """Serve the page until it is stopped with Ctrl-C."""
     parser = Parser(description=__doc__.splitlines()[0])
     concept = "concept files to choose from, beside the demo concepts and finished runs"
     parser.add_argument("--concept", nargs="+", default=[], metavar="FILE", help=concept)

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that takes --agg_time for --agg-time and reports what is wrong in one line."""
 
     def __init__(self, **options):
-        # Not argparse's own idea of it, which tells `python -m dci` apart from `dci`.
+        # Not argparse's own idea of it, which differs between `python -m dci` and `dci`.
         described = re.sub(r"python scripts/\w+\.py", "%(prog)s", options.pop("description", ""))
         super().__init__(**{"prog": Path(sys.argv[0]).name, "description": described, **options})
         # argparse takes -2 for a value but -1e6 for an unknown option.
@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
     @overload
     def parse_args(self, *, namespace: _Into) -> _Into: ...
     def parse_args(self, args: Iterable[str] | None = None, namespace: object = None) -> object:
+        """Parse options and overrides in any order; an empty value of an option that needs one ends the program."""
         args = sys.argv[1:] if args is None else args
         # Intermixed: key=value overrides may stand before, between and behind the options.
         found = super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)

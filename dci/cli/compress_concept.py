@@ -10,6 +10,7 @@ from dci.cli.loading import compress_file, load_concept_base
 
 
 def main() -> None:
+    """Write the smaller file, and print its size and the error of the approximation."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("concept", metavar="CONCEPT", help="a concept file")
     parser.add_argument("--out", required=True, help="the small concept file")

@@ -7,6 +7,7 @@ from dci.cli.arguments import Parser, positive
 
 
 def main() -> None:
+    """Lay the images out in rows, in the order of their names, and save the sheet."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder of images of one size, put in the order of their names")
     parser.add_argument("--columns", type=positive, help="images in a row (default: about square)")

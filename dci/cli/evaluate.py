@@ -12,6 +12,7 @@ from ldm.errors import UserError
 
 
 def arguments():
+    """Parse the folders to score, the encoders and the report's options."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--samples",
@@ -73,6 +74,7 @@ def arguments():
 
 
 def main() -> None:
+    """Score every folder of images, print the table and write the report."""
     args = arguments()
     if args.offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"

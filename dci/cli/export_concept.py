@@ -17,6 +17,7 @@ from dci.cli.loading import base_vae, load_concept_base
 
 
 def main() -> None:
+    """Convert the concept, and print the files that were written."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("concept", metavar="CONCEPT", help="a concept file")
     parser.add_argument(

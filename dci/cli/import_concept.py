@@ -14,6 +14,7 @@ from ldm.shipped import find
 
 
 def main() -> None:
+    """Read the foreign files, convert them, and save them as one concept file."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="what the concept is in: weights, tokens, or both")
     parser.add_argument("--class-noun", help="the ordinary word for the concept, such as dog; of several with commas")

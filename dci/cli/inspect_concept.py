@@ -8,6 +8,7 @@ from dci.cli.loading import load_concept_base
 
 
 def main() -> None:
+    """Print the tokens' neighbours and the layers' changes, and plot the changes if asked to."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("concept", metavar="CONCEPT", help="a concept file")
     parser.add_argument("--nearest", type=positive, default=5, help="words to show for each token (default 5)")

@@ -1,4 +1,4 @@
-"""From arguments to things: the device, the base model, the image to start from, a compressed concept file."""
+"""Load what the arguments name: the device, the base model, the image to start from, a compressed concept file."""
 
 import argparse
 import functools

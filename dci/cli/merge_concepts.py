@@ -9,6 +9,7 @@ from ldm.shipped import ROOT, find
 
 
 def main() -> None:
+    """Merge the concepts, save the result, and print how far words and captions have moved."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("concepts", nargs="+", metavar="CONCEPT", help="two or more concept files of one base model")
     parser.add_argument("--out", required=True, help="the merged concept's file")

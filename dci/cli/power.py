@@ -14,6 +14,7 @@ METRICS = "dino_i,clip_t"
 
 
 def arguments():
+    """Parse the results to start from and the designs to try."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("report", help="folder of a report, or its scores.json")
     parser.add_argument("--run", help="name of a table's row (default: the last one)")
@@ -31,6 +32,7 @@ def arguments():
 
 
 def main() -> None:
+    """Print, for each metric, what varies and what the designs can show."""
     args = arguments()
 
     from dci.evaluation.power import difference_variances

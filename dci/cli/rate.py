@@ -14,6 +14,7 @@ from dci.cli.evaluate import named_folders
 
 
 def arguments():
+    """Parse the folders to compare, the file of answers and the page's options."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "folders", nargs="+", metavar="[NAME=]FOLDER", help="two or more folders with samples/ and prompts.json, or a grid's"
@@ -30,6 +31,7 @@ def arguments():
 
 
 def main() -> None:
+    """Serve the questions that are still open, until Ctrl-C."""
     args = arguments()
 
     from dci.evaluation.pairs import images_of, make_pairs

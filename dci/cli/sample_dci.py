@@ -18,6 +18,7 @@ from dci.cli.output import check_sharing, generate, sampling_metadata
 
 
 def arguments():
+    """Parse the concept, the prompts and the options of sampling and of DCI."""
     parser = Parser(description=__doc__.splitlines()[0])
     add_concept_options(parser)
     parser.add_argument("--verbose", action="store_true", help="show the branches' prompts and token positions")
@@ -27,6 +28,7 @@ def arguments():
 
 
 def main() -> None:
+    """Load the concept with its base model, sample every prompt, and save the images with their metadata."""
     args = arguments()
     check_sharing(args)
     texts = prompts_of(args)

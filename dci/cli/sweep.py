@@ -17,6 +17,7 @@ from dci.cli.arguments import Parser, number
 
 
 def arguments():
+    """Parse the grid's file, its overrides and what to do with it."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="a file of configs/eval/ or configs/sweep/, or one of your own")
     only = "some cells: concept/method/seed/setting, * for any; may be repeated"
@@ -39,6 +40,7 @@ def arguments():
 
 
 def main() -> None:
+    """List, show, submit or run what is left of the grid, and report on what is done."""
     args = arguments()
 
     from dci.experiments.grid import grid_points

@@ -13,6 +13,7 @@ from dci.cli.loading import compress_file, pick_device
 
 
 def main() -> None:
+    """Train from a configuration, or resume a run, and print where the concept file is."""
     parser = _parser()
     args = parser.parse_args()
     if not args.config and args.resume in (None, "auto"):

@@ -10,6 +10,7 @@ from dci.samples.image_metadata import PromptMetadata
 
 
 def main() -> None:
+    """Load the model and its LoRAs, sample every prompt, and save the images with their metadata."""
     parser = Parser(description=__doc__.splitlines()[0])
     add_sampling_options(parser)
     args = parser.parse_args()

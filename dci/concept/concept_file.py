@@ -22,7 +22,7 @@ FORMAT = "dci-concept"
 FORMAT_VERSION = 2
 """Number of the file's format: rises when files change so that older programs would misread them.
 
-The second has changes of any weight, words of the vocabulary for a concept's name, and files that do not tell their base;
+The second has changes of any weight, words of the vocabulary for a concept's name, and files without a base's fingerprint;
 what has none of these is written as the first.
 """
 
@@ -53,7 +53,7 @@ class Concept:
     prefixes: Tensor  # image-specific contexts (images, p, d); of use for study, not for sampling
     suffixes: Tensor  # (images, s, d)
     names: tuple[ConceptName, ...]  # of the concepts, one or several
-    base: str  # fingerprint of the base model; "" where an imported file does not tell
+    base: str  # fingerprint of the base model; "" where an imported file does not have it
     base_name: str
     config: dict  # the resolved configuration of the run that made it
     version: str = __version__  # of this package
@@ -62,7 +62,7 @@ class Concept:
 
     @property
     def trained_on(self) -> TrainedOn:
-        """What its configuration says of the base model and the images."""
+        """The base model and the images, as the training's configuration names them."""
         return TrainedOn.of(self.config)
 
     @property
@@ -165,7 +165,7 @@ class Concept:
         return undo
 
     def replaced(self, model: LatentDiffusion) -> dict[str, Tensor]:
-        """Return a copy of the base model's weights that the concept will take the place of.
+        """Return a copy of the base model's weights that the concept will replace.
 
         Args:
             model: the base model, without the concept.

@@ -48,7 +48,7 @@ def lora_hashes(loras: Iterable[str]) -> dict[str, str]:
 
 
 def add_loras(model: LatentDiffusion, loras: Sequence[str]) -> None:
-    """Put LoRAs on a base model, for good; its fingerprint then tells it from the base model without them.
+    """Put LoRAs on a base model, for good; its fingerprint then differs from that of the base model without them.
 
     Args:
         loras: "FILE" or "FILE:0.8" each.
@@ -104,7 +104,7 @@ def add_trained_loras(model: LatentDiffusion, concept: Concept, asked: Sequence[
         UserError: as `add_loras`, or one of them is not there any more.
     """
     if trained := _trained_on(concept, asked):
-        _add(model, trained, notes=False)  # training has said them
+        _add(model, trained, notes=False)  # training has printed them
 
 
 def _trained_on(concept: Concept, asked: Sequence[str]) -> list[tuple[Path, float]]:

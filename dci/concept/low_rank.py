@@ -23,7 +23,7 @@ class Compression:
     megabytes: float  # of all that the file will hold: factors, biases, tokens and contexts
 
     def describe(self) -> str:
-        """Return it in one line."""
+        """Return the ranks, the size and the error in one line."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         return (

@@ -163,15 +163,18 @@ class _Row:
         self.named: list[int] = []
 
     def add_text(self, text: str) -> None:
+        """Append ordinary text and its token ids."""
         self.text += text
         self.ids += self.tokenize(text)
 
     def add_named(self, text: str, ids: list[int]) -> None:
+        """Append a concept or its noun with the ids that stand for it, and note their positions."""
         self.named += range(len(self.ids), len(self.ids) + len(ids))
         self.text += text
         self.ids += ids
 
     def check_length(self, prompt: str) -> None:
+        """Raise UserError, with the part that would be cut off, if the ids are more than the text encoder takes."""
         if len(self.ids) > _ROOM:
             raise UserError(
                 f"the prompt '{_shorten(prompt)}' has {len(self.ids)} tokens, its concept included, but only {_ROOM} fit: "

@@ -1,4 +1,4 @@
-"""What a concept was trained on, as far as its file leads there."""
+"""What a concept was trained on, as its file records it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class TrainedOn:
 
     @staticmethod
     def of(config: Mapping[str, Any]) -> "TrainedOn":
-        """Return what a training configuration says, one of another program's too: what is no text counts as nothing."""
+        """Read a training configuration, which may be another program's: values that are no texts are ignored."""
         single = {name: text for name in ("model", "checkpoint", "vae") for text in _texts([config.get(name)])}
         subjects = config.get("concepts") or [config.get("data")]
         folders = [subject.get("images") for subject in subjects if isinstance(subject, dict)]
@@ -31,7 +31,7 @@ class TrainedOn:
         """Return the model and the checkpoint to load for a concept where no model is asked for.
 
         Args:
-            checkpoint: weights that are asked for in place of the model's own; by themselves they tell their architecture.
+            checkpoint: weights that are asked for in place of the model's own; without a model they give the architecture.
             embedded: the model where neither leads anywhere.
         """
         if self.model and self.is_there:

@@ -42,7 +42,7 @@ class Noising(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """How many rows a batch of a network has."""
+    """The numbers of rows in a network's batch."""
 
     own: int  # from the pipeline
     added: int  # of the auxiliary branch
@@ -50,15 +50,17 @@ class Rows(NamedTuple):
 
     @property
     def concept(self) -> slice:
+        """The rows of the concept branch: the last of the pipeline's own."""
         return slice(self.own - self.images, self.own)
 
     @property
     def auxiliary(self) -> slice:
+        """The rows of the auxiliary branch: the last of those that were added."""
         return slice(self.own + self.added - self.images, self.own + self.added)
 
 
 class AuxiliaryBranch:
-    """What runs beside a pipeline's loop while both branches run.
+    """The auxiliary branch, which runs beside a pipeline's loop.
 
     Args:
         pipe: the pipeline.
@@ -107,6 +109,9 @@ class AuxiliaryBranch:
         Args:
             prepared: the latents, and in inpainting their noise and the image's latents.
             noised: how the pipeline got them from an image; None: they are noise alone.
+
+        Raises:
+            UserError: no step is left to take, or the prompts are not as many as the images.
         """
         latents, *more = prepared if isinstance(prepared, tuple) else (prepared,)
         if not len(latents):
@@ -115,7 +120,7 @@ class AuxiliaryBranch:
             raise UserError(f"{len(self.prompts)} prompts for {len(latents)} images: expected one prompt for each")
         self.generator = forked(self.generator, latents.device)
         if self.dual.shared_noise or self.arguments.get("denoising_start") is not None:
-            # What was denoised before does not tell its noise.
+            # The noise of latents that were denoised before is not known.
             self._noise = noised.noise if noised else more[0] if more else None
             self.latents = latents.clone()
         else:

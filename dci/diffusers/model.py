@@ -140,7 +140,7 @@ def _is_usual(vae: Any) -> bool:
 
 
 def _fingerprint_of_files(pipe: Any, model: LatentDiffusion) -> str | None:
-    """Return the fingerprint of the files that bf16 weights were rounded from; None where the weights tell it themselves."""
+    """Return the fingerprint of the files that bf16 weights were rounded from; None where the weights have it themselves."""
     own = {name: tensor for name, tensor in model.state_dict().items() if is_fingerprinted(name)}
     if all(tensor.dtype != torch.bfloat16 for tensor in own.values()):
         return None

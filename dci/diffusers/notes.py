@@ -1,4 +1,4 @@
-"""What a call of a pipeline asks for and does not get: lines for the user, as our own sampling gives them."""
+"""Notes for the user about arguments and prompt syntax without effect, as our own sampling gives them."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ from ldm.prompt_notes import prompt_notes
 
 
 def call_notes(pipe: Any, arguments: dict[str, Any], guidance_scale: float) -> list[str]:
-    """Return a note for whatever has no effect, or another one than it seems.
+    """Return a note for whatever has no effect, or an unexpected one.
 
     Args:
         arguments: of the pipeline's call.

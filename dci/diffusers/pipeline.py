@@ -50,7 +50,7 @@ _PROMPTS, _NEGATIVE = ("prompt", "prompt_2"), ("negative_prompt", "negative_prom
 
 
 class DCIPipeline:
-    """What a pipeline of diffusers gets besides: a concept, and DCI in its call.
+    """What is added to a pipeline of diffusers: a concept, and DCI in its call.
 
     `from_pipe` and `from_pretrained` return an object that is both a `DCIPipeline` and of the pipeline's own class, so
     that everything diffusers does with pipelines it does with this one.
@@ -114,7 +114,7 @@ class DCIPipeline:
 
         Args:
             files: a concept file of ours, or files of other programs, as scripts/import_concept.py takes them.
-            class_noun: the ordinary word for the concept, where such files do not tell it.
+            class_noun: the ordinary word for the concept, where such files do not have it.
             trigger: the words that stand for it in prompts, where no token was learned for it.
             strength: factor on what the concept changes in the weights; 0 leaves the base's, 1 is as it was learned.
             check_base: False takes a concept of another base model than the pipeline's, if its weights fit.
@@ -329,7 +329,7 @@ class DCIPipeline:
 
 
 def _warn(*notes: str) -> None:
-    """Give notes at the place of the call."""
+    """Issue notes as warnings that point to the caller's line."""
     for note in notes:
         warnings.warn(note, Note, stacklevel=3)
 

@@ -99,7 +99,7 @@ def check_processors(unet: nn.Module) -> None:
 
 @contextmanager
 def processors(unet: nn.Module, layers: list[str]) -> Iterator[None]:
-    """Put our processors into a UNet, and what was there back.
+    """Within it a UNet has our attention processors; afterwards its own again.
 
     Args:
         layers: names of the cross-attention modules, in the order they run.

@@ -1,4 +1,4 @@
-"""Something that stands in a pipeline's component's place for a while."""
+"""Stand-ins that replace a pipeline's components for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any
 
 
 class StandIn:
-    """Passes for an object, its class included, but for what it does itself.
+    """Imitates an object, its class included, except for the attributes that it is given.
 
     Args:
         stands_for: the object.
@@ -29,7 +29,7 @@ class StandIn:
 
 @contextmanager
 def standing_in(pipe: Any, **components: StandIn) -> Iterator[None]:
-    """Put stand-ins in the place of a pipeline's components, and the components back.
+    """Within it stand-ins replace a pipeline's components; afterwards the components are back.
 
     They go beside the pipeline's own bookkeeping, whose configuration would otherwise name them.
     """

@@ -20,7 +20,7 @@ Pooling = list[tuple[Any, int]]
 
 
 def check_tokens(pipe: Any, names: Sequence[str]) -> None:
-    """Raise UserError for a token that the tokenizer has an entry of already."""
+    """Raise UserError for a token that the tokenizer already has."""
     known = [name for name in names if any(_has(tokenizer, name) for tokenizer, _ in encoders(pipe))]
     if known:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What the integration sees: branch weights and cross-attention maps, layer by layer and step by step."""
+"""The integration's inputs and results: branch weights and cross-attention maps, by layer and step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

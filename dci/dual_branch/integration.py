@@ -130,7 +130,7 @@ def integrating_attend(
         observe: shown what the integration works with.
     """
 
-    # Who wants to see the maps gets them from the plain version, the fused one never makes them.
+    # An observer gets the maps from the plain version; the fused one never makes them.
     kernels = fused_kernels(masks.concept.device) if observe is None else None
 
     def integrate(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Options of sampling and of DCI: the model's own, and what the user gives in place of them."""
+"""Options of sampling and of DCI: the model's own, or the user's in place of them."""
 
 import dataclasses
 from collections.abc import Collection
@@ -50,7 +50,7 @@ def dual_branch(model: LatentDiffusion, height: int | None = None, width: int | 
 
 
 def checked_dual_branch(settings: dict[str, Any]) -> DualBranch:
-    """Return DCI's settings, those that are not given as the authors have them.
+    """Return DCI's settings; unset ones get the authors' defaults.
 
     Raises:
         UserError: an unknown setting, or a value out of range.

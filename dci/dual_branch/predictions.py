@@ -1,4 +1,4 @@
-"""What the branches take the finished image for, step by step."""
+"""The branches' predictions of the finished image, step by step."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +43,7 @@ class StepRecord:
 
     @torch.inference_mode()
     def images(self, model: LatentDiffusion, row: int, steps: list[int]) -> StepImages:
-        """Decode what was predicted for an image.
+        """Decode the predictions of one image.
 
         Args:
             row: of the batch.

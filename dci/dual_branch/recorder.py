@@ -53,7 +53,7 @@ class BranchRecorder:
         return pixels
 
     def is_there(self, outdir: Path, name: str) -> bool:
-        """Whether the sheets of an image are written."""
+        """Whether an image's sheets are written already."""
         maps, steps = outdir / "maps" / f"{name}.npz", outdir / "steps" / f"{name}.png"
         return (maps.is_file() or not self.maps) and (steps.is_file() or not self.steps)
 
@@ -67,7 +67,7 @@ class BranchRecorder:
         self.waiting = []
 
     def _sheets(self, row: int, pixels: Tensor, prompt: BranchPrompts, steps: StepRecord, maps: MapRecord) -> Files:
-        from dci.dual_branch.figures import map_sheet, step_sheet  # Matplotlib is for those who want sheets
+        from dci.dual_branch.figures import map_sheet, step_sheet  # Matplotlib is needed for sheets alone
 
         files: Files = {}
         if self.steps:

@@ -195,7 +195,7 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class Observers:
-    """Who is shown what happens while images are sampled."""
+    """Functions that are called while images are sampled."""
 
     callback: Callback | None = None  # after each step, see `ldm.sampling_loop`; early tensors hold both branches, stacked
     maps: MapsCallback | None = None  # each integrated layer while both branches run, see `dci.dual_branch.attention_maps`

@@ -1,4 +1,4 @@
-"""What people answered about pairs of images, and how often a metric says the same."""
+"""People's answers about pairs of images, and how often a metric agrees with them."""
 
 import csv
 import os
@@ -186,5 +186,5 @@ def _share(values: list[float], answered: Sequence[tuple]) -> Interval:
 
 
 def raters(answers: Iterable[Answer]) -> int:
-    """Return how many people answered, as far as their names tell."""
+    """Return how many people answered, counted by their names."""
     return len({answer.rater for answer in answers})

@@ -52,7 +52,7 @@ class Branch(nn.Module):
         """Build the network whose weights these are.
 
         Args:
-            state: under the names of DINO's vision transformer; its shapes tell the size.
+            state: under the names of DINO's vision transformer; its shapes give the size.
             projection: (width, d) behind the class token of CLIP's kind; None: DINO's, taken before the final norm.
         """
         super().__init__()

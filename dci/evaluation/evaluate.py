@@ -88,7 +88,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class ScoringObservers:
-    """What is called while a folder is scored."""
+    """Functions that are called while a folder is scored."""
 
     progress: Callable[[int], object] = lambda number: None  # gets how many more images an encoder has seen
     report: Callable[[str], None] = print  # gets a line on what the folders hold besides the images that are used

@@ -1,4 +1,4 @@
-"""Images of which the object alone counts: what its mask leaves out becomes white, as transparency does."""
+"""Images of the object alone: whatever its mask leaves out becomes white, as transparency does."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ def content_with_mask(file: Path) -> bytes:
 
 
 def in_words(references: Sequence[Path], images: Sequence[Path]) -> str:
-    """Say of how many references and generated images the object alone was seen, and what was done with the others."""
+    """Return in words how many references and generated images were masked, and what was done with the others."""
     with_mask = [sum(mask_of(file) is not None for file in files) for files in (references, images)]
     whole = "" if with_mask == [len(references), len(images)] else "; the others count whole"
     return (

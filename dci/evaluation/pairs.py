@@ -29,13 +29,13 @@ class RatedImage:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images side by side; who made which is not shown."""
+    """Two images side by side; which run made which is not shown."""
 
     left: RatedImage
     right: RatedImage
 
     def key(self, question: str) -> tuple:
-        """What tells one question about these two images from all others, whichever stands left."""
+        """Key of this question about these two images, independent of which one stands left."""
         return question, frozenset((image.run, str(image.file)) for image in (self.left, self.right))
 
     def answer(self, question: str, answer: str, rater: str, time: str) -> Answer:

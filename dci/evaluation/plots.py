@@ -20,7 +20,7 @@ INK = "#2f3033"
 """Colour of text and axes; `inline_svg` makes it the page's own."""
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
-"""Okabe and Ito's palette, told apart by colour-blind readers on light and dark grounds, and two more."""
+"""Okabe and Ito's palette, which colour-blind readers can distinguish on light and dark grounds, and two more."""
 
 _STYLE = matplotlib.RcParams(
     {

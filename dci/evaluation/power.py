@@ -1,4 +1,4 @@
-"""Which difference between two runs so many concepts can show: the report's interval, simulated.
+"""The difference between two runs that a number of concepts can show: the report's interval, simulated.
 
 Paired differences of images are taken apart into what concepts, prompts, seeds and their combinations add to
 them (random effects of a crossed design without gaps; variances by the method of moments, Searle, Casella and
@@ -30,7 +30,7 @@ Effect = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Variances:
-    """What the paired differences of two runs vary with, in one metric."""
+    """The variance of two runs' paired differences in one metric, by its sources."""
 
     metric: str
     levels: dict[str, int]  # axis -> how many levels it has
@@ -44,7 +44,7 @@ class Variances:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a design can show in one metric."""
+    """The smallest difference that a design can show in one metric."""
 
     metric: str
     concepts: int
@@ -54,7 +54,7 @@ class Shown:
 
 
 def difference_variances(a: Scores, b: Scores) -> list[Variances]:
-    """Return what the paired differences a - b vary with, for each metric that both have.
+    """Return the variances of the paired differences a - b by source, for each metric that both have.
 
     Raises:
         UserError: the images of the two runs are not all combinations of concepts, prompts and seeds.

@@ -1,6 +1,6 @@
 """A page on this machine alone that shows blind pairs one at a time and keeps each answer before it shows the next.
 
-It speaks to 127.0.0.1 only and to pages that it made itself: every answer carries a word that nobody else knows. Images
+It speaks to 127.0.0.1 only and to pages that it made itself: every answer carries a secret token. Images
 are asked for by number, never by path, and are sent as they were read, not as the files that they came from.
 """
 
@@ -207,4 +207,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_error(status, explain=f"{fault}: mend it, and load this page again.")
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing: the program prints what it is asked."""
+        """Print nothing: requests are of no interest in the terminal."""

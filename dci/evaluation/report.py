@@ -1,4 +1,4 @@
-"""Reports of scores: tables (CSV, JSON, Markdown) and one HTML page that needs nothing but itself."""
+"""Reports of scores: tables (CSV, JSON, Markdown) and one self-contained HTML page."""
 
 import base64
 import csv
@@ -203,7 +203,7 @@ def _about_people(answers: Sequence[Answer]) -> str:
 
 
 def how_measured(runs: Sequence[RunScores]) -> list[str]:
-    """Return in sentences what the numbers are; each once, whatever the number of runs."""
+    """Return sentences that explain the numbers, each once, whatever the number of runs."""
     sentences = [
         "CLIP-T is the cosine of an image's embedding and its prompt's, the modifier tokens taken out; CLIP-I and DINO-I "
         "are the mean cosine to the reference images. Values of different encoders cannot be compared.",

@@ -29,14 +29,14 @@ class ImageScore:
     file: str
     prompt: str  # as it was asked for; one level of the factor "prompt"
     text: str  # what CLIP-T compares the image with: the prompt without modifier tokens
-    noise: str  # what the initial noise depends on, "seed:index"; "" where nobody wrote it down
+    noise: str  # what the initial noise depends on, "seed:index"; "" where it was not recorded
     values: dict[str, float]  # metric -> score; a metric that does not apply to the image is left out
     concept: str = ""  # where several concepts are pooled
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What `evaluate_folder` measures."""
+    """The scores that `evaluate_folder` returns."""
 
     rows: tuple[ImageScore, ...]
     summary: dict[str, Interval]  # metric -> mean over the rows, KID over the folder
@@ -60,7 +60,7 @@ class Scores:
 
 
 def scores_of(content: Any) -> Scores:
-    """Return what `as_json` made of scores, of an object that may hold more.
+    """Read scores that `as_json` wrote, from an object that may hold more.
 
     Raises:
         UserError: something is missing or of another type.

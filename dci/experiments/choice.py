@@ -26,7 +26,7 @@ RULE = (
 
 @dataclass(frozen=True)
 class Choice:
-    """What a method is given."""
+    """The options that the rule chooses for a method."""
 
     method: str
     training: list[str]  # options key.sub=value

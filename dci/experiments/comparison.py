@@ -1,4 +1,4 @@
-"""What a suite's report says besides the tables: which run is better, and sheets of images."""
+"""A suite's report besides the tables: verdicts on which run is better, and sheets of images."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -32,7 +32,7 @@ class PooledRun:
 
 
 def verdict(run: RunScores, baseline: RunScores) -> str:
-    """Say in one sentence on which axes a run differs from the baseline, with the paired differences' intervals."""
+    """Return a sentence on how a run differs from the baseline on each axis, with the paired differences' intervals."""
     differences = difference(run.scores, baseline.scores)
     better, worse, figures = [], [], []
     for metric, axis in AXES.items():

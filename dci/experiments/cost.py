@@ -1,4 +1,4 @@
-"""How long a grid will take, from what its networks must compute and what the device can."""
+"""How long a grid will take, from the FLOPs of its networks and the rate of the device."""
 
 import time
 from collections.abc import Sequence

@@ -161,7 +161,7 @@ def _images(root: Path, entry: dict[str, Any]) -> Path:
 
 
 def _regularization(root: Path, entry: dict[str, Any]) -> Path | None:
-    """The data set does not come with these; a folder that somebody has put there is taken."""
+    """The folder of regularization images, which the data set comes without; None where none was added."""
     folder = root / entry["class_data_dir"]
     return folder if folder.is_dir() else None
 

@@ -26,7 +26,7 @@ Gains = dict[str, dict[tuple[str, str], float]]
 
 @dataclass(frozen=True)
 class Effect:
-    """What a factor's variant changes."""
+    """How much a factor's variant changes the gain."""
 
     variant: str
     gain: Interval  # of the variant's concepts themselves

@@ -270,6 +270,7 @@ class _Setting(NamedTuple):
 
     @property
     def source(self) -> str:
+        """What error messages call the place where the setting's options were given."""
         return f"sampling of '{self.name}'"
 
 

@@ -1,4 +1,4 @@
-"""Who works on a grid's points: processes of this machine with a device each, or Slurm's jobs, through submitit."""
+"""The workers of a grid: processes of this machine with a device each, or Slurm's jobs, through submitit."""
 
 import json
 import multiprocessing
@@ -113,7 +113,7 @@ def submit_slurm(config: SuiteConfig, points: list[GridPoint]) -> int:
 
 
 class Job:
-    """What submitit runs in a job: points that share a training."""
+    """A job as submitit runs it: points that share a training."""
 
     def __init__(self, points: list[GridPoint], threads: int):
         self.points, self.threads = points, threads

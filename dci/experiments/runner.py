@@ -1,4 +1,4 @@
-"""Working through the points of a grid: one process after the other, a log and a result for each point.
+"""Work through the points of a grid: one process after the other, a log and a result for each point.
 
 Everything that is known about a point is in its files, so any number of workers on any number of
 machines with a common disk can work on a grid, and any of them can be killed.
@@ -125,7 +125,7 @@ class Worker:
 
 
 def state(point: GridPoint, queued: Set[str] = frozenset()) -> str:
-    """Return done, running, failed (begun, but nobody is at it), queued or waiting.
+    """Return done, running, failed (begun, but no process works on it), queued or waiting.
 
     Args:
         queued: names of trainings that a batch system is going to work on, or is working on.

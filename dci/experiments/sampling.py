@@ -198,7 +198,7 @@ def check_auto_noun(options: SamplingConfig, trained_on: str, concepts: int, sou
 
 
 def check_on_model(options: SamplingConfig, trained_on: str, source: str) -> None:
-    """Raise UserError for options that the model cannot be sampled with, as far as its configuration tells.
+    """Raise UserError for options that the model cannot be sampled with, as far as its configuration shows.
 
     Args:
         trained_on: the model of the training configuration.

@@ -1,4 +1,4 @@
-"""What the process of a grid's stage is to do, as JSON on its command line."""
+"""The task of a grid's process, as JSON on its command line."""
 
 import json
 from dataclasses import asdict, dataclass, field

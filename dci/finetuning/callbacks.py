@@ -1,4 +1,4 @@
-"""What happens between the steps of a run: progress bar, loss curves, checkpoints, images from fixed noise."""
+"""Between the steps of a run: progress bar, loss curves, checkpoints, images from fixed noise."""
 
 import csv
 import dataclasses

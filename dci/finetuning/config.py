@@ -12,7 +12,7 @@ AUTO = "auto"
 """In place of a run to resume: the newest one of the same name and options."""
 
 ANY_SEED = -1
-"""In place of a seed: one is chosen, said, and recorded in the run's configuration."""
+"""In place of a seed: one is chosen, printed and recorded in the run's configuration."""
 
 
 @dataclass

@@ -58,6 +58,7 @@ class ConceptBatch:
     share: float = 1.0  # of the micro-batch that these images are: the others are of another shape
 
     def to(self, device: torch.device) -> "ConceptBatch":
+        """Return a copy of the batch on a device; copies to a GPU are asynchronous."""
         return replace(
             self,
             caption_ids=upload(self.caption_ids, device),

@@ -14,7 +14,7 @@ from ldm.errors import UserError
 if TYPE_CHECKING:
     from pytorch_lightning.plugins.environments import ClusterEnvironment
 
-_SEED = "DCI_TRAINING_SEED"  # tells the other processes of a run which seed was chosen
+_SEED = "DCI_TRAINING_SEED"  # passes the chosen seed on to the other processes of a run
 
 
 def rank() -> int:
@@ -52,7 +52,7 @@ def chosen_seed() -> int:
 
 
 def environments() -> list["ClusterEnvironment"]:
-    """Return what to tell Lightning about the launcher: that there is none, in a batch job without srun.
+    """Return Lightning's cluster plugins: in a batch job without srun, the one that expects no launcher.
 
     By itself it would wait for as many processes as the job has tasks.
     """

@@ -31,7 +31,11 @@ TRAINABLE = ("crossattn-kv", "crossattn", "none")
 
 
 def attend_first_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention through which no gradient reaches the start token's key and value."""
+    """Attention through which no gradient reaches the start token's key and value.
+
+    Args:
+        q, k, v: (b, heads, positions, d); the start token is the first position of k and v.
+    """
     k, v = (torch.cat([y[:, :, :1].detach(), y[:, :, 1:]], dim=2) for y in (k, v))
     return attention.attend(q, k, v)
 
@@ -111,7 +115,11 @@ class ICOTraining(pl.LightningModule):
         return self.first_step + self.trainer.global_step
 
     def training_step(self, parts: list[ConceptBatch], index: int) -> None:
-        """Make one optimizer step on this process's share of a batch, a micro-batch at a time."""
+        """Make one optimizer step on this process's share of a batch, a micro-batch at a time.
+
+        Raises:
+            UserError: the loss is not finite; the weights are still those before the step.
+        """
         # Not in __init__: to another device a module may move its parameters or replace them.
         gradients = GradientSum([*self.trained().values()], GRADIENT_SUMS[self.config.training.gradient_sum])
         optimizer, total = self.optimizers(), 0.0
@@ -134,7 +142,7 @@ class ICOTraining(pl.LightningModule):
         optimizer.zero_grad()
 
     def loss(self, batch: ConceptBatch) -> Tensor:
-        """Mean squared error of the predicted noise (or v), where the batch's weights are."""
+        """Return the weighted mean squared error of the predicted noise (or v), a scalar."""
         model, schedule = self.model, self.model.config.schedule
         x_0 = self.latents(batch)
         alpha = model.alphas_cumprod[batch.t]

@@ -35,7 +35,7 @@ class PromptsInTurn(Plan):
 
 
 def generate(model: LatentDiffusion, config: GenerateConfig, class_noun: str, logdir: Path) -> Path:
-    """Make the missing ones of `config.number` captioned images of a class.
+    """Generate captioned images of a class until there are `config.number`.
 
     An image depends on its number, its prompt and the model alone, so an interrupted stage goes on
     where it stopped, a larger number adds to what is there, and several processes share the work.

@@ -92,7 +92,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the result is there; for as many steps as the last checkpoint has."""
+        """Whether the concept file is there, for as many steps as the last checkpoint has."""
         return self.state is not None and (self.folder / CONCEPT_FILE).is_file()
 
 

@@ -48,7 +48,7 @@ class GracefulStop:
             signal.signal(number, handler)
 
     def listen(self) -> None:
-        """Take the signals over, also from whoever took them in the meantime."""
+        """Handle the signals, also where a library has set its own handlers in the meantime."""
         for number in SIGNALS:
             signal.signal(number, self._note)
 

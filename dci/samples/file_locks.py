@@ -1,4 +1,4 @@
-"""Who makes which image: locks of the processes that work in one folder, which end with the process that holds them."""
+"""Locks that share the images of one folder out among processes, and end with the process that holds them."""
 
 import errno
 import importlib
@@ -91,7 +91,7 @@ class FileLocks:
         return True
 
     def _lock(self, how: int, numbers: range) -> bool:
-        assert fcntl is not None  # who calls has asked
+        assert fcntl is not None  # the caller has checked
         try:
             fcntl.lockf(self._descriptor, how, len(numbers), numbers.start - _FOLDER)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""What images were made with, as their metadata tell it, and everything that is needed to make them again.
+"""The metadata of images: what they were made with, and everything that is needed to make them again.
 
 Files may change under their names, so the hashes of their contents belong to it.
 """
@@ -20,7 +20,7 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 class LeftOut(Enum):
-    """Stands for what a record does not tell, where None would tell that there was none."""
+    """Marks a field that a record omits; None is recorded, and means that there was none."""
 
     LEFT_OUT = "left out"
 
@@ -37,7 +37,7 @@ class PromptMetadata:
     auxiliary_prompt: str | LeftOut = LEFT_OUT
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the record of an image tells of it."""
+        """Return the prompt's fields of an image's record."""
         return {name: value for name, value in vars(self).items() if value is not LEFT_OUT}
 
 
@@ -72,7 +72,7 @@ class SamplingMetadata:
     dci: Any = LEFT_OUT  # `dci.dual_branch.integration.DualBranch`; None: sampled plainly
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the records of all these images tell."""
+        """Return the fields that all these images' records share."""
         record: dict[str, Any] = {}
         for name, value in vars(self).items():
             if name == "options":
@@ -107,7 +107,7 @@ def sampling_metadata(
     mask: str | None = None,
     loras: Mapping[str, str] | None = None,
 ) -> SamplingMetadata:
-    """Return what tells the base model and the sampler's options.
+    """Return the metadata that identify the base model and the sampler's options.
 
     Args:
         prepared: the request, as `dci.pipeline` prepares it.
@@ -143,7 +143,7 @@ def with_concept(
     class_noun: str | None = None,
     trigger: str | None = None,
 ) -> SamplingMetadata:
-    """Add what tells a concept, one or several files, its strength and DCI."""
+    """Add the metadata that identify the concept, in one or several files, its strength and DCI's settings."""
     return replace(
         metadata,
         concept=files[0],
@@ -158,6 +158,6 @@ def with_concept(
 
 
 def prompt_metadata(prepared: Any) -> list[PromptMetadata]:
-    """Return what tells each prompt of a concept."""
+    """Return the metadata of each prompt: as it was given, and as both branches read it."""
     read = zip(prepared.request.prompts, prepared.prompts, strict=True)
     return [PromptMetadata(text, prompt.concept, prompt.auxiliary) for text, prompt in read]

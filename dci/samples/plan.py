@@ -43,7 +43,7 @@ class Plan:
         return PlannedImage(prompt, self.seeds[seed], index)
 
     def metadata(self, number: int) -> dict[str, Any]:
-        """Return everything needed to make image `number` again, as its record tells it."""
+        """Return everything needed to make image `number` again, as its record has it."""
         prompt, seed, index = self.image(number)
         place = {"seed": seed, "batch_size": self.batch_size, "index": index}
         return self.prompts[prompt].to_json() | self._settings | place

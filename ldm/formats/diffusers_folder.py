@@ -145,6 +145,9 @@ def read_state(folder: Path, config: ModelConfig, half: bool, read: Any) -> dict
         config: as `read_config` returns it, for the number of levels and blocks.
         half: take the fp16 variant where both are there; without one, what there is.
         read: (file) -> its state dict.
+
+    Raises:
+        UserError: a part of the model has no weights.
     """
     parts = {}
     for part in parts_of(folder):
@@ -332,7 +335,7 @@ def _check_tokenizer(folder: Path, pad: str) -> None:
 
 
 def _schedule(file: Path) -> tuple[ScheduleConfig, dict[str, str]]:
-    """The schedule, and what it asks of the samplers."""
+    """The schedule, and the samplers' defaults that follow from it."""
     content = read_json(file)
     _require(file, content, _SCHEDULER)
     kinds = {"epsilon": "eps", "v_prediction": "v"}

@@ -171,7 +171,7 @@ def _openclip(state: State) -> State:
         else:
             renamed[place + _prefix(layer[2], _OPENCLIP_LAYER)] = tensor
     for name, parts in projections.items():
-        if len(parts) == 3:  # else the name stays missing, which loading tells
+        if len(parts) == 3:  # else the name stays missing, which loading reports
             renamed[name] = torch.cat([parts[part] for part in "qkv"])
     return renamed
 

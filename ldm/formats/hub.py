@@ -1,4 +1,4 @@
-"""Models by their id on the hub, "owner/name", through huggingface_hub: cached, and offline where it is told so."""
+"""Models by their id on the hub, "owner/name", through huggingface_hub; cached, and HF_HUB_OFFLINE=1 is respected."""
 
 import re
 from pathlib import Path

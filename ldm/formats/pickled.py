@@ -2,7 +2,7 @@
 
 torch's restricted unpickler rebuilds tensors and containers and nothing else. Training frameworks also
 pickle their callbacks and configurations; such classes are never imported: something inert takes their
-place. Any other name in a file is an error that tells it.
+place. Any other name in a file is an error that quotes it.
 """
 
 import pickle
@@ -140,7 +140,7 @@ def _scan(file: Path) -> tuple[set[str], bool]:
 def _collect_globals(stream: IO[bytes], names: set[str]) -> None:
     """Add "module.name" of everything that one pickle would import to `names`; nothing is executed.
 
-    Names that a pickle puts together on its stack are found as far as its last two strings tell; those
+    Names that a pickle puts together on its stack are found from its last two strings; those
     that this overlooks are still refused by the unpickler. A pickle that breaks off yields what comes before.
     """
     strings: list[str] = []

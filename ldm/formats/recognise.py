@@ -1,4 +1,4 @@
-"""What a file of weights holds, told from the names and shapes of its tensors."""
+"""Recognise what a file of weights holds by the names and shapes of its tensors."""
 
 import warnings
 from pathlib import Path
@@ -13,7 +13,7 @@ _XL = "conditioner.embedders.1.model."
 _XL_CONTEXT = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
 _CONTEXT = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 _FIRST = "model.diffusion_model.input_blocks.0.0.weight"
-_EPS_STEPS = 110000  # training steps of the published 2.1-base, by which diffusers tells it as well
+_EPS_STEPS = 110000  # training steps of the published 2.1-base, by which diffusers recognises it as well
 _HINT = "give its YAML file as model= and the weights as checkpoint="
 
 _FOREIGN = (

@@ -22,11 +22,11 @@ SUFFIXES = (".safetensors", *PICKLED)
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict under SD's names, and what it says of its model."""
+    """A state dict under SD's names, and its model's configuration."""
 
     source: str  # for messages
     state: dict[str, Tensor]
-    config: Callable[[], ModelConfig]  # raises UserError where nothing can be told
+    config: Callable[[], ModelConfig]  # raises UserError where it cannot be inferred
 
 
 def are_weights(name: str | Path) -> bool:
@@ -76,7 +76,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def read_file(file: str | Path) -> tuple[dict[str, Tensor], int | None]:
     """Return a file's tensors, and the number of training steps that it speaks of, if it does.
 
-    The content tells the format; the ending is asked only of files that must be .safetensors.
+    The format is taken from the content; the ending matters only for files that must be .safetensors.
 
     Raises:
         UserError: the file is missing, broken, hostile, or no checkpoint.

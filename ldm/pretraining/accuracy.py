@@ -1,4 +1,4 @@
-"""What the embedded encoders get right on images that nobody was trained on."""
+"""What the embedded encoders get right on images that nothing was trained on."""
 
 import numpy as np
 import torch

@@ -39,6 +39,7 @@ class LatentBatch:
     ids: Tensor
 
     def to(self, device: torch.device) -> "LatentBatch":
+        """Return a copy of the batch on a device."""
         return LatentBatch(self.moments.to(device), self.ids.to(device))
 
 

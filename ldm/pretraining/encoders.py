@@ -92,6 +92,7 @@ class EncoderTraining(PretrainingModule[Network]):
         super().__init__(network.to(memory_format=torch.channels_last), config)
 
     def inputs(self, images: Tensor) -> Tensor:
+        """Augment images (b, 3, 64, 64) of 0 to 255; the result is in [-1, 1], with channels last."""
         return augmented(images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 

@@ -31,7 +31,7 @@ def encoded_world(autoencoder: AutoencoderKL, images: np.ndarray, file: Path, de
 
 
 def encoder_digest(autoencoder: AutoencoderKL) -> str:
-    """Return 8 hex digits that tell encoders apart, so that latents of an earlier one are never taken.
+    """Return 8 hex digits that differ between encoders, so that latents of an earlier one are never taken.
 
     Weights are rounded to fp16, as they are on disk; the decoder does not count.
     """

@@ -1,1 +1,1 @@
-"""What is about machines, not about the model: memory, files, kernels, compilation."""
+"""Matters of the machine, not of the model: memory, files, kernels, compilation."""

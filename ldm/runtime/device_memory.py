@@ -1,4 +1,4 @@
-"""What a device has left, and copies to it that nobody waits for."""
+"""The memory that a device has left, and asynchronous copies to it."""
 
 import contextlib
 import os
@@ -26,7 +26,7 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor on a device; neither a GPU's queue nor the caller waits for the copy."""
+    """Copy a tensor to a device; asynchronously to a GPU, so that neither its queue nor the caller waits."""
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -34,13 +34,16 @@ def test_files_that_cannot_be_used(capfd, tmp_path, program, content, words, mon
     refused(run_here(capfd, program, *files, "--class-noun", "cat", *TINY), words)
 
 
-def test_options_that_do_not_go_together(capfd, tmp_path):
-    refused(
-        run_here(capfd, "sample_dci.py", "--concept", tmp_path / "none.safetensors", "--prompt", "a V* cat", *TINY),
-        "none.safetensors",
-    )
-    refused(run_here(capfd, "export_concept.py", tmp_path / "none.safetensors", "--to", "lora"), "none.safetensors")
-    refused(run_here(capfd, "export_concept.py", tmp_path / "c.safetensors", "--to", "png"), "png")
+@pytest.mark.parametrize(
+    ("program", "args", "words"),
+    [
+        ("sample_dci.py", ("--concept", "{}/none.safetensors", "--prompt", "a V* cat", *TINY), "none.safetensors"),
+        ("export_concept.py", ("{}/none.safetensors", "--to", "lora"), "none.safetensors"),
+        ("export_concept.py", ("{}/c.safetensors", "--to", "png"), "png"),
+    ],
+)
+def test_options_that_cannot_be_used(capfd, tmp_path, program, args, words):
+    refused(run_here(capfd, program, *[arg.replace("{}", str(tmp_path)) for arg in args]), words)
 
 
 @pytest.mark.slow
@@ -123,9 +126,9 @@ def test_a_tuned_model_is_imported_as_a_whole_or_by_its_cross_attention(tiny_bas
     refused(run_here(capfd, "import_concept.py", *files, "--out", tmp_path / "d.safetensors"), "--model")
 
 
-@pytest.mark.slow
-def test_what_is_missing_is_asked_for_by_the_programs_options(tiny_base, tmp_path, capfd):
-    """The library names options as Python knows them."""
+@pytest.fixture
+def lora_and_tokens(tiny_base, tmp_path):
+    """A folder with a LoRA of one layer and the tokens of a concept, both for the embedded model."""
     place = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     rows, columns = tiny_base.state_dict()[ATTENTION].shape
     save_file(
@@ -133,21 +136,35 @@ def test_what_is_missing_is_asked_for_by_the_programs_options(tiny_base, tmp_pat
         tmp_path / "lora.safetensors",
     )
     save_file({"mycat": torch.ones(1, 128)}, tmp_path / "mycat.safetensors")
+    return tmp_path
 
-    def call(*options, files=("lora",)):
-        files = [tmp_path / f"{name}.safetensors" for name in files]
-        return run_here(capfd, "import_concept.py", *files, "--out", tmp_path / "c.safetensors", *options)
 
-    refused(call(*TINY), "for it as --class-noun, such as dog")
-    refused(call("--class-noun", "cat", *TINY), "in prompts as --trigger, such as sks")
-    refused(call("--class-noun", "cat", "--trigger", "sks"), "made for as --model")
-    published = torch.randn(1, 768)
-    save_file({"mydog": published}, tmp_path / "mydog.safetensors")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "options", "words"),
+    [
+        (["lora"], TINY, "for it as --class-noun, such as dog"),
+        (["lora"], ("--class-noun", "cat", *TINY), "in prompts as --trigger, such as sks"),
+        (["lora"], ("--class-noun", "cat", "--trigger", "sks"), "made for as --model"),
+        (["lora"], ("--class-noun", "cat,", *TINY), "--class-noun 'cat,': expected an ordinary word"),
+        (
+            ["lora", "mycat"],
+            ("--class-noun", "cat", "--trigger", "my cat", *TINY),
+            "--trigger 'my cat': the files bring 1 learned tokens",
+        ),
+    ],
+)
+def test_what_is_missing_is_asked_for_by_the_programs_options(lora_and_tokens, capfd, files, options, words):
+    """The library names options as Python knows them."""
+    files = [lora_and_tokens / f"{name}.safetensors" for name in files]
+    refused(run_here(capfd, "import_concept.py", *files, "--out", lora_and_tokens / "c.safetensors", *options), words)
+
+
+@pytest.mark.slow
+def test_an_import_without_its_model_is_noted_by_the_programs_option(tmp_path, capfd):
+    save_file({"mydog": torch.randn(1, 768)}, tmp_path / "mydog.safetensors")
     run_main("import_concept.py", tmp_path / "mydog.safetensors", "--class-noun", "dog", "--out", tmp_path / "d.safetensors")
     assert "cannot be checked later: give it as --model to have that done" in capfd.readouterr().out
-    both = call("--class-noun", "cat", "--trigger", "my cat", *TINY, files=("lora", "mycat"))
-    refused(both, "--trigger 'my cat': the files bring 1 learned tokens")
-    refused(call("--class-noun", "cat,", *TINY), "--class-noun 'cat,': expected an ordinary word")
 
 
 @pytest.mark.slow

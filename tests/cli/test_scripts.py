@@ -3,12 +3,13 @@
 import copy
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import ROOT, learned_concept, ok, pixels, refused, run, run_alone, run_here, run_main
+from helpers import ROOT, learned_concept, mostly_slow, ok, pixels, refused, run, run_alone, run_here, run_main
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -160,103 +161,119 @@ def test_a_mistake_is_one_line_for_the_shell(tmp_path):
     refused(result, "error: no folder", f"{tmp_path}/none")
 
 
-def test_training_refuses_a_mistake(tmp_path, capfd):
+@pytest.fixture
+def mistaken(tmp_path):
+    """A folder of files that no program can use: `{}/NAME` in an argument is one of them."""
     (tmp_path / "empty").mkdir()
-    given = ("--config", CONFIG, "--logdir", tmp_path / "logs")
-    for args, words in (
-        ([f"data.images={tmp_path}/empty"], ["no images in", "empty", ".jpg"]),
-        (["data.imags=x"], ["unknown key 'data.imags'", "did you mean 'data.images'"]),
-        (["--frobnicate"], ["--frobnicate"]),
-    ):
-        refused(run_here(capfd, "train_ico.py", *given, *args), *words)
-    assert not (tmp_path / "logs").exists()
-
-
-@pytest.mark.slow
-def test_training_refuses_impossible_input(tmp_path, capfd):
-    def train(*args, config=CONFIG):
-        return run_here(capfd, "train_ico.py", "--config", config, "--logdir", tmp_path / "logs", *args)
-
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/text.jpg").write_text("this is text")
-    refused(train(f"data.images={tmp_path}/broken"), "text.jpg is not a readable image")
-    refused(train("trainig.steps=5"), "unknown key 'trainig'", "did you mean 'training'")
-    refused(train("training.steps=soon"), "the command line: training.steps=soon: expected a value of type int")
-    refused(train("concept.initial_words=3"), "concept.initial_words=3: expected a value of type list[str]")
-    refused(train("training.steps=0"), "training.steps=0")
-    refused(train("training.precision=half"), "training.precision=half", "bf16-mixed")
-    refused(train("training.learning_rate=nan"), "training.learning_rate=nan")
-    refused(train("validation.every=-1"), "validation.every=-1", "0 or more")
-    refused(train("concept.initial_words=[xyzzyplugh]"), "'xyzzyplugh' is", "tokens")
-    refused(train("nonsense"), "'nonsense' is not an override")
-    refused(train("concept.initial_words=[]"), "0 modifier tokens")
-    refused(train("concept.class_noun=' '"), "noun is empty")
-    refused(train("data.regularization=/nowhere"), "no folder /nowhere")
-    refused(train(config=tmp_path / "none.yaml"), "no configuration file")
     (tmp_path / "bad.yaml").write_text("a: [1")
-    refused(train(config=tmp_path / "bad.yaml"), "not readable as YAML")
     (tmp_path / "short.yaml").write_text("data: {images: here}")
-    refused(train(config=tmp_path / "short.yaml"), "concept.class_noun must be given")
-    assert not (tmp_path / "logs").exists()
-
-
-@pytest.mark.slow
-def test_sampling_refuses_impossible_input(concept, tmp_path, capfd):
-    def sample(file=concept, prompt="a V* dog", *args):
-        return run_here(capfd, "sample_dci.py", "--concept", file, "--prompt", prompt, "--outdir", tmp_path / "out", *args)
-
-    refused(sample(prompt="a dog on the beach"), "does not name the concept", "a V* dog on the beach")
-    refused(sample(tmp_path / "none.safetensors"), "no file")
     (tmp_path / "text.safetensors").write_text("text")
-    refused(sample(tmp_path / "text.safetensors"), "not a whole .safetensors file")
-    refused(sample(ROOT / "data/tiny/vae.safetensors"), "not a concept file")
-    refused(sample(concept, "a V* dog", "--agg-time", 2), "--agg-time 2.0")
-    refused(sample(concept, "a V* dog", "--H", 50), "--H 50", "multiple of 16")
-    refused(sample(concept, "a V* dog", "--steps", 0), "--steps", "from 1 on")
-    refused(sample(concept, "a V* dog", "--use-dci"), "--use-dci")
-    refused(sample(concept, "a V* dog", "--seed", -2), "-2", "or -1")
-    refused(sample(concept, "a V* dog", "--gain", -1), "--gain -1.0")
     (tmp_path / "file").touch()
-    refused(sample(concept, "a V* dog", "--outdir", tmp_path / "file"), "is a file")
-    refused(sample(concept, "a V* dog", "--agg-lambda", "nan"), "--agg-lambda", "finite")
-    refused(sample(concept, "a V* dog", "--device", "nowhere"), "--device nowhere")
+    return tmp_path
 
-    # Another base model: the same shapes, other weights.
-    base = tmp_path / "base"
-    base.mkdir()
+
+QUICK_TRAININGS = [
+    (("data.images={}/empty",), ("no images in", "empty", ".jpg")),
+    (("data.imags=x",), ("unknown key 'data.imags'", "did you mean 'data.images'")),
+    (("--frobnicate",), ("--frobnicate",)),
+]
+REFUSED_TRAININGS = [
+    *QUICK_TRAININGS,
+    (("data.images={}/broken",), ("text.jpg is not a readable image",)),
+    (("trainig.steps=5",), ("unknown key 'trainig'", "did you mean 'training'")),
+    (("training.steps=soon",), ("the command line: training.steps=soon: expected a value of type int",)),
+    (("concept.initial_words=3",), ("concept.initial_words=3: expected a value of type list[str]",)),
+    (("training.steps=0",), ("training.steps=0",)),
+    (("training.precision=half",), ("training.precision=half", "bf16-mixed")),
+    (("training.learning_rate=nan",), ("training.learning_rate=nan",)),
+    (("validation.every=-1",), ("validation.every=-1", "0 or more")),
+    (("concept.initial_words=[xyzzyplugh]",), ("'xyzzyplugh' is", "tokens")),
+    (("nonsense",), ("'nonsense' is not an override",)),
+    (("concept.initial_words=[]",), ("0 modifier tokens",)),
+    (("concept.class_noun=' '",), ("noun is empty",)),
+    (("data.regularization=/nowhere",), ("no folder /nowhere",)),
+    (("--config", "{}/none.yaml"), ("no configuration file",)),
+    (("--config", "{}/bad.yaml"), ("not readable as YAML",)),
+    (("--config", "{}/short.yaml"), ("concept.class_noun must be given",)),
+    (("training.trainable=all",), ("training.trainable=all", "crossattn-kv, crossattn, none")),
+    (("data.augment=rotate",), ("data.augment=rotate", "random-resize")),
+    (("data.on_bad_image=ignore",), ("data.on_bad_image=ignore", "error, skip")),
+    (("data.augment=random-resize", "data.cache_latents=true"), ("data.cache_latents=true does not go with",)),
+    (("context.template=photo",), ("context.template='photo'", "{}")),
+    (("generate.prompts=[photo]",), ("generate.prompts", "{}")),
+    (("data.masked_loss=true",), ("no mask for", "00.mask.png")),
+    (("data.background_weight=2",), ("data.background_weight=2",)),
+    (("training.precision=fp16",), ("training.precision=fp16 needs a GPU",)),
+    (("training.batch_size=5", "training.devices=2"), ("training.batch_size=5 cannot be shared evenly",)),
+    (("training.batch_size=1", "data.regularization=generate"), ("leaves no room",)),
+    (("training.keep_last=0",), ("training.keep_last=0",)),
+    (("logging.wandb=project",), ("needs the package wandb",)),
+    (("concept.initial_words=[ktn,pll,ucd,cat]",), ("4 modifier tokens",)),
+    (("--rank", "3", "--energy", "0.5"), ("exclude each other",)),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), mostly_slow(REFUSED_TRAININGS, *QUICK_TRAININGS))
+def test_training_refuses_a_mistake(args, words, mistaken, capfd):
+    args = [arg.replace("{}", str(mistaken)) for arg in args]
+    given = ("--config", CONFIG, "--logdir", mistaken / "logs", "--device", "cpu")
+    refused(run_here(capfd, "train_ico.py", *given, *args), *words)
+    assert not (mistaken / "logs").exists()
+
+
+QUICK_SAMPLING = ("--prompt", "a dog on the beach"), ("does not name the concept", "a V* dog on the beach")
+REFUSED_SAMPLING = [
+    QUICK_SAMPLING,
+    (("--concept", "{}/none.safetensors"), ("no file",)),
+    (("--concept", "{}/text.safetensors"), ("not a whole .safetensors file",)),
+    (("--concept", "data/tiny/vae.safetensors"), ("not a concept file",)),
+    (("--agg-time", "2"), ("--agg-time 2.0",)),
+    (("--H", "50"), ("--H 50", "multiple of 16")),
+    (("--steps", "0"), ("--steps", "from 1 on")),
+    (("--use-dci",), ("--use-dci",)),
+    (("--seed", "-2"), ("-2", "or -1")),
+    (("--gain", "-1"), ("--gain -1.0",)),
+    (("--outdir", "{}/file"), ("is a file",)),
+    (("--agg-lambda", "nan"), ("--agg-lambda", "finite")),
+    (("--device", "nowhere"), ("--device nowhere",)),
+    (("--model", "configs/model/sd-v1.yaml"), ("names no checkpoint",)),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), mostly_slow(REFUSED_SAMPLING, QUICK_SAMPLING))
+def test_sampling_refuses_a_mistake(args, words, concept, mistaken, capfd):
+    args = [arg.replace("{}", str(mistaken)) for arg in args]
+    given = ["--prompt", "a V* dog", "--outdir", mistaken / "out"]
+    if "--concept" not in args:  # repeated, the option takes the files of both together
+        given += ["--concept", concept]
+    refused(run_here(capfd, "sample_dci.py", *given, *args), *words)
+    assert not (mistaken / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def other_base(tmp_path_factory):
+    """The embedded model's weights, but for a UNet of the same shapes with other values."""
+    base = tmp_path_factory.mktemp("base")
     for part in ("text", "vae", "unet"):
         state = load_file(ROOT / f"data/tiny/{part}.safetensors")
         if part == "unet":
             state = {name: tensor * 1.01 for name, tensor in state.items()}
         save_file(state, base / f"{part}.safetensors")
-    refused(sample(concept, "a V* dog", "--checkpoint", base), "learned on the base model 'tiny'")
-    (base / "unet.safetensors").unlink()
-    refused(sample(concept, "a V* dog", "--checkpoint", base), "lacks model.diffusion_model.")
-    refused(sample(concept, "a V* dog", "--model", ROOT / "configs/model/sd-v1.yaml"), "names no checkpoint")
-    assert not (tmp_path / "out").exists()
+    return base
 
 
 @pytest.mark.slow
-def test_training_refuses_options_of_fine_tuning_that_do_not_fit(tmp_path, capfd):
-    def train(*args):
-        return run_here(capfd, "train_ico.py", "--config", CONFIG, "--logdir", tmp_path / "logs", "--device", "cpu", *args)
-
-    refused(train("training.trainable=all"), "training.trainable=all", "crossattn-kv, crossattn, none")
-    refused(train("data.augment=rotate"), "data.augment=rotate", "random-resize")
-    refused(train("data.on_bad_image=ignore"), "data.on_bad_image=ignore", "error, skip")
-    refused(train("data.augment=random-resize", "data.cache_latents=true"), "data.cache_latents=true does not go with")
-    refused(train("context.template=photo"), "context.template='photo'", "{}")
-    refused(train("generate.prompts=[photo]"), "generate.prompts", "{}")
-    refused(train("data.masked_loss=true"), "no mask for", "00.mask.png")
-    refused(train("data.background_weight=2"), "data.background_weight=2")
-    refused(train("training.precision=fp16"), "training.precision=fp16 needs a GPU")
-    refused(train("training.batch_size=5", "training.devices=2"), "training.batch_size=5 cannot be shared evenly")
-    refused(train("training.batch_size=1", "data.regularization=generate"), "leaves no room")
-    refused(train("training.keep_last=0"), "training.keep_last=0")
-    refused(train("logging.wandb=project"), "needs the package wandb")
-    refused(train("concept.initial_words=[ktn,pll,ucd,cat]"), "4 modifier tokens")
-    refused(train("--rank", 3, "--energy", 0.5), "exclude each other")
-    assert not (tmp_path / "logs").exists()
+@pytest.mark.parametrize(
+    ("left_out", "words"),
+    [((), "learned on the base model 'tiny'"), (("unet.safetensors",), "lacks model.diffusion_model.")],
+)
+def test_sampling_refuses_another_base_model(left_out, words, concept, other_base, tmp_path, capfd):
+    base = shutil.copytree(other_base, tmp_path / "base", ignore=shutil.ignore_patterns(*left_out))
+    given = ("--concept", concept, "--prompt", "a V* dog", "--outdir", tmp_path / "out")
+    refused(run_here(capfd, "sample_dci.py", *given, "--checkpoint", base), words)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

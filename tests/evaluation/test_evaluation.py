@@ -200,20 +200,28 @@ def test_a_folder_that_cannot_be_used_is_one_line(how, words, tmp_path, capfd):
     refused(result, *words)
 
 
-def test_other_mistakes_are_one_line(tmp_path, capfd):
-    folder = folder_of(tmp_path / "run", {"00000": "a cat", "00001": "a cat"})
-    out = ["--out", tmp_path / "out"]
-    refused(run_here(capfd, "evaluate.py", "--samples", tmp_path / "none", *out), "no folder")
-    refused(run_here(capfd, "evaluate.py", "--samples", f"a={folder}", f"a={folder}", *out), "taken")
-    refused(run_here(capfd, "evaluate.py", "--samples", folder, "--clip", "clip", *out), "no encoder 'clip'")
-    refused(run_here(capfd, "evaluate.py", "--samples", f"a={folder}", f"b={folder}", *out), "'a' is this folder already")
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["{}/none"], "no folder"),
+        (["a={}/run", "a={}/run"], "taken"),
+        (["a={}/run", "b={}/run"], "'a' is this folder already"),
+        (["{}/run", "--clip", "clip"], "no encoder 'clip'"),
+        # Before an encoder is loaded, let alone an image scored.
+        (["{}/run", "--clip", "clip", "--ratings", "{}/wrong.csv"], "which the report does not show"),
+        (["{}/run", "--clip", "clip", "--answers", "{}/wrong.csv"], "holds no answers"),
+    ],
+)
+def test_another_mistake_is_one_line(args, words, tmp_path, capfd):
+    folder_of(tmp_path / "run", {"00000": "a cat", "00001": "a cat"})
     (tmp_path / "wrong.csv").write_text("file,beauty\nz.png,1\n")
-    # Before an encoder is loaded, let alone an image scored.
-    for option, said in (("--ratings", "which the report does not show"), ("--answers", "holds no answers")):
-        told = run_here(capfd, "evaluate.py", "--samples", folder, "--clip", "clip", option, tmp_path / "wrong.csv", *out)
-        refused(told, said)
+    args = [arg.replace("{}", str(tmp_path)) for arg in args]
+    refused(run_here(capfd, "evaluate.py", "--samples", *args, "--out", tmp_path / "out"), words)
+
+
+def test_a_folder_without_a_concept_needs_references(tmp_path):
     with pytest.raises(UserError, match="--references"):
-        recorded_references(folder)
+        recorded_references(folder_of(tmp_path / "run", {"00000": "a cat", "00001": "a cat"}))
 
 
 def test_scores_are_those_of_the_encoders(encoders, tmp_path):

@@ -314,9 +314,19 @@ def test_the_program_says_where_the_page_is(folders, tmp_path, monkeypatch, capf
     run_main("rate.py", *given, "--references", REFERENCES, "--answers", tmp_path / "a.csv", "--most", 3)
     out = capfd.readouterr().out
     assert "6 of 6 questions about 3 pairs are open" in out and "http://127.0.0.1:" in out
-    refused(run_here(capfd, "rate.py", given[0], "--references", REFERENCES), "two runs")
-    again = f"again={folders['plain']}/../plain"
-    refused(run_here(capfd, "rate.py", *given, again, "--references", REFERENCES), "'plain' is this folder already")
-    refused(run_here(capfd, "rate.py", *given, "--references", REFERENCES, "--port", "65536"), "expected a port")
+
+
+@pytest.mark.parametrize(
+    ("runs_left_out", "args", "words"),
+    [
+        (1, [], "two runs"),
+        (0, ["again={plain}/../plain"], "'plain' is this folder already"),
+        (0, ["--port", "65536"], "expected a port"),
+        (0, ["--answers", "{csv}"], "no answers"),
+    ],
+)
+def test_a_page_that_cannot_be_served_is_refused(runs_left_out, args, words, folders, tmp_path, capfd):
     (tmp_path / "a.csv").write_text("x\n")
-    refused(run_here(capfd, "rate.py", *given, "--references", REFERENCES, "--answers", tmp_path / "a.csv"), "no answers")
+    args = [arg.format(plain=folders["plain"], csv=tmp_path / "a.csv") for arg in args]
+    given = [f"{name}={folder}" for name, folder in folders.items()][: len(folders) - runs_left_out]
+    refused(run_here(capfd, "rate.py", *given, *args, "--references", REFERENCES), words)

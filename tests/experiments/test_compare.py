@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers import ROOT, as_a_program, refused, run_here, run_main
-from test_benchmarks import concepts, dreambench, dreambench_plus  # noqa: F401
+from test_datasets import concepts, dreambench, dreambench_plus  # noqa: F401
 
 from dci.concept.modifier_tokens import ConceptName
 from dci.concept.prompts import parse_prompt

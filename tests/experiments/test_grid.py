@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import LINUX, ROOT, refused, run_here, run_main
-from test_benchmarks import concepts  # noqa: F401
+from test_datasets import concepts  # noqa: F401
 
 from dci.experiments import grid
 from dci.experiments.comparison import varied
@@ -147,12 +147,18 @@ def test_a_grid_that_cannot_be_is_refused(config, override, words):
         grid_points(tiny_grid(config, override))
 
 
-def test_mistakes_get_one_line(config, capfd, monkeypatch):
-    refused(run_here(capfd, "sweep.py", "--config", config, "cluster=moon"), "cluster=moon", "slurm")
-    refused(run_here(capfd, "sweep.py", "--config", config, "--only", "dog/*"), "dog/*", "cat/ico/0/dci")
-    refused(run_here(capfd, "sweep.py", "--config", config, "workers=0"), "workers=0")
-    monkeypatch.setenv("PATH", "/nowhere")
-    refused(run_here(capfd, "sweep.py", "--config", config, "cluster=slurm"), "Slurm", "cluster=local")
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("cluster=moon",), ("cluster=moon", "slurm")),
+        (("--only", "dog/*"), ("dog/*", "cat/ico/0/dci")),
+        (("workers=0",), ("workers=0",)),
+        (("cluster=slurm",), ("Slurm", "cluster=local")),
+    ],
+)
+def test_a_mistake_gets_one_line(config, capfd, monkeypatch, args, words):
+    monkeypatch.setenv("PATH", "/nowhere")  # no Slurm, even where there is one
+    refused(run_here(capfd, "sweep.py", "--config", config, *args), *words)
 
 
 @pytest.mark.slow

@@ -122,21 +122,29 @@ def test_repeating_the_command_goes_on(whole, tmp_path, capfd, monkeypatch):
     assert len(list(tmp_path.glob("*_ico-tiny*"))) == 2
 
 
-def test_a_resumed_run_keeps_its_options_and_its_images(whole, tmp_path, capfd):
-    def resume(*args, folder=whole):
-        return run_here(capfd, "train_ico.py", "--resume", folder, "--device", "cpu", *args)
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--resume", "RUN", "training.seed=1"), ("training.seed=1, but the run", "has 0")),
+        (("--resume", "RUN", "context.suffix=here"), ("context.suffix=here",)),
+        (("--resume", "NONE"), ("no run at", "NONE")),
+        (("--resume", "auto"), ("--config",)),
+        ((), ("--config", "--resume")),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_is_refused(whole, tmp_path, capfd, args, words):
+    folders = {"RUN": whole, "NONE": tmp_path}
+    args = [folders.get(arg, arg) for arg in args]
+    refused(run_here(capfd, "train_ico.py", "--device", "cpu", *args), *[folders.get(word, word) for word in words])
 
-    refused(resume("training.seed=1"), "training.seed=1, but the run", "has 0")
-    refused(resume("context.suffix=here"), "context.suffix=here")
-    refused(resume(folder=tmp_path), "no run at", tmp_path)
-    refused(run_here(capfd, "train_ico.py", "--resume", "auto"), "--config")
-    refused(run_here(capfd, "train_ico.py"), "--config", "--resume")
+
+def test_a_resumed_run_keeps_its_images(whole, capfd):
     checkpoint = whole / "checkpoints/step-000006.ckpt"
     content = checkpoint.read_bytes()
     try:
         state = read_checkpoint(checkpoint)
         torch.save({**state, "pictures": "others"}, checkpoint)
-        result = resume("training.steps=7")
+        result = run_here(capfd, "train_ico.py", "--resume", whole, "--device", "cpu", "training.steps=7")
         assert result.returncode == 2
         assert "error: the images or captions have changed" in result.stderr
     finally:

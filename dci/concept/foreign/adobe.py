@@ -44,7 +44,11 @@ def read_ckpt(content: dict, source: str) -> Content:
 
 
 def read_bin(content: dict, layers: Layers, source: str) -> Content:
-    """Return what a delta.bin holds; see `read_ckpt`."""
+    """Return what a delta.bin holds; see `read_ckpt`.
+
+    Raises:
+        UserError: it is damaged, or sets a weight that the model does not have.
+    """
 
     def rename(name: str) -> str:
         layer, dot, kind = name.rpartition(".")
@@ -97,7 +101,7 @@ def write_ckpt(weights: dict[str, Tensor], modifiers: Tensor) -> tuple[dict, lis
 
 
 def write_bin(weights: dict[str, Tensor], tokens: dict[str, Tensor], layers: Layers) -> dict:
-    """Return the content of a delta.bin; what it cannot carry is what `write_ckpt` says.
+    """Return the content of a delta.bin; it cannot carry what a delta.ckpt cannot either, see `write_ckpt`.
 
     Args:
         tokens: name of each modifier token -> its embedding (d,).

@@ -22,7 +22,7 @@ _FAMILIES = {
 
 @dataclass(frozen=True)
 class Card:
-    """What a card is written of."""
+    """The facts that a card is written from."""
 
     done: Export
     to: str

@@ -1,4 +1,4 @@
-"""What a foreign file says of a concept, whatever its format."""
+"""The concept in a foreign file, whatever its format."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +11,7 @@ from dci.concept.concept_file import LowRank
 
 @dataclass(frozen=True)
 class Content:
-    """A file's weights under SD's names, its tokens, and what to say of it."""
+    """A file's weights under SD's names, its tokens, and notes for the user."""
 
     kind: str  # for people: "kohya LoRA", "Adobe's delta", ...
     weights: dict[str, Tensor] = field(default_factory=dict)  # whole weights
@@ -23,7 +23,7 @@ class Content:
     facts: dict[str, str] = field(default_factory=dict)  # of the concept that it was exported from
 
     def with_(self, **changed: Any) -> "Content":
-        """Return the same with other fields."""
+        """Return a copy with some fields replaced."""
         return replace(self, **changed)
 
 

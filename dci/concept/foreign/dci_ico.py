@@ -14,7 +14,7 @@ _PARTS = ("input_blocks.", "middle_block.", "output_blocks.")
 
 
 def state_of(content: dict) -> dict | None:
-    """Return the state dict of such a file's content; None for another's."""
+    """Return the state dict in such a file's content; None for any other file."""
     state = content.get("state_dict", content)
     if not isinstance(state, Mapping) or TABLE not in state:
         return None

@@ -24,7 +24,7 @@ from ldm.formats.diffusers_export import write_folder
 
 @dataclass
 class Export:
-    """What is written, and where; the formats' functions fill it."""
+    """The files of an export and their folder; each format's function adds its own."""
 
     concept: Concept
     model: LatentDiffusion  # the base, without the concept
@@ -137,7 +137,7 @@ def _words(concept: Concept, words: list[str] | None) -> list[str]:
 
 
 def exact_factors(change: Tensor) -> LowRank:
-    """A change as a product of itself and the identity: exact, and of the smallest rank that holds any."""
+    """Factor a change into itself and the identity: exact, and of the smallest rank that any change fits into."""
     rows, columns = len(change), change[0].numel()
     if rows <= columns:
         return LowRank(torch.eye(rows), change)
@@ -145,7 +145,7 @@ def exact_factors(change: Tensor) -> LowRank:
 
 
 def _headed(done: Export, to: str, bundle: bool) -> None:
-    """Write a .safetensors file by kohya's names, whose header tells programs what it is."""
+    """Write a .safetensors file by kohya's names, whose header says what it is."""
     concept, ranks = done.concept, set()
     if to == "lora":
         whole = {name: d for name, d in done.differences().items() if name not in concept.low_rank}

@@ -55,13 +55,13 @@ def import_concept(
     Args:
         class_noun: the ordinary word for the concept; of several concepts in the files with commas between them.
         trigger: the words that stand for the concept in prompts, where no token was learned for it.
-        config: of the base model; None: told from the shapes, as far as they tell.
+        config: of the base model; None: inferred from the shapes where possible.
         load: loads the base model, where it is known: the concept then keeps its fingerprint.
         which: of a model tuned as a whole: "all" of its difference or "cross-attention".
         identify: load the base model for its fingerprint, also where nothing else needs it.
 
     Raises:
-        UserError: a file is missing, broken, hostile, of no known kind or of another model, or does not tell what is needed.
+        UserError: a file is missing, broken, hostile, of no known kind or of another model, or lacks what is needed.
     """
     opened = [open_file(file) for file in files]
     loaded: list[LatentDiffusion] = []
@@ -121,7 +121,7 @@ def _told_by(opened: list[Opened]) -> ModelConfig:
     """Return the published model that files are made for, by the width of its text context.
 
     Raises:
-        UserError: they do not tell, or it is none that is published.
+        UserError: they have no such context, or one that no published model has.
     """
     widths = {width for each in opened for width in _widths(each)}
     if len(widths) != 1 or not widths <= _WIDTHS.keys():

@@ -287,7 +287,7 @@ def write(changes: dict[str, LowRank], layers: Layers) -> tuple[dict[str, Tensor
 def _recognisable(tensors: State, layers: Layers) -> State:
     """Return a change by zero that lets diffusers understand the others.
 
-    It tells kohya's names in a text encoder by an output projection of attention alone, and drops changes of
+    It recognises kohya's names in a text encoder only by an output projection of attention, and drops changes of
     queries, keys and values without one.
     """
     added: State = {}

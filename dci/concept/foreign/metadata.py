@@ -1,4 +1,4 @@
-"""What programs read in the header of a LoRA file, and what we read there ourselves."""
+"""Metadata in the header of a LoRA file: for other programs, and for our own import."""
 
 from dci.concept.concept_file import Concept
 from ldm.config import ModelConfig
@@ -50,7 +50,7 @@ def header(concept: Concept, config: ModelConfig, name: str, prompt: str, ranks:
 
 
 def our_facts(concept: Concept) -> dict[str, str]:
-    """Return what an import needs to know, where a header has room for it."""
+    """Return the facts of a concept that a later import needs, as texts for a header."""
     nouns = ",".join(name.class_noun for name in concept.names)
     facts = {
         "class_noun": nouns,
@@ -62,5 +62,5 @@ def our_facts(concept: Concept) -> dict[str, str]:
 
 
 def facts_of(metadata: dict[str, str]) -> dict[str, str]:
-    """Return what `our_facts` wrote; {} for others' files."""
+    """Return the facts that `our_facts` put into a header; {} for other programs' files."""
     return {key.removeprefix(_OURS): value for key, value in metadata.items() if key.startswith(_OURS)}

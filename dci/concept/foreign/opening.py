@@ -1,4 +1,4 @@
-"""Foreign files opened and told apart; nothing in them is run."""
+"""Open foreign files and recognise their kinds; nothing in them is run."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def _adapter_config(path: Path) -> dict[str, str]:
 
 
 def understand(opened: Opened, layers: Layers, base: Callable[[], LatentDiffusion | None], which: str) -> Content:
-    """Return what a file changes.
+    """Return the content of an opened file: weights, changes and tokens.
 
     Args:
         base: returns the base model, which a model tuned as a whole is compared with; None where there is none.

@@ -1,4 +1,4 @@
-"""What several files of one concept bring twice, such as a LoRA with the tokens inside and the tokens' own file."""
+"""Content that several files of one concept repeat, such as a LoRA with the tokens inside and the tokens' own file."""
 
 from itertools import combinations
 

@@ -89,6 +89,7 @@ def write_scores(
     Args:
         differences: of later runs to the first, see `differences_to_first`.
     """
+    runs = [_from_here(run) for run in runs]
     content = {
         "title": title,
         "runs": [{"name": run.name, "series": run.series, **as_json(run.scores)} for run in runs],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dci.experiments.cell import end_with_parent
 from dci.experiments.grid import GridPoint, by_training, grid_folder
-from dci.experiments.runner import PACKAGES, Worker
+from dci.experiments.runner import PACKAGES, PointBusy, Worker, is_busy
 from dci.experiments.suite import SLURM, SuiteConfig
 from dci.files import write_atomically
 from ldm.errors import UserError
@@ -40,6 +40,7 @@ SLURM_DEFAULTS = {
 
 _REQUEUES = 1000  # a job may reach its time limit so often
 _POLL = 5.0  # seconds between looks at Slurm's queue
+_BUSY = 75  # exit code of a worker whose points another one has; EX_TEMPFAIL of sysexits.h
 
 
 def launch(config: SuiteConfig, points: list[GridPoint], report: Report) -> None:
@@ -60,14 +61,18 @@ def run_local(config: SuiteConfig, points: list[GridPoint], report: Report) -> N
     try:
         while waiting or running:
             while waiting and free:
-                slot, group = free.pop(), waiting.pop(0)
-                running[slot] = _start(group, config.threads, gpus[slot % len(gpus)] if gpus else None), group
+                slot, (group, patient) = free.pop(), _next(waiting)
+                gpu = gpus[slot % len(gpus)] if gpus else None
+                running[slot] = _start(group, config.threads, gpu, patient), group
             wait([process.sentinel for process, _ in running.values()])
             for slot, (process, group) in list(running.items()):
                 if not process.is_alive():
                     process.join()
                     del running[slot]
                     free.append(slot)
+                    if process.exitcode == _BUSY:
+                        waiting.append(group)
+                        continue
                     for point in group:
                         report(point)
     finally:  # stopped: what runs writes a checkpoint and ends
@@ -165,14 +170,24 @@ def queued_trainings(config: SuiteConfig) -> set[str]:
     raise UserError(f"squeue does not answer ({answer.stderr.strip()}): try again later; submitted jobs go on meanwhile")
 
 
-def _start(points: list[GridPoint], threads: int, gpu: int | None) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(points, threads, gpu))
+def _next(waiting: list[list[GridPoint]]) -> tuple[list[GridPoint], bool]:
+    """Take the first group that no other launcher is at work on; where there is none, the first, to wait for it (True)."""
+    free = next((i for i, group in enumerate(waiting) if not is_busy(group)), None)
+    return waiting.pop(free or 0), free is None
+
+
+def _start(points: list[GridPoint], threads: int, gpu: int | None, patient: bool) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(points, threads, gpu, patient))
     process.start()
     return process
 
 
-def _work(points: list[GridPoint], threads: int, gpu: int | None) -> None:
-    """What a local worker does; asked to stop, it lets its process write a checkpoint."""
+def _work(points: list[GridPoint], threads: int, gpu: int | None, patient: bool) -> None:
+    """What a local worker does; asked to stop, it lets its process write a checkpoint.
+
+    Args:
+        patient: wait for points that another launcher's worker has; or else leave them at once.
+    """
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C is for the launcher, which stops its workers
     end_with_parent()
@@ -183,7 +198,10 @@ def _work(points: list[GridPoint], threads: int, gpu: int | None) -> None:
         sys.exit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
-    worker.work(points)
+    try:
+        worker.work(points, wait=patient)
+    except PointBusy:
+        sys.exit(_BUSY)
 
 
 def _gpus() -> list[int]:

@@ -35,6 +35,10 @@ class PointFailed(Exception):
     """A process of a point ended with an error; the message is the last line of its log."""
 
 
+class PointBusy(Exception):
+    """Another worker, of this launcher or of another, has the point."""
+
+
 class Worker:
     """Works through points, one process at a time.
 
@@ -48,16 +52,22 @@ class Worker:
         self.process: subprocess.Popen | None = None
         self.stopped = False
 
-    def work(self, points: list[GridPoint]) -> dict[str, str]:
+    def work(self, points: list[GridPoint], wait: bool = True) -> dict[str, str]:
         """Train, sample and score what is not done; a failure does not keep the other points back.
+
+        Args:
+            wait: for another worker that has the first point; what is begun is waited for in any case.
 
         Returns:
             Why points failed, by their names.
+
+        Raises:
+            PointBusy: another worker has the first point, and is not to be waited for.
         """
         failures: dict[str, str] = {}
         untrained: dict[str, str] = {}
-        for point in points:
-            with _locked(point.folder):
+        for number, point in enumerate(points):
+            with _locked(point.folder, wait=wait or number > 0):
                 if point.result.is_file():
                     continue
                 try:
@@ -196,11 +206,20 @@ def _before_process() -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, waiting for it; the system gives it back however the process ends."""
+def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder's lock, which may mean waiting for it; the system gives it back however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
+    try:
+        held = folder_lock(folder).acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout as error:
+        raise PointBusy(str(folder)) from error
+    with held:
         yield
+
+
+def is_busy(points: list[GridPoint]) -> bool:
+    """Return whether a worker has one of the points."""
+    return any(_is_locked(point.folder) for point in points)
 
 
 def _is_locked(folder: Path) -> bool:

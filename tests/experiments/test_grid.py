@@ -17,8 +17,10 @@ from test_datasets import concepts  # noqa: F401
 from dci.experiments import grid
 from dci.experiments.comparison import varied
 from dci.experiments.grid import by_training, grid_points
-from dci.experiments.runner import Worker, chosen, last_words, state
+from dci.experiments.launchers import _next, run_local
+from dci.experiments.runner import PointBusy, Worker, chosen, last_words, state
 from dci.experiments.suite import load_suite
+from dci.files import folder_lock
 from ldm.errors import UserError
 
 CELL = """
@@ -260,6 +262,52 @@ def test_points_of_one_training_train_once_and_fail_together(config, tmp_path):
     assert [state(point) for point in failing] == ["failed", "failed"]
     assert all(last_words(point) == "error: thirteen steps bring bad luck" for point in failing)
     assert (failing[0].training.folder / "log.txt").read_text().count("$ ") == 1
+
+
+def test_a_worker_leaves_or_waits_for_points_that_another_one_has(config, tmp_path):
+    group, *_ = by_training(grid_points(tiny_grid(config)))
+    group[0].folder.mkdir(parents=True)
+    lock = folder_lock(group[0].folder)
+    with lock:
+        with pytest.raises(PointBusy):
+            Worker(threads=1).work(group, wait=False)
+        worker = threading.Thread(target=Worker(threads=1).work, args=(group,), daemon=True)
+        worker.start()
+        worker.join(0.5)
+        assert worker.is_alive() and not group[0].result.is_file()
+    worker.join(60)
+    assert group[0].result.is_file() and (tmp_path / "trained").read_text().count("cat ico") == 1
+
+
+def test_a_second_launcher_takes_what_is_free_first(config):
+    groups = by_training(grid_points(tiny_grid(config)))
+    groups[0][0].folder.mkdir(parents=True)
+    with folder_lock(groups[0][0].folder):
+        waiting = list(groups)
+        assert _next(waiting) == (groups[1], False) and waiting == [groups[0], *groups[2:]]
+        assert _next([groups[0]]) == (groups[0], True)
+    assert _next(list(groups)) == (groups[0], False)
+
+
+@pytest.mark.slow
+def test_two_launchers_share_a_grid_without_waiting_for_each_other(config, tmp_path):
+    """While one launcher's group is held up, the other one finishes everything else, and then that group."""
+    points = grid_points(tiny_grid(config, "workers=1"))
+    held = by_training(points)[0]
+    held[0].folder.mkdir(parents=True)
+    others = [point for point in points if point not in held]
+    done = []
+    with folder_lock(held[0].folder):
+        launcher = threading.Thread(
+            target=run_local, args=(tiny_grid(config, "workers=1"), points, done.append), daemon=True
+        )
+        launcher.start()
+        deadline = time.monotonic() + 120
+        while not all(point.result.is_file() for point in others) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert all(point.result.is_file() for point in others) and not held[0].result.is_file()
+    launcher.join(60)
+    assert all(point.result.is_file() for point in points) and len(done) == len(points)
 
 
 def test_a_stopped_worker_starts_nothing_more(config):

@@ -7,6 +7,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NoReturn, TypeVar, overload
 
@@ -17,6 +18,9 @@ from ldm.shipped import find
 
 _MAY_BE_EMPTY = ("prompt", "negative_prompt")
 
+_VERB: ContextVar[str | None] = ContextVar("verb", default=None)
+"""The verb of `dci` that is running, the first word of its command line; None: a script."""
+
 _Into = TypeVar("_Into")
 
 
@@ -26,7 +30,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         # Not argparse's own idea of it, which tells `python -m dci` apart from `dci`.
         described = re.sub(r"python scripts/\w+\.py", "%(prog)s", options.pop("description", ""))
-        super().__init__(**{"prog": Path(sys.argv[0]).name, "description": described, **options})
+        program = f"dci {_VERB.get()}" if _VERB.get() else Path(sys.argv[0]).name
+        super().__init__(**{"prog": program, "description": described, **options})
         # argparse takes -2 for a value but -1e6 for an unknown option.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
@@ -37,7 +42,7 @@ class Parser(argparse.ArgumentParser):
     @overload
     def parse_args(self, *, namespace: _Into) -> _Into: ...
     def parse_args(self, args: Iterable[str] | None = None, namespace: object = None) -> object:
-        args = sys.argv[1:] if args is None else args
+        args = sys.argv[2 if _VERB.get() else 1 :] if args is None else args
         # Intermixed: key=value overrides may stand before, between and behind the options.
         found = super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)
         for action in self._actions:
@@ -59,8 +64,14 @@ def _hyphenate(arg: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a program's main; a user's mistake, an unusable file or a missing extra becomes one line and exit code 2."""
+def run(main: Callable[[], None], verb: str | None = None) -> None:
+    """Call a program's main; a user's mistake, an unusable file or a missing extra becomes one line and exit code 2.
+
+    Args:
+        verb: of `dci`, where the command line begins with one. sys.argv keeps it: Lightning starts the other processes of
+            a training by sys.argv.
+    """
+    _VERB.set(verb)
     with reported_in_one_line():
         format_warning = warnings.formatwarning
         warnings.formatwarning = lambda message, *rest, **more: as_options(format_warning(message, *rest, **more))

@@ -11,7 +11,7 @@ from dci.version import __version__
 
 
 class Program(NamedTuple):
-    """A program behind a verb of `dci`: a module whose `main` reads its arguments from sys.argv."""
+    """A program behind a verb of `dci`: a module whose `main` reads its arguments by a `Parser`."""
 
     module: str
     summary: str
@@ -49,8 +49,7 @@ def main() -> None:
     elif verb not in PROGRAMS:
         sys.exit(unknown(verb))
     else:
-        sys.argv = [f"dci {verb}", *sys.argv[2:]]
-        run(importlib.import_module(PROGRAMS[verb].module).main)
+        run(importlib.import_module(PROGRAMS[verb].module).main, verb)
 
 
 def overview() -> str:

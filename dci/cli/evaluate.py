@@ -81,7 +81,7 @@ def main() -> None:
     from tqdm import tqdm
 
     from dci.evaluation.answers import check_answered, read_answers
-    from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders
+    from dci.evaluation.evaluate import Scoring, ScoringObservers, check_encoders, evaluate_folder, load_encoders
     from dci.evaluation.feature_cache import FeatureStore
     from dci.evaluation.ratings import check_rated, read_ratings, with_ratings
     from dci.evaluation.report import TEXT, write_report
@@ -89,6 +89,7 @@ def main() -> None:
     from dci.samples.reader import read_samples
 
     # A mistake shows before weights are loaded.
+    check_encoders(args.clip, args.instance, args.kid)
     found = {name: read_samples(folder, args.class_noun) for name, folder in folders.items()}
     images = [(name, str(image.file)) for name, of_folder in found.items() for image in of_folder]
     if args.ratings:

@@ -2,7 +2,6 @@
 
 import difflib
 import importlib
-import importlib.util
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from dci.diffusers.stand_in import StandIn, standing_in
 from dci.diffusers.tokens import missing_tokens
 from dci.dual_branch.attention_maps import MapsCallback
 from dci.dual_branch.options import DUAL_BRANCH, checked_dual_branch
+from ldm import extras
 from ldm.errors import Note, UserError
 
 SUPPORTED = (
@@ -359,8 +359,8 @@ def _diffusers() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        raise UserError("the package diffusers is missing: pip install 'dci[diffusers]'")
+    if extras.is_missing("diffusers"):
+        raise UserError(extras.how_to_install("diffusers"))
     return importlib.import_module("diffusers")
 
 

@@ -13,7 +13,7 @@ from dci.captions import LISTS, captioned_files
 from dci.concept.concept_file import Concept
 from dci.evaluation import metrics
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES, Interval
-from dci.evaluation.encoders import INCEPTION, TINY, Encoder, inception_file, load_encoder
+from dci.evaluation.encoders import INCEPTION, TINY, Encoder, check_encoder, inception_file, load_encoder
 from dci.evaluation.feature_cache import FeatureStore
 from dci.evaluation.object_only import in_words
 from dci.evaluation.scores import ImageScore, Scores, columns, resampled, summarize
@@ -55,6 +55,18 @@ def load_encoders(clip: str = TINY, instance: str = TINY, kid: str | None = None
     known |= {instance: instance_encoder}
     classifier = load_encoder(TINY, "classifier", device) if clip == TINY else None
     return Encoders(clip_encoder, instance_encoder, known.get(kid) or load_encoder(kid, "instance", device), classifier)
+
+
+def check_encoders(clip: str = TINY, instance: str = TINY, kid: str | None = None) -> None:
+    """Check the names of encoders before long work; nothing is loaded, no hub is asked.
+
+    Raises:
+        UserError: no such encoder; a folder, file or package that it needs is missing; `clip` can read no texts.
+    """
+    for name in dict.fromkeys(filter(None, (clip, instance, kid))):
+        check_encoder(name)
+    if clip.partition(":")[0] in ("timm", "dinov2", "dreamsim", INCEPTION):
+        raise UserError(f"the encoder {clip} reads no texts: give a CLIP for CLIP-T")
 
 
 def recorded_references(folder: str | Path) -> list[Path]:

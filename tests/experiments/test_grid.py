@@ -19,7 +19,7 @@ from dci.experiments.comparison import varied
 from dci.experiments.grid import by_training, grid_points
 from dci.experiments.runner import Worker, chosen, last_words, state
 from dci.experiments.suite import load_suite
-from ldm.errors import UserError
+from ldm.errors import Note, UserError
 
 CELL = """
 import json, os, sys, time, zlib
@@ -136,6 +136,16 @@ def test_points_are_the_product_and_share_trainings(config):
         ("sampling={stepz: 3}", "did you mean 'steps'"),
         ("settings=[{name: dci, sampling: {agg_time: [0.1, early]}}]", "agg_time=early"),
         ("evaluation={clipp: tiny}", "did you mean 'clip'"),
+        ("evaluation={clip: nope}", "evaluation: no encoder 'nope'"),
+        ("evaluation={clip: dinov2:vits14}", "reads no texts"),
+        ("evaluation={instance: transformers:/no/such}", "no folder /no/such"),
+        ("evaluation={kid: inception:/no/such.pth}", "no weights /no/such.pth"),
+        ("evaluation={regularization: /no/such}", "evaluation.regularization=/no/such: no such folder"),
+        ("evaluation={resamples: 0}", "evaluation.resamples=0: expected 1 or more"),
+        ("settings=[{name: dci, sampling: {auxiliary_noun: auto, clip: nope}}]", "no encoder 'nope'"),
+        ("name=", "name: '' names a folder"),
+        ("name=a/b", "name: 'a/b' names a folder"),
+        ("slurm.foo=1", "slurm.foo: expected one of account, "),
         ("concepts=[{class_noun: cat}]", "give class_noun and images"),
         ("concepts=[{name: a, concepts: [{class_noun: cat}]}]", "concepts: a: entry 1 of its list needs both"),
         ("concepts=[{concepts: [{images: data/concepts/cat}]}]", "entry 1 of its list needs both class_noun and images"),
@@ -151,8 +161,38 @@ def test_mistakes_get_one_line(config, capfd, monkeypatch):
     refused(run_here(capfd, "sweep.py", "--config", config, "cluster=moon"), "cluster=moon", "slurm")
     refused(run_here(capfd, "sweep.py", "--config", config, "--only", "dog/*"), "dog/*", "cat/ico/0/dci")
     refused(run_here(capfd, "sweep.py", "--config", config, "workers=0"), "workers=0")
+    refused(run_here(capfd, "sweep.py", "--config", config, "--dry-run", "--status"), "--status", "--dry-run")
+    refused(run_here(capfd, "sweep.py", "--config", config, "--dry-run", "--tflops", "-1"), "-1: expected a number above 0")
     monkeypatch.setenv("PATH", "/nowhere")
     refused(run_here(capfd, "sweep.py", "--config", config, "cluster=slurm"), "Slurm", "cluster=local")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["outdir=FILE"], "FILE"),
+        (["--ratings", "nope.csv"], "nope.csv"),
+        (["--answers", "nope.csv"], "nope.csv"),
+        (["--report", "FILE"], "FILE is a file"),
+        (["device=cuda:99"], "device cuda:99 cannot be used here"),
+        (["device=cuda:99", "--dry-run"], "device cuda:99 cannot be used here"),
+    ],
+)
+def test_what_each_cell_would_fail_by_is_found_before_the_first(config, tmp_path, capfd, given, words):
+    (tmp_path / "file").touch()
+    given, words = [[word.replace("FILE", str(tmp_path / "file")) for word in part] for part in (given, [words])]
+    result = run_here(capfd, "sweep.py", "--config", config, *given)
+    refused(result, *words)
+    assert not result.stdout and not (tmp_path / "trained").exists()
+
+
+def test_options_without_effect_get_a_note(config):
+    with pytest.warns(Note) as notes:
+        run_main("sweep.py", "--config", config, "--status", "--tflops", "3", "--no-wait")
+    assert [str(note.message) for note in notes] == [
+        "--tflops has no effect without --dry-run",
+        "--no-wait has no effect without cluster=slurm",
+    ]
 
 
 @pytest.mark.slow

@@ -42,7 +42,9 @@ def test_every_program_has_its_verb():
 
 
 def test_a_program_that_there_is_not_is_refused_with_the_nearest():
-    refused(dci("smaple"), "smaple", "dci sample")
+    refused(dci("smaple"), "smaple", "did you mean 'dci sample'?")
+    far = dci("-V")
+    refused(far, "no program '-V' (see dci --help)")
 
 
 TRAIN = ("train", "--config", str(ROOT / "configs/train/ico-tiny.yaml"))

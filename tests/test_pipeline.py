@@ -41,6 +41,7 @@ def readable(value):
         ({"prompt": ["a V*", 3]}, "expected text, or a list of texts"),
         ({"step": 20}, "'step'; did you mean 'steps'"),
         ({"agg_tim": 0.5}, "did you mean 'agg_time'"),
+        ({"zzz": 1}, "unknown option 'zzz': expected one of agg_lambda, agg_time, "),
         ({"call_back": print}, "did you mean 'callback'"),
         ({"init_img": IMAGE}, "did you mean 'init_image'"),
         ({"steps": "20"}, "steps '20': expected a whole number"),

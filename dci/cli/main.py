@@ -64,8 +64,9 @@ def overview() -> str:
 
 def unknown(verb: str) -> int:
     """Print one line about a program that there is not; return the exit code."""
-    import difflib
+    from ldm.texts import nearest
 
-    near = difflib.get_close_matches(verb, PROGRAMS, n=1, cutoff=0.0)[0]
-    print(f"error: no program '{verb}'; did you mean 'dci {near}'? (see dci --help)", file=sys.stderr)
+    near = nearest(verb, PROGRAMS)
+    hint = f"; did you mean 'dci {near}'?" if near else ""
+    print(f"error: no program '{verb}'{hint} (see dci --help)", file=sys.stderr)
     return 2

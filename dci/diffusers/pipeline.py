@@ -1,6 +1,5 @@
 """A pipeline of diffusers with DCI: its own class, call arguments and outputs, and DCI's beside them."""
 
-import difflib
 import importlib
 import inspect
 import warnings
@@ -26,6 +25,7 @@ from dci.dual_branch.attention_maps import MapsCallback
 from dci.dual_branch.options import DUAL_BRANCH, checked_dual_branch
 from ldm import extras
 from ldm.errors import Note, UserError
+from ldm.texts import did_you_mean
 
 SUPPORTED = (
     "StableDiffusionPipeline",
@@ -344,8 +344,9 @@ def _bound(call: Any, prompt: Any, args: tuple, given: dict[str, Any]) -> dict[s
     known = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     for name in given:
         if name not in known and name not in ("callback", "callback_steps"):
-            near = difflib.get_close_matches(name, [*known, *DUAL_BRANCH], n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown argument '{name}' of the pipeline's call; did you mean '{near}'?")
+            raise UserError(
+                f"unknown argument '{name}' of the pipeline's call{did_you_mean(name, [*known, *sorted(DUAL_BRANCH)])}"
+            )
     positional = {known[0]: prompt} | dict(zip(known[1:], args, strict=False))
     twice = [name for name in positional if name in given]
     if twice or len(args) >= len(known):

@@ -253,6 +253,12 @@ def test_the_programs(two, tmp_path, capfd):
     assert "<new3> red car" in out
     assert (tmp_path / "c.safetensors").stat().st_size < files[0].stat().st_size
     refused(run_here(capfd, "merge_concepts.py", files[0], "--out", tmp_path / "d"), "two or more")
+    refused(
+        run_here(capfd, "merge_concepts.py", files[0], files[0], "--out", tmp_path / "d"), "are the same", "give each once"
+    )
+    merging = f"dci merge {files[0]} {files[1]} --out"
+    refused(run_here(capfd, "sample_dci.py", "--concept", *files, "--prompt", "a V1*"), "merge them first", merging)
+    refused(run_here(capfd, "import_concept.py", files[0], "--out", tmp_path / "d"), "is a concept file already")
     run_main("compress_concept.py", files[0], "--rank", 4, "--out", tmp_path / "small.safetensors")
     assert re.search(r"rank 4, 0\.0\d MB; reconstruction error 0\.\d+", capfd.readouterr().out)
     refused(run_here(capfd, "compress_concept.py", files[0], "--out", tmp_path / "x"), "--rank or --energy")

@@ -245,6 +245,8 @@ def test_usual_names_of_solvers(given, found):
     assert solver_name(given) == found
 
 
-def test_an_unknown_solver_names_the_nearest():
-    with pytest.raises(UserError, match="unknown solver 'eular'.*did you mean 'euler'"):
+def test_an_unknown_solver_names_the_nearest_if_one_is_near():
+    with pytest.raises(UserError, match="solver 'eular': expected one of ddim, .*; did you mean 'euler'?"):
         solver_name("eular")
+    with pytest.raises(UserError, match=r"solver 'foo': expected one of ddim, [^;]*$"):
+        solver_name("foo")

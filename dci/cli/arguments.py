@@ -22,6 +22,7 @@ _VERB: ContextVar[str | None] = ContextVar("verb", default=None)
 """The verb of `dci` that is running, the first word of its command line; None: a script."""
 
 _Into = TypeVar("_Into")
+_Number = TypeVar("_Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,6 +98,7 @@ _OPTIONS = {
     "which": "weights",
     "words": "name",
     "as_folder": "folder",
+    "logdir": "logdir",
     "most_megabytes": "max-mb",
 }
 """Options of the programs, by their names in Python."""
@@ -191,32 +193,40 @@ def add_model_options(parser) -> None:
 
 def number(text: str) -> float:
     """Parse a finite number, for argparse."""
-    value = float(text)
-    if not math.isfinite(value):
+    value = _read(float, text)
+    if value is None or not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
     return value
 
 
+def _read(kind: Callable[[str], _Number], text: str) -> _Number | None:
+    """The number that a text is; None: it is none. argparse's own message would name the function that reads it."""
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
 def above_zero(text: str) -> float:
     """Parse a finite number above 0, for argparse."""
-    value = number(text)
-    if value <= 0:
+    value = _read(float, text)
+    if value is None or not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return value
 
 
 def positive(text: str) -> int:
     """Parse a whole number from 1 on, for argparse."""
-    value = int(text)
-    if value < 1:
+    value = _read(int, text)
+    if value is None or value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
     return value
 
 
 def port(text: str) -> int:
     """Parse a port, for argparse."""
-    value = int(text)
-    if not 1 <= value < 2**16:
+    value = _read(int, text)
+    if value is None or not 1 <= value < 2**16:
         raise argparse.ArgumentTypeError(f"{text}: expected a port, 1 to 65535")
     return value
 
@@ -227,8 +237,8 @@ class ChosenSeed(int):
 
 def seed(text: str) -> int:
     """Parse a seed, a whole number from 0 on, for argparse; -1 chooses one."""
-    value = int(text)
-    if value < -1:
+    value = _read(int, text)
+    if value is None or value < -1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 on, or -1 for any")
     return ChosenSeed(secrets.randbelow(2**32)) if value == -1 else value
 
@@ -255,6 +265,16 @@ def share(text: str) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text}: expected K/N with K from 1 to N, such as 3/8")
     return int(match[1]), int(match[2])
+
+
+def image_file(text: str) -> str:
+    """Parse the name of an image's file to write, for argparse."""
+    from PIL import Image
+
+    Image.init()
+    if Path(text).is_dir() or Image.EXTENSION.get(Path(text).suffix.lower()) not in Image.SAVE:
+        raise argparse.ArgumentTypeError(f"{text}: expected a file's name that ends in .png, .jpg, .webp or the like")
+    return text
 
 
 def add_rank_options(parser: Parser) -> None:

@@ -11,11 +11,11 @@ the same program.
 """
 
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
 from dci.cli.arguments import Parser, above_zero
+from dci.files import check_folder
 from ldm.errors import Note, UserError
 
 
@@ -94,11 +94,9 @@ def check_ready(suite, todo: list, args) -> None:
         read_ratings(args.ratings)
     if args.answers:
         read_answers(args.answers)
-    if args.report and Path(args.report).exists() and not Path(args.report).is_dir():
-        raise UserError(f"--report {args.report} is a file: give a folder")
-    folder = grid_folder(suite)
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # it can be written to
+    if args.report:
+        check_folder(args.report, "--report")
+    check_folder(grid_folder(suite), "the grid's folder")
 
 
 def show_jobs(todo: list, total: int) -> None:

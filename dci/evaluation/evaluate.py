@@ -84,6 +84,15 @@ def recorded_references(folder: str | Path) -> list[Path]:
     return folders
 
 
+def check_images(
+    folder: str | Path, references: Sequence[str | Path] | None = None, regularization: str | Path | None = None
+) -> None:
+    """Raise UserError where `evaluate_folder` would find no images to compare with; only names are read."""
+    for one in recorded_references(folder) if references is None else references:
+        list_images(one)
+    _real_images(regularization, lambda line: None)
+
+
 @dataclass(frozen=True)
 class Scoring:
     """Which scores a folder gets, and how they are computed."""

@@ -167,6 +167,7 @@ def test_training_refuses_a_mistake(tmp_path, capfd):
         ([f"data.images={tmp_path}/empty"], ["no images in", "empty", ".jpg"]),
         (["data.imags=x"], ["unknown key 'data.imags'", "did you mean 'data.images'"]),
         (["--frobnicate"], ["--frobnicate"]),
+        (["--logdir", CONFIG], [f"--logdir {CONFIG}: {CONFIG} is not a folder"]),
     ):
         refused(run_here(capfd, "train_ico.py", *given, *args), *words)
     assert not (tmp_path / "logs").exists()

@@ -210,8 +210,15 @@ def test_other_mistakes_are_one_line(tmp_path, capfd):
     (tmp_path / "wrong.csv").write_text("file,beauty\nz.png,1\n")
     # Before an encoder is loaded, let alone an image scored.
     for option, said in (("--ratings", "which the report does not show"), ("--answers", "holds no answers")):
-        told = run_here(capfd, "evaluate.py", "--samples", folder, "--clip", "clip", option, tmp_path / "wrong.csv", *out)
-        refused(told, said)
+        given = ["--samples", folder, "--references", REFERENCES, "--clip", "transformers:no/where", *out]
+        refused(run_here(capfd, "evaluate.py", *given, option, tmp_path / "wrong.csv"), said)
+    for given, said in (
+        (["--references", tmp_path / "none"], "no folder"),
+        (["--references", REFERENCES, "--regularization", tmp_path / "none"], "no folder"),
+        ([], "--references FOLDER"),
+        (["--references", REFERENCES, "--out", tmp_path / "wrong.csv"], "wrong.csv is not a folder"),
+    ):
+        refused(run_here(capfd, "evaluate.py", "--samples", folder, *out, *given), said)
     with pytest.raises(UserError, match="--references"):
         recorded_references(folder)
 

@@ -136,4 +136,4 @@ def test_the_program(tmp_path, capfd):
     assert "more than 128" in capfd.readouterr().out
     refused(run_here(capfd, "power.py", *given, "--run", "ico"), "no row 'ico'", "plain; dci")
     refused(run_here(capfd, "power.py", *given, "--against", "dci"), "both 'dci'")
-    refused(run_here(capfd, "power.py", tmp_path / "none"), "scores of a report")
+    refused(run_here(capfd, "power.py", tmp_path / "none"), f"no file {tmp_path / 'none'}", "scores.json")

@@ -170,10 +170,10 @@ def test_mistakes_get_one_line(config, capfd, monkeypatch):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (["outdir=FILE"], "FILE"),
+        (["outdir=FILE"], "FILE is not a folder"),
         (["--ratings", "nope.csv"], "nope.csv"),
         (["--answers", "nope.csv"], "nope.csv"),
-        (["--report", "FILE"], "FILE is a file"),
+        (["--report", "FILE"], "FILE is not a folder"),
         (["device=cuda:99"], "device cuda:99 cannot be used here"),
         (["device=cuda:99", "--dry-run"], "device cuda:99 cannot be used here"),
     ],

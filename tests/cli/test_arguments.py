@@ -20,7 +20,9 @@ from dci.cli.arguments import (
     share,
     whole_numbers,
 )
+from dci.cli.branches import add_dci_options, warn_of_no_effect
 from dci.cli.loading import add_concept_options
+from ldm.errors import Note
 
 
 def parsed(*args):
@@ -99,6 +101,26 @@ def test_readers_of_numbers_say_what_they_expect(reader, text):
 def test_what_is_no_name_of_an_image_is_refused_before_work(given, capfd, tmp_path):
     refused(run_here(capfd, "contact_sheet.py", tmp_path, "--out", given), f"--out: {given}: expected a file's name", ".png")
     assert [image_file(f"sheet{ending}") for ending in (".png", ".JPG", ".webp")]
+
+
+@pytest.mark.parametrize(
+    ("given", "notes"),
+    [
+        (["--no-dci"], []),
+        (["--agg-time", "0.4", "--clip", "tiny", "--auxiliary-noun", "auto"], []),
+        (["--no-dci", "--agg-time", "0"], ["--agg-time has no effect with --no-dci, which is plain sampling"]),
+        (
+            ["--no-dci", "--gain", "2", "--shared-noise", "--auxiliary-noun", "cat"],
+            ["--gain and --shared-noise and --auxiliary-noun have no effect with --no-dci, which is plain sampling"],
+        ),
+        (["--clip", "tiny"], ["--clip has no effect without --auxiliary-noun auto"]),
+    ],
+)
+def test_options_of_dci_without_effect_get_a_note(given, notes, recwarn):
+    parser = Parser()
+    add_dci_options(parser)
+    warn_of_no_effect(parser.parse_args(given))
+    assert [str(warning.message) for warning in recwarn if warning.category is Note] == notes
 
 
 def test_of_an_option_of_one_value_the_last_counts():

@@ -73,7 +73,7 @@ def readable(value):
         ({"layers": "nowhere"}, "nowhere"),
         ({"layers": 3.5}, "layers 3.5: expected names"),
         ({"layers": [16, None]}, "layers \\[16, None\\]: expected names"),
-        ({"layers": ()}, "no layers were named"),
+        ({"layers": ()}, "layers: none is named"),
         ({"callback": 3}, "callback 3: expected a function"),
         ({"maps": "maps"}, "maps 'maps': expected a function"),
         ({"prompt": b"a V*"}, "prompt b'a V\\*': expected text"),

@@ -73,13 +73,10 @@ def run(main: Callable[[], None], verb: str | None = None) -> None:
             a training by sys.argv.
     """
     _VERB.set(verb)
-    with reported_in_one_line():
+    with reported_in_one_line(as_options):
         format_warning = warnings.formatwarning
         warnings.formatwarning = lambda message, *rest, **more: as_options(format_warning(message, *rest, **more))
-        try:
-            main()
-        except UserError as error:
-            raise UserError(as_options(str(error))) from error
+        main()
 
 
 _BRANCHES = ("agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights", "auxiliary_noun")
@@ -99,6 +96,7 @@ _OPTIONS = {
     "words": "name",
     "as_folder": "folder",
     "logdir": "logdir",
+    "references": "references",
     "most_megabytes": "max-mb",
 }
 """Options of the programs, by their names in Python."""

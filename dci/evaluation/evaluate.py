@@ -80,7 +80,7 @@ def recorded_references(folder: str | Path) -> list[Path]:
     folders = [Path(name) for name in dict.fromkeys(named) if Path(name).is_dir()]
     if not folders:
         why = f"its concept {files[0]}, or that one's images, are not there" if files else "it names no concept file"
-        raise UserError(f"{folder} does not lead to reference images ({why}): give them with --references FOLDER")
+        raise UserError(f"{folder} does not lead to reference images ({why}): give their folder as references=")
     return folders
 
 

@@ -52,7 +52,7 @@ def finetune_config(path: str | Path, overrides: Sequence[str] = (), name: str |
 def _check_name(name: str) -> None:
     """Raise UserError for a run's name that is no part of a folder's name."""
     if not name.strip(". ") or not {"/", "\0", os.sep}.isdisjoint(name):
-        raise UserError(f"name '{name}': expected the end of the run folder's name, without /; --logdir says where it is")
+        raise UserError(f"name '{name}': expected the end of the run folder's name, without /; logdir= says where it is")
 
 
 def _given(content: dict[str, Any]) -> dict[str, Any]:

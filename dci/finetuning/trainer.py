@@ -91,7 +91,7 @@ def _references(model: LatentDiffusion, config: FinetuneConfig, folder: str | No
         raise UserError("data.images must be given: the folder of the concept's images")
     if config.resume not in (None, AUTO) and not Path(folder).is_dir():
         raise UserError(
-            f"no folder {folder}: if its images have moved, give data.images=FOLDER (or concepts=) beside --resume"
+            f"no folder {folder}: if its images have moved, give data.images=FOLDER (or concepts=) beside resume="
         )
     # An image that will be enlarged is read larger.
     size = model.config.image_size if config.data.augment == "none" else round(LARGEST * model.config.image_size)

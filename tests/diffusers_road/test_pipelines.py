@@ -208,7 +208,7 @@ def test_nothing_is_left_behind(pipe):
     [
         ({"agg_tim": 0.3}, "did you mean 'agg_time'"),
         ({"agg_time": 2}, "expected 0 .* to 1"),
-        ({"layers": "attic"}, "no cross-attention layer is called 'attic'"),
+        ({"layers": "attic"}, "layers 'attic': expected some of"),
         ({"num_inference_step": 3}, "did you mean 'num_inference_steps'"),
         ({"prompt": "a dog"}, "does not name the concept"),
         ({"ip_adapter_image": picture()}, "IP-Adapter"),

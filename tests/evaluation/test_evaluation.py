@@ -215,11 +215,11 @@ def test_other_mistakes_are_one_line(tmp_path, capfd):
     for given, said in (
         (["--references", tmp_path / "none"], "no folder"),
         (["--references", REFERENCES, "--regularization", tmp_path / "none"], "no folder"),
-        ([], "--references FOLDER"),
+        ([], "give their folder as --references"),
         (["--references", REFERENCES, "--out", tmp_path / "wrong.csv"], "wrong.csv is not a folder"),
     ):
         refused(run_here(capfd, "evaluate.py", "--samples", folder, *out, *given), said)
-    with pytest.raises(UserError, match="--references"):
+    with pytest.raises(UserError, match="references="):
         recorded_references(folder)
 
 

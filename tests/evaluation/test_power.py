@@ -102,7 +102,7 @@ def test_variances_are_of_the_paired_differences():
 
 
 @pytest.mark.parametrize(
-    ("design", "message"), [({"concepts": 1}, "2 or more"), ({"concepts": 4, "power": 1.0}, "power=1.0")]
+    ("design", "message"), [({"concepts": 1}, "2 or more"), ({"concepts": 4, "power": 1.0}, "power 1.0: expected")]
 )
 def test_designs_that_show_nothing(design, message):
     with pytest.raises(UserError, match=message):

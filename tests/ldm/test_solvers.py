@@ -225,7 +225,7 @@ def test_few_steps(name, steps, spacing):
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps_are_refused(name, steps):
-    with pytest.raises(UserError, match=f"{steps} sampling steps"):
+    with pytest.raises(UserError, match=f"steps {steps}: expected 1 to"):
         SOLVERS[name](ALPHAS, steps)
 
 

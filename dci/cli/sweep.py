@@ -86,10 +86,10 @@ def check_ready(suite, todo: list, args) -> None:
     from dci.evaluation.ratings import read_ratings
     from dci.experiments.grid import grid_folder
     from dci.experiments.suite import SLURM
-    from ldm.runtime.acceleration import pick_device
+    from ldm.runtime.acceleration import check_device
 
     if todo and suite.cluster != SLURM:
-        pick_device(suite.device)
+        check_device(suite.device)
     if args.ratings:
         read_ratings(args.ratings)
     if args.answers:

@@ -174,6 +174,7 @@ def test_mistakes_get_one_line(config, capfd, monkeypatch):
         (["--ratings", "nope.csv"], "nope.csv"),
         (["--answers", "nope.csv"], "nope.csv"),
         (["--report", "FILE"], "FILE is not a folder"),
+        (["device=nowhere"], "device nowhere cannot be used here"),
         (["device=cuda:99"], "device cuda:99 cannot be used here"),
         (["device=cuda:99", "--dry-run"], "device cuda:99 cannot be used here"),
     ],
@@ -276,6 +277,7 @@ def test_a_killed_worker_takes_its_process_along_and_a_second_call_completes(con
 @pytest.mark.slow
 def test_workers_have_a_gpu_each(config, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert sweep(config, "seeds=[0]", "device=cuda", "workers=null") == 0
     trained = (tmp_path / "trained").read_text().splitlines()
     assert {line.split()[-1] for line in trained} == {"3", "5"} and len(trained) == 4

@@ -47,6 +47,20 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             os.close(folder)
 
 
+def check_folder(folder: str | Path, name: str) -> None:
+    """Raise UserError for a folder to write into that is a file, or lies where nothing can be written.
+
+    Args:
+        name: of the option, for the message.
+    """
+    whole = Path(folder).absolute()
+    there = next(place for place in (whole, *whole.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise UserError(f"{name} {folder}: {there} is not a folder: give another place")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{name} {folder}: {there} cannot be written to: give another place")
+
+
 def folder_lock(folder: Path) -> filelock.BaseFileLock:
     """Return a folder's lock, a context; the system gives it back however the process ends.
 

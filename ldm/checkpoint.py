@@ -119,6 +119,9 @@ def _with_clip_skip(config: ModelConfig, clip_skip: int) -> ModelConfig:
     )
 
 
+_MODELS = "a YAML file, a .ckpt or .safetensors file, a diffusers folder, or a hub id owner/name"
+
+
 def read_config(path: str | Path) -> ModelConfig:
     """Read a model's YAML file, ours or an official one (`model: target/params`).
 
@@ -127,11 +130,13 @@ def read_config(path: str | Path) -> ModelConfig:
     """
     path = find(path)
     if not path.exists() and path.suffix.lower() not in (".yaml", ".yml"):
-        raise UserError(
-            f"no model at {path}: expected a YAML file, a .ckpt or .safetensors file, a diffusers folder, or a hub id "
-            "owner/name"
-        )
-    content = configuration.read_yaml(path)
+        raise UserError(f"no model at {path}: expected {_MODELS}")
+    try:
+        content = configuration.read_yaml(path)
+    except UserError as error:
+        if path.suffix.lower() in (".yaml", ".yml"):
+            raise
+        raise UserError(f"{path} is no model: expected {_MODELS}") from error
     if compvis_config.is_compvis_config(content):
         convert = sgm_config.convert if sgm_config.is_sgm_config(content) else compvis_config.convert
         # The merge checks the values' types.

@@ -6,7 +6,6 @@ the nearest known key) and a resolved configuration can be saved and read back.
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from omegaconf import OmegaConf
 
 from ldm.errors import UserError
 from ldm.shipped import find
+from ldm.texts import nearest
 
 T = TypeVar("T")
 
@@ -335,9 +335,10 @@ def _reject_unknown(layer: dict, schema: Any, known: list[str], origin: str, pre
     for key, value in layer.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             leaf = [k for k in known if k.rsplit(".", 1)[-1] == str(key)]
-            raise UserError(f"{origin}: unknown key '{name}'; did you mean '{leaf[0] if leaf else near}'?")
+            near = leaf[0] if leaf else nearest(name, known)
+            hint = f"; did you mean '{near}'?" if near else f": expected one of {', '.join(fields)}"
+            raise UserError(f"{origin}: unknown key '{name}'{hint}")
         _check_container(value, fields[key], f"{origin}: {name}={value}")
         if isinstance(value, dict) and (section := _section(fields[key])):
             _reject_unknown(value, section, known, origin, name + ".")

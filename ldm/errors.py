@@ -4,7 +4,7 @@ import errno
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -24,11 +24,14 @@ class Note(UserWarning):
 
 
 @contextmanager
-def reported_in_one_line() -> Iterator[None]:
+def reported_in_one_line(as_options: Callable[[str], str] = str) -> Iterator[None]:
     """Around a program: a user's mistake, an unusable file or a missing extra becomes one line and exit code 2.
 
     Characters that the output's encoding lacks are written as escapes. When the reader of the
     output has gone, as behind `| head -1`, the rest is dropped, and the program's work goes on.
+
+    Args:
+        as_options: puts the program's names of options in place of the library's.
     """
     before = sys.stdout, sys.stderr
     warnings.formatwarning = lambda message, kind, *_, **__: f"{'note' if kind is Note else 'warning'}: {message}\n"
@@ -36,7 +39,7 @@ def reported_in_one_line() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(f"error: {error}", 2)
+        _end(f"error: {as_options(str(error))}", 2)
     except ModuleNotFoundError as error:
         line = extras.describe(error)
         if line is None:
@@ -48,11 +51,11 @@ def reported_in_one_line() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        _end(
-            "error: not enough memory: make fewer images at a time or smaller ones (--batch-size, --H, --W; in training "
-            "training.micro_batch)",
-            2,
+        line = (
+            "not enough memory: make fewer images at a time or smaller ones (batch_size=, height=, width=; in training "
+            "training.micro_batch=)"
         )
+        _end(f"error: {as_options(line)}", 2)
     except KeyboardInterrupt:
         _end("stopped", 130)
     finally:

@@ -1,5 +1,9 @@
 """The package's extras: dependencies that sampling does without are installed on request."""
 
+import importlib.util
+
+from ldm.shipped import IS_CLONE, ROOT
+
 EXTRAS = {
     "pytorch_lightning": "train",
     "tensorboard": "train",
@@ -17,7 +21,17 @@ EXTRAS = {
 def describe(error: ModuleNotFoundError) -> str | None:
     """Return how to install the package that an import lacks, in one line; None for packages of no extra."""
     package = (error.name or "").partition(".")[0]
-    if package not in EXTRAS:
-        return None
+    return how_to_install(package) if package in EXTRAS else None
+
+
+def how_to_install(package: str) -> str:
+    """Return how to install a package of an extra, in one line."""
     extra = EXTRAS[package]
-    return f"this needs the package {package}, which the extra '{extra}' installs: pip install 'dci[{extra}]'"
+    # Of a clone that is not installed, pip would look up the name on the index, where it may be anybody's.
+    install = f"pip install '.[{extra}]' in {ROOT}" if IS_CLONE else f"pip install 'dci[{extra}]'"
+    return f"this needs the package {package}, which the extra '{extra}' installs: {install}"
+
+
+def is_missing(package: str) -> bool:
+    """Whether a package is not installed; it is not imported."""
+    return importlib.util.find_spec(package) is None

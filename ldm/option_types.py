@@ -1,7 +1,6 @@
 """Types of options: what Python users and configurations give, held against a dataclass's annotations."""
 
 import dataclasses
-import difflib
 import math
 import types
 from collections.abc import Iterable, Mapping
@@ -9,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ldm.errors import UserError
+from ldm.texts import did_you_mean
 
 LARGEST = 3.4e38  # of single precision, in which the arithmetic is done
 
@@ -28,8 +28,7 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown option '{name}'; did you mean '{near}'?")
+            raise UserError(f"unknown option '{name}'{did_you_mean(name, known)}")
 
 
 def names_of(*schemas: type) -> set[str]:

@@ -112,7 +112,7 @@ def falling(visited: list[int]) -> list[int]:
 def check_steps(steps: int, timesteps: int) -> None:
     """Raise UserError for a number of steps that is not in 1 .. timesteps."""
     if not 1 <= steps <= timesteps:
-        raise UserError(f"{steps} sampling steps: expected 1 to {timesteps}")
+        raise UserError(f"steps {steps}: expected 1 to {timesteps}")
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> np.ndarray:

@@ -8,7 +8,10 @@ from ldm.texts import shell_words
 
 _INSTALLED = Path(__file__).with_name("_shipped")
 
-ROOT = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[1]
+IS_CLONE = not _INSTALLED.is_dir()
+"""Whether these packages run from a clone, and not from an installed wheel."""
+
+ROOT = Path(__file__).resolve().parents[1] if IS_CLONE else _INSTALLED
 """The folder that holds `configs/` and `data/`: the clone, or in an installed package a folder beside this file."""
 
 

@@ -1,7 +1,6 @@
 """Text to image with the model as it is: classifier-free guidance and a solver."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from ldm.option_types import checked
 from ldm.runtime.decoding import SMALLEST, decode
 from ldm.sampling_loop import Callback, Denoise, guide, solve, timestep_rows
 from ldm.solvers import SOLVERS, SPACINGS, Solver
+from ldm.texts import nearest
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ def solver_name(name: str) -> str:
     plain = name.lower().replace("_", "-").replace("pp", "++").replace("-2m", "2m").replace("-ancestral", "-a")
     plain = _OTHER_NAMES.get(plain, plain)
     if plain not in SOLVERS:
-        near = difflib.get_close_matches(plain, SOLVERS, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown solver '{name}': expected one of {', '.join(SOLVERS)}; did you mean '{near}'?")
+        near = nearest(plain, SOLVERS)
+        hint = f"; did you mean '{near}'?" if near else ""
+        raise UserError(f"solver '{name}': expected one of {', '.join(SOLVERS)}{hint}")
     return plain
 
 

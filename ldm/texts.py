@@ -42,3 +42,20 @@ def openable(file: str | Path) -> Iterator[Path]:
         link = Path(folder) / f"file{readable(path.suffix)}"
         link.symlink_to(path.resolve())
         yield link
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that a mistyped one is likely to mean; None: none is like it."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of a message on an unknown name: the nearest known one, or if none is near, all of them."""
+    known = list(known)
+    near = nearest(name, known)
+    return f"; did you mean '{near}'?" if near else f": expected one of {', '.join(known)}"
+
+
+_ALIKE = 0.5  # of difflib's ratio: `prompt` for `promt`, and nothing for `foo`

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import clone  # noqa: F401
 
-from dci.cli.arguments import Parser, number, positive, run
+from dci.cli.arguments import Parser, number, positive, run, seed
 from dci.cli.loading import TINY, pick_device
 from ldm.shipped import ROOT
 
@@ -24,7 +24,7 @@ def main() -> None:
     )
     parser.add_argument("--scale", type=number, default=5.0, help="guidance (default 5)")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--batch-size", type=positive, default=64)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16 is 1.4 times as fast on a CPU")
     parser.add_argument("--model", default=str(TINY))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import clone  # noqa: F401
 
-from dci.cli.arguments import Parser, add_model_options, number, positive, run
+from dci.cli.arguments import Parser, add_model_options, number, positive, run, seed
 from dci.cli.loading import base_model, pick_device
 from ldm.shipped import ROOT
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--n-samples", type=positive, default=1, help="images of each place (default 1)")
     parser.add_argument("--steps", type=positive, default=50, help="solver steps (default 50)")
     parser.add_argument("--scale", type=number, help="classifier-free guidance (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="same seed, same images (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--work", default="outputs/concepts", help="folder that keeps runs and images, to go on from")
     parser.add_argument("--out", default=str(ROOT / "docs/concepts"), help="stem of the sheets and figures")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import clone  # noqa: F401
 
-from dci.cli.arguments import Parser, run
+from dci.cli.arguments import Parser, run, seed
 from ldm.shipped import ROOT
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--artwork", default=str(ROOT / ".artwork"), help="folder of scripts/fetch_artwork.sh")
     parser.add_argument("--outdir", default=str(ROOT / "data/concepts"))
     parser.add_argument("--concepts", help="names with commas between them (default: all)")
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--seed", type=seed, default=1000)
     args = parser.parse_args()
 
     from ldm.errors import UserError

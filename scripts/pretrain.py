@@ -5,7 +5,7 @@ python scripts/pretrain.py --config configs/pretrain/vae.yaml [key=value ...]
 
 import clone  # noqa: F401
 
-from dci.cli.arguments import Parser, run
+from dci.cli.arguments import Parser, image_file, run
 from ldm.shipped import ROOT
 
 
@@ -13,7 +13,9 @@ def main() -> None:
     """Train, export the last checkpoint, or only write the preview sheet, as the options say."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", required=True, help="configs/pretrain/vae.yaml, diffusion.yaml, clip.yaml, ...")
-    parser.add_argument("--preview", metavar="PNG", help="only write a sheet of the world's first images with captions")
+    parser.add_argument(
+        "--preview", type=image_file, metavar="PNG", help="only write a sheet of the world's first images with captions"
+    )
     parser.add_argument("--export", action="store_true", help="save the last checkpoint's weights without training on")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options in place of the file's")
     args = parser.parse_args()

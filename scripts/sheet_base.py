@@ -5,16 +5,16 @@ python scripts/sheet_base.py --out docs/base-model.png
 
 import clone  # noqa: F401
 
-from dci.cli.arguments import Parser, positive, run
+from dci.cli.arguments import Parser, image_file, positive, run, seed
 from dci.cli.loading import TINY, pick_device
 
 
 def main() -> None:
     """Generate an image for each prompt, and save all of them as one captioned sheet."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, help="the sheet's file")
+    parser.add_argument("--out", type=image_file, required=True, help="the sheet's file")
     parser.add_argument("--images", "--pictures", dest="images", type=positive, default=48)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
     parser.add_argument("--model", default=str(TINY))
     parser.add_argument("--device", default="auto")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import clone  # noqa: F401
 
-from dci.cli.arguments import Parser, number, positive, run
+from dci.cli.arguments import Parser, image_file, number, positive, run
 from ldm.shipped import ROOT
 
 MODEL = ROOT / "configs/model/tiny.yaml"
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rate", type=number, default=1e-3, help="learning rate (default 1e-3)")
     parser.add_argument("--agg-time", type=number, help="T_a of DCI (default: the model's)")
     parser.add_argument("--lora", metavar="FOLDER", help="where the LoRA is kept; one that is there is not trained again")
-    parser.add_argument("--out", required=True, help="the sheet (.png)")
+    parser.add_argument("--out", type=image_file, required=True, help="the sheet (.png)")
     args = parser.parse_args()
 
     from dci import Pipeline

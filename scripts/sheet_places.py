@@ -8,7 +8,7 @@ from pathlib import Path
 
 import clone  # noqa: F401
 
-from dci.cli.arguments import Parser, add_model_options, number, positive, run
+from dci.cli.arguments import Parser, add_model_options, number, positive, run, seed
 from dci.cli.loading import base_model, base_vae, pick_device
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--n-samples", type=positive, default=4, help="images of each place (default 4)")
     parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
     parser.add_argument("--scale", type=number, help="classifier-free guidance (default: the model's)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="same seed, same images (default 0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add_model_options(parser)
     args = parser.parse_args()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import clone  # noqa: F401
 
-from dci.cli.arguments import Parser, positive, run
+from dci.cli.arguments import Parser, positive, run, seed
 from ldm.shipped import ROOT
 
 FOLDER = Path("outputs/study-gain")
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--setting", default="plain", help="of the suite (default plain)")
     parser.add_argument("--metric", default="dino_i", help="default dino_i")
     parser.add_argument("--base-images", type=positive, default=16, help="of the base model for each noun (default 16)")
-    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--seed", type=seed, default=1000)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the suite, such as name= or outdir=")
     args = parser.parse_args()
     args.steps = steps_of(args.steps)

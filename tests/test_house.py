@@ -74,6 +74,18 @@ def test_grids_start_nothing_of_the_programs_at_run_time():
         assert not named, file
 
 
+@pytest.mark.parametrize("file", sources(*PACKAGES), ids=lambda f: str(f.relative_to(ROOT)))
+def test_the_library_knows_no_options_of_the_programs(file):
+    """It says `name=`, which `dci.cli.arguments.as_options` translates; whole commands may hold options."""
+    if file.relative_to(ROOT).parts[:2] in (("dci", "cli"), ("dci", "app")):
+        return
+    raised = [node.exc for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Raise) and node.exc]
+    for error in raised:
+        parts = [node.value for node in ast.walk(error) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        text = "".join(parts)
+        assert "dci merge" in text or not re.search(r"(^|[ (])--[a-z]", text), text
+
+
 @pytest.mark.parametrize("room", ARROWS)
 def test_arrows_between_rooms_point_one_way(room):
     files = sources(f"dci/{room}") or [ROOT / f"dci/{room}.py"]

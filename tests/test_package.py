@@ -10,6 +10,8 @@ import pytest
 from helpers import ENVIRONMENT, ROOT, ok, refused
 
 from dci.cli.main import PROGRAMS
+from ldm import extras
+from ldm.extras import EXTRAS
 
 SOURCES = ("ldm", "dci", "configs", "data", "setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 SHORT = ("training.steps=2", "training.batch_size=2", "validation.every=0", "logging.tensorboard=false")
@@ -21,9 +23,10 @@ print(image.size)
 """
 
 
-def dci(*args, code="from dci.cli.main import main; main()"):
+def dci(*args, code="from dci.cli.main import main; main()", cwd=None):
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, "-c", code, *args], env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def test_the_command_lists_its_programs_without_importing_torch():
@@ -39,22 +42,41 @@ def test_every_program_has_its_verb():
 
 
 def test_a_program_that_there_is_not_is_refused_with_the_nearest():
-    refused(dci("smaple"), "smaple", "dci sample")
+    refused(dci("smaple"), "smaple", "did you mean 'dci sample'?")
+    far = dci("-V")
+    refused(far, "no program '-V' (see dci --help)")
+
+
+TRAIN = ("train", "--config", str(ROOT / "configs/train/ico-tiny.yaml"))
+EVALUATE = ("evaluate", "--samples", "A", "--out", "B")
+NEEDING = {
+    "pytorch_lightning": TRAIN,
+    "tensorboard": TRAIN,
+    "jinja2": EVALUATE,
+    "timm": (*EVALUATE, "--instance", "timm:vit_small_patch16_224.dino"),
+    "transformers": (*EVALUATE, "--clip", "transformers:openai/clip-vit-base-patch32"),
+    "torch_fidelity": (*EVALUATE, "--kid", "inception"),
+    "submitit": ("sweep", "--config", str(ROOT / "configs/sweep/tiny.yaml"), "cluster=slurm"),
+    "gradio": ("app",),
+    "diffusers": None,  # no program's: tests/diffusers_road
+}
+"""Package of an extra -> a command that needs it."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("package", "extra", "args"),
-    [
-        ("pytorch_lightning", "train", ("train", "--config", str(ROOT / "configs/train/ico-tiny.yaml"))),
-        ("jinja2", "eval", ("evaluate", "--samples", "A", "--out", "B")),
-        ("gradio", "app", ("app",)),
-    ],
-)
-def test_a_missing_extra_is_one_line_that_names_it(package, extra, args):
+@pytest.mark.parametrize("package", EXTRAS)
+def test_a_missing_extra_is_one_line_that_names_it(package, tmp_path):
+    if NEEDING[package] is None:
+        return
     code = f"import sys; sys.modules['{package}'] = None; from dci.cli.main import main; main()"
-    result = dci(*args, code=code)
-    refused(result, package, f"dci[{extra}]")
+    result = dci(*NEEDING[package], code=code, cwd=tmp_path)
+    refused(result, package, f"the extra '{EXTRAS[package]}'", f"pip install '.[{EXTRAS[package]}]' in {ROOT}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_installed_package_names_itself(monkeypatch):
+    monkeypatch.setattr(extras, "IS_CLONE", False)
+    assert extras.how_to_install("timm").endswith("pip install 'dci[eval]'")
 
 
 @pytest.fixture(scope="module")

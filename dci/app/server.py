@@ -1,9 +1,11 @@
 """Serves the page, on this machine alone by default; no telemetry, no network access."""
 
 import atexit
+import errno
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from pathlib import Path
 
@@ -51,11 +53,25 @@ def serve(settings: Settings, bounds: Bounds = Bounds()) -> None:  # noqa: B008
             mcp_server=False,
             **page.look,
         )
-    except OSError as error:
-        reason = "it is in use" if "empty port" in str(error) else error
-        raise UserError(f"cannot serve on {settings.host}:{settings.port} ({reason}): give another --port") from error
+    except OSError as error:  # taken since it was checked
+        raise UserError(f"cannot serve on {settings.host}:{settings.port} ({error}): give another --port") from error
     print(f"Open http://{settings.host}:{settings.port} in a browser; Ctrl+C ends the page", flush=True)
     _wait(page)
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise UserError for an address that this machine does not have, and for a port that is taken."""
+    try:
+        kind, *_, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            trial.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"--port {port}: it is in use on {host}: give another") from error
+        if error.errno == errno.EACCES:
+            raise UserError(f"--port {port}: this user may not serve there: give one from 1024 on") from error
+        raise UserError(f"--host {host}: not an address of this machine: give 127.0.0.1, or 0.0.0.0 for all") from error
 
 
 def _quiet(uploads: Path) -> None:

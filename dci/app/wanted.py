@@ -5,6 +5,7 @@ from typing import Any
 
 from dci.app.shelf import Entry
 from dci.app.studio import Weights
+from dci.dual_branch.options import DUAL_BRANCH
 from dci.pipeline import Request
 from ldm.errors import UserError
 from ldm.shipped import program
@@ -71,7 +72,7 @@ class Wanted:
 
     def request(self, dci: bool) -> Request:
         """Return what the pipeline is asked for: with DCI, or without it from the same noise."""
-        noun = self.auxiliary_noun or None
+        noun = (self.auxiliary_noun or None) if dci else None
         return Request(self.prompt, self.n, dci=dci, auxiliary_noun=noun, settings=self.settings)
 
 
@@ -84,8 +85,9 @@ def command(wanted: Wanted, entry: Entry, weights: Weights, dci: bool = True, ma
     words = [*_given("--concept", entry.path)]
     words += [*_given("--class-noun", entry.class_noun), *_given("--trigger", entry.trigger)]
     words += [*_given("--prompt", wanted.prompt), "--n-samples", str(wanted.n)]
-    words += [word for name, value in wanted.settings.items() for word in _given(f"--{name.replace('_', '-')}", value)]
-    words += [*_given("--auxiliary-noun", wanted.auxiliary_noun), *([] if dci else ["--no-dci"])]
+    settings = wanted.settings if dci else {k: v for k, v in wanted.settings.items() if k not in DUAL_BRANCH}
+    words += [word for name, value in settings.items() for word in _given(f"--{name.replace('_', '-')}", value)]
+    words += _given("--auxiliary-noun", wanted.auxiliary_noun) if dci else ["--no-dci"]
     words += [word for name in ("model", "checkpoint", "vae") for word in _given(f"--{name}", getattr(weights, name))]
     words += ["--save-maps"] if maps and dci else []
     return f"{program('sample_dci.py', 'sample')} {shell_words(words)}"

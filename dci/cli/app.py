@@ -28,11 +28,16 @@ def main() -> None:
     parser.add_argument("--instance", default="tiny", metavar="NAME", help=instance)
     args = parser.parse_args()
 
-    from dci.app.server import serve
+    from dci.app.server import check_address, serve
     from dci.app.settings import Settings
     from dci.app.studio import Weights
+    from dci.evaluation.evaluate import check_encoders
+    from dci.files import check_folder
     from ldm.errors import UserError
 
+    check_address(args.host, args.port)
+    check_encoders(args.clip, args.instance)
+    check_folder(args.logdir, "--logdir")
     for file in args.concept:
         if not Path(file).exists():
             raise UserError(f"--concept {file}: there is no such file")

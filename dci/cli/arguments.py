@@ -7,6 +7,7 @@ import secrets
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import NoReturn, TypeVar, overload
 
@@ -17,7 +18,11 @@ from ldm.shipped import find
 
 _MAY_BE_EMPTY = ("prompt", "negative_prompt")
 
+_VERB: ContextVar[str | None] = ContextVar("verb", default=None)
+"""The verb of `dci` that is running, the first word of its command line; None: a script."""
+
 _Into = TypeVar("_Into")
+_Number = TypeVar("_Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,7 +31,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options):
         # Not argparse's own idea of it, which differs between `python -m dci` and `dci`.
         described = re.sub(r"python scripts/\w+\.py", "%(prog)s", options.pop("description", ""))
-        super().__init__(**{"prog": Path(sys.argv[0]).name, "description": described, **options})
+        program = f"dci {_VERB.get()}" if _VERB.get() else Path(sys.argv[0]).name
+        super().__init__(**{"prog": program, "description": described, **options})
         # argparse takes -2 for a value but -1e6 for an unknown option.
         self._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
@@ -38,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, *, namespace: _Into) -> _Into: ...
     def parse_args(self, args: Iterable[str] | None = None, namespace: object = None) -> object:
         """Parse options and overrides in any order; an empty value of an option that needs one ends the program."""
-        args = sys.argv[1:] if args is None else args
+        args = sys.argv[2 if _VERB.get() else 1 :] if args is None else args
         # Intermixed: key=value overrides may stand before, between and behind the options.
         found = super().parse_intermixed_args([_hyphenate(arg) for arg in args], namespace)
         for action in self._actions:
@@ -60,15 +66,18 @@ def _hyphenate(arg: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a program's main; a user's mistake, an unusable file or a missing extra becomes one line and exit code 2."""
-    with reported_in_one_line():
+def run(main: Callable[[], None], verb: str | None = None) -> None:
+    """Call a program's main; a user's mistake, an unusable file or a missing extra becomes one line and exit code 2.
+
+    Args:
+        verb: of `dci`, where the command line begins with one. sys.argv keeps it: Lightning starts the other processes of
+            a training by sys.argv.
+    """
+    _VERB.set(verb)
+    with reported_in_one_line(as_options):
         format_warning = warnings.formatwarning
         warnings.formatwarning = lambda message, *rest, **more: as_options(format_warning(message, *rest, **more))
-        try:
-            main()
-        except UserError as error:
-            raise UserError(as_options(str(error))) from error
+        main()
 
 
 _BRANCHES = ("agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights", "auxiliary_noun")
@@ -87,6 +96,8 @@ _OPTIONS = {
     "which": "weights",
     "words": "name",
     "as_folder": "folder",
+    "logdir": "logdir",
+    "references": "references",
     "most_megabytes": "max-mb",
 }
 """Options of the programs, by their names in Python."""
@@ -181,32 +192,40 @@ def add_model_options(parser) -> None:
 
 def number(text: str) -> float:
     """Parse a finite number, for argparse."""
-    value = float(text)
-    if not math.isfinite(value):
+    value = _read(float, text)
+    if value is None or not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text}: expected a finite number")
     return value
 
 
+def _read(kind: Callable[[str], _Number], text: str) -> _Number | None:
+    """The number that a text is; None: it is none. argparse's own message would name the function that reads it."""
+    try:
+        return kind(text)
+    except ValueError:
+        return None
+
+
 def above_zero(text: str) -> float:
     """Parse a finite number above 0, for argparse."""
-    value = number(text)
-    if value <= 0:
+    value = _read(float, text)
+    if value is None or not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
     return value
 
 
 def positive(text: str) -> int:
     """Parse a whole number from 1 on, for argparse."""
-    value = int(text)
-    if value < 1:
+    value = _read(int, text)
+    if value is None or value < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1 on")
     return value
 
 
 def port(text: str) -> int:
     """Parse a port, for argparse."""
-    value = int(text)
-    if not 1 <= value < 2**16:
+    value = _read(int, text)
+    if value is None or not 1 <= value < 2**16:
         raise argparse.ArgumentTypeError(f"{text}: expected a port, 1 to 65535")
     return value
 
@@ -217,8 +236,8 @@ class ChosenSeed(int):
 
 def seed(text: str) -> int:
     """Parse a seed, a whole number from 0 on, for argparse; -1 chooses one."""
-    value = int(text)
-    if value < -1:
+    value = _read(int, text)
+    if value is None or value < -1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 on, or -1 for any")
     return ChosenSeed(secrets.randbelow(2**32)) if value == -1 else value
 
@@ -245,6 +264,16 @@ def share(text: str) -> tuple[int, int]:
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text}: expected K/N with K from 1 to N, such as 3/8")
     return int(match[1]), int(match[2])
+
+
+def image_file(text: str) -> str:
+    """Parse the name of an image's file to write, for argparse."""
+    from PIL import Image
+
+    Image.init()
+    if Path(text).is_dir() or Image.EXTENSION.get(Path(text).suffix.lower()) not in Image.SAVE:
+        raise argparse.ArgumentTypeError(f"{text}: expected a file's name that ends in .png, .jpg, .webp or the like")
+    return text
 
 
 def add_rank_options(parser: Parser) -> None:

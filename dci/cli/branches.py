@@ -1,9 +1,10 @@
 """What sample_dci.py has beside other sampling programs: DCI's options, and sheets that show the branches."""
 
 import argparse
+import warnings
 
 from dci.cli.arguments import Parser, number
-from ldm.errors import UserError
+from ldm.errors import Note, UserError
 
 SETTINGS = ("agg_time", "agg_lambda", "gain", "token_sharpness", "pixel_sharpness", "auxiliary_weights")
 AUTO = "auto"
@@ -50,6 +51,23 @@ def settings_of(args: argparse.Namespace) -> dict:
     """Return DCI's settings that were given, under their names in DualBranch."""
     given = {name: getattr(args, name) for name in SETTINGS} | {"layers": args.dci_layers}
     return given | {"shared_guidance": False if args.separate_guidance else None, "shared_noise": args.shared_noise or None}
+
+
+def warn_of_no_effect(args: argparse.Namespace) -> None:
+    """Give a note on options of DCI that were given, and change nothing."""
+    names = (*SETTINGS, "dci_layers", "separate_guidance", "shared_noise", "auxiliary_noun")
+    given = [name for name in names if (value := getattr(args, name)) is not None and value is not False]
+    if args.no_dci and given:
+        warnings.warn(f"{_listed(given)} no effect with --no-dci, which is plain sampling", Note, stacklevel=2)
+    given = [name for name in ("auxiliary_candidates", "clip") if getattr(args, name) is not None]
+    if args.auxiliary_noun != AUTO and given:
+        warnings.warn(f"{_listed(given)} no effect without --auxiliary-noun {AUTO}", Note, stacklevel=2)
+
+
+def _listed(names: list[str]) -> str:
+    """Names of arguments as the subject of a sentence: "--gain and --clip have"."""
+    options = [f"--{name.replace('_', '-')}" for name in names]
+    return f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'}"
 
 
 def check_maps(args: argparse.Namespace, prepared) -> None:

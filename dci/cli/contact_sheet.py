@@ -3,7 +3,7 @@
 python scripts/contact_sheet.py outputs/RUN/samples --columns 4 --scale 3 --out sheet.png
 """
 
-from dci.cli.arguments import Parser, positive
+from dci.cli.arguments import Parser, image_file, positive
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("folder", help="folder of images of one size, put in the order of their names")
     parser.add_argument("--columns", type=positive, help="images in a row (default: about square)")
     parser.add_argument("--scale", type=positive, default=1, help="whole-number enlargement")
-    parser.add_argument("--out", required=True, help="the sheet's file")
+    parser.add_argument("--out", type=image_file, required=True, help="the sheet's file")
     args = parser.parse_args()
 
     from ldm.images import grid, list_images, read_image

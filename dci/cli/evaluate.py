@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dci.cli.arguments import Parser, positive, seed
 from dci.cli.loading import pick_device
+from dci.files import check_folder
 from ldm.errors import UserError
 
 
@@ -82,21 +83,15 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from dci.evaluation.answers import check_answered, read_answers
+    from dci.evaluation.answers import read_answers
     from dci.evaluation.evaluate import Scoring, ScoringObservers, evaluate_folder, load_encoders
     from dci.evaluation.feature_cache import FeatureStore
-    from dci.evaluation.ratings import check_rated, read_ratings, with_ratings
+    from dci.evaluation.ratings import with_ratings
     from dci.evaluation.report import TEXT, write_report
     from dci.evaluation.scores import RunScores
-    from dci.samples.reader import read_samples
 
-    # A mistake shows before weights are loaded.
-    found = {name: read_samples(folder, args.class_noun) for name, folder in folders.items()}
-    images = [(name, str(image.file)) for name, of_folder in found.items() for image in of_folder]
-    if args.ratings:
-        check_rated(read_ratings(args.ratings), images, args.ratings)
     answers = read_answers(args.answers) if args.answers else []
-    check_answered(answers, images)
+    check(args, folders, answers)
     printed: dict[str, None] = {}  # once, not for each folder of samples
 
     def report(line: str) -> None:
@@ -124,6 +119,24 @@ def main() -> None:
     page = write_report(args.out, runs, args.title, answers=answers)
     print((Path(args.out) / TEXT).read_text(encoding="utf-8"))
     print(f"Page: {page}")
+
+
+def check(args, folders: dict[str, Path], answers: list) -> None:
+    """Raise UserError for what would only show after weights are loaded and images scored."""
+    from dci.evaluation.answers import check_answered
+    from dci.evaluation.evaluate import check_encoders, check_images
+    from dci.evaluation.ratings import check_rated, read_ratings
+    from dci.samples.reader import read_samples
+
+    check_encoders(args.clip, args.instance, args.kid)
+    check_folder(args.out, "--out")
+    found = {name: read_samples(folder, args.class_noun) for name, folder in folders.items()}
+    for folder in folders.values():
+        check_images(folder, args.references, args.regularization)
+    images = [(name, str(image.file)) for name, of_folder in found.items() for image in of_folder]
+    if args.ratings:
+        check_rated(read_ratings(args.ratings), images, args.ratings)
+    check_answered(answers, images)
 
 
 def named_folders(given: list[str]) -> dict[str, Path]:

@@ -3,8 +3,11 @@
 python scripts/inspect_concept.py logs/RUN/concept.safetensors --plot changes.png
 """
 
+from pathlib import Path
+
 from dci.cli.arguments import Parser, positive
 from dci.cli.loading import load_concept_base
+from ldm.errors import UserError
 
 
 def main() -> None:
@@ -17,6 +20,9 @@ def main() -> None:
     parser.add_argument("--model", help="model configuration (default: the concept's own)")
     parser.add_argument("--checkpoint", "--ckpt", help="weights, in place of the configuration's own")
     args = parser.parse_args()
+
+    if args.plot:
+        check_plot(args.plot)
 
     from dci.concept.concept_file import Concept
     from dci.concept.inspection import inspect_tokens, kind_of, short_name, weight_changes
@@ -38,6 +44,15 @@ def main() -> None:
         print("No plot: only tokens were trained, no layer has changed")
 
 
+def check_plot(file: str) -> None:
+    """Raise UserError for a file that no plot can be written into, by its name."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if Path(file).is_dir() or Path(file).suffix.lower().lstrip(".") not in known:
+        raise UserError(f"--plot {file}: expected a file's name that ends in .png, .svg or .pdf")
+
+
 def plot_changes(changes: dict[str, float], file: str) -> None:
     """Plot a bar for each weight, keys and values beside each other."""
     import matplotlib
@@ -46,7 +61,6 @@ def plot_changes(changes: dict[str, float], file: str) -> None:
     from matplotlib import pyplot
 
     from dci.concept.inspection import kind_of, short_name
-    from ldm.errors import UserError
 
     layers = list(dict.fromkeys(short_name(name) for name in changes))
     kinds = list(dict.fromkeys(kind_of(name) for name in changes))
@@ -58,7 +72,4 @@ def plot_changes(changes: dict[str, float], file: str) -> None:
     axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
     axes.set_ylabel("change, relative to the base's weight")
     axes.legend()
-    try:
-        figure.savefig(file, dpi=120)
-    except ValueError as error:
-        raise UserError(f"--plot {file}: expected a name that ends in .png, .svg or .pdf") from error
+    figure.savefig(file, dpi=120)

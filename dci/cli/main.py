@@ -11,7 +11,7 @@ from dci.version import __version__
 
 
 class Program(NamedTuple):
-    """A program behind a verb of `dci`: a module whose `main` reads its arguments from sys.argv."""
+    """A program behind a verb of `dci`: a module whose `main` reads its arguments by a `Parser`."""
 
     module: str
     summary: str
@@ -49,8 +49,7 @@ def main() -> None:
     elif verb not in PROGRAMS:
         sys.exit(unknown(verb))
     else:
-        sys.argv = [f"dci {verb}", *sys.argv[2:]]
-        run(importlib.import_module(PROGRAMS[verb].module).main)
+        run(importlib.import_module(PROGRAMS[verb].module).main, verb)
 
 
 def overview() -> str:
@@ -65,8 +64,9 @@ def overview() -> str:
 
 def unknown(verb: str) -> int:
     """Print one line about a program that there is not; return the exit code."""
-    import difflib
+    from ldm.texts import nearest
 
-    near = difflib.get_close_matches(verb, PROGRAMS, n=1, cutoff=0.0)[0]
-    print(f"error: no program '{verb}'; did you mean 'dci {near}'? (see dci --help)", file=sys.stderr)
+    near = nearest(verb, PROGRAMS)
+    hint = f"; did you mean 'dci {near}'?" if near else ""
+    print(f"error: no program '{verb}'{hint} (see dci --help)", file=sys.stderr)
     return 2

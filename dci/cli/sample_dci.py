@@ -4,7 +4,7 @@ python scripts/sample_dci.py --concept logs/RUN/concept.safetensors --prompt "a 
 """
 
 from dci.cli.arguments import Parser, add_sampling_options, prompts_of
-from dci.cli.branches import add_dci_options, check_maps, choose_noun, describe_gain, settings_of
+from dci.cli.branches import add_dci_options, check_maps, choose_noun, describe_gain, settings_of, warn_of_no_effect
 from dci.cli.loading import (
     add_concept_options,
     base_model,
@@ -32,6 +32,7 @@ def main() -> None:
     args = arguments()
     check_sharing(args)
     texts = prompts_of(args)
+    warn_of_no_effect(args)
 
     from dci.concept.loras import add_trained_loras, on_loras
     from dci.concept.prompts import parse_prompt

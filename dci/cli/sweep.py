@@ -11,9 +11,12 @@ the same program.
 """
 
 import sys
+import warnings
 from pathlib import Path
 
-from dci.cli.arguments import Parser, number
+from dci.cli.arguments import Parser, above_zero
+from dci.files import check_folder
+from ldm.errors import Note, UserError
 
 
 def arguments():
@@ -22,14 +25,15 @@ def arguments():
     parser.add_argument("--config", required=True, help="a file of configs/eval/ or configs/sweep/, or one of your own")
     only = "some cells: concept/method/seed/setting, * for any; may be repeated"
     parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=only)
-    parser.add_argument("--dry-run", action="store_true", help="show the jobs, the number of images and an estimate")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--dry-run", action="store_true", help="show the jobs, the number of images and an estimate")
+    shown.add_argument("--status", action="store_true", help="show the state of each cell")
     parser.add_argument(
         "--tflops",
-        type=number,
+        type=above_zero,
         metavar="RATE",
         help="with --dry-run: estimate for GPUs of this dense bf16 rate (A100 312, H100 798), not for this machine",
     )
-    parser.add_argument("--status", action="store_true", help="show the state of each cell")
     parser.add_argument("--no-wait", action="store_true", help="slurm: leave when the jobs are in the queue")
     parser.add_argument("--choose", action="store_true", help="find which variant of each method is best")
     parser.add_argument("--report", help="folder of the report (default: report/ in the grid's folder)")
@@ -47,16 +51,20 @@ def main() -> None:
     from dci.experiments.launchers import queued_trainings, submit_slurm
     from dci.experiments.runner import check_recipes, chosen
     from dci.experiments.suite import SLURM, load_suite
-    from ldm.errors import UserError
 
     suite = load_suite(args.config, args.overrides)
     everything = grid_points(suite)
     some = chosen(everything, args.only)
     check_recipes(some)
     todo = unfinished(some)
+    if args.tflops and not args.dry_run:
+        warnings.warn("--tflops has no effect without --dry-run", Note, stacklevel=1)
+    if args.no_wait and suite.cluster != SLURM:
+        warnings.warn("--no-wait has no effect without cluster=slurm", Note, stacklevel=1)
     if args.dry_run:
+        estimate = estimated(suite, some, args.tflops)
         show_jobs(todo, len(some))
-        print(estimated(suite, some, args.tflops))
+        print(estimate)
     elif args.status:
         show_states(some, queued_trainings(suite))
     elif args.no_wait and suite.cluster == SLURM:
@@ -64,6 +72,7 @@ def main() -> None:
             raise UserError("--choose needs the cells' results: leave --no-wait out")
         print(f"{submit_slurm(suite, todo)} jobs submitted", flush=True)
     else:
+        check_ready(suite, todo, args)
         if args.choose:
             some = work_on_choices(suite, some)
         else:
@@ -71,6 +80,25 @@ def main() -> None:
         finish(suite, everything, some, args)
         if args.choose:
             show_choices(suite, some, args.report)
+
+
+def check_ready(suite, todo: list, args) -> None:
+    """Raise UserError or OSError for what would only show after the first training, or once in each cell's process."""
+    from dci.evaluation.answers import read_answers
+    from dci.evaluation.ratings import read_ratings
+    from dci.experiments.grid import grid_folder
+    from dci.experiments.suite import SLURM
+    from ldm.runtime.acceleration import check_device
+
+    if todo and suite.cluster != SLURM:
+        check_device(suite.device)
+    if args.ratings:
+        read_ratings(args.ratings)
+    if args.answers:
+        read_answers(args.answers)
+    if args.report:
+        check_folder(args.report, "--report")
+    check_folder(grid_folder(suite), "the grid's folder")
 
 
 def show_jobs(todo: list, total: int) -> None:
@@ -98,13 +126,16 @@ def estimated(suite, points: list, tflops: float | None = None) -> str:
     Args:
         tflops: of a GPU that is not here; None: this machine's device is measured.
     """
-    from dci.cli.loading import pick_device
     from dci.experiments import cost
-    from ldm.errors import UserError
+    from dci.experiments.suite import SLURM
+    from ldm.runtime.acceleration import pick_device
 
-    if tflops is not None and tflops <= 0:
-        raise UserError(f"--tflops {tflops:g}: expected a number above 0, such as 798")
-    device = "cuda" if tflops else pick_device(suite.device)
+    try:
+        device = "cuda" if tflops else pick_device(suite.device)
+    except UserError as error:
+        if suite.cluster == SLURM:  # the jobs run elsewhere
+            return f"no estimate: {error}, or --tflops RATE of the jobs' GPUs"
+        raise
     rate = tflops * 1e12 if tflops else cost.matrix_rate(device, threads=suite.threads)
     try:
         return cost.describe(cost.estimate(points, device, rate), device, rate, suite.workers or 1, given=bool(tflops))

@@ -154,7 +154,7 @@ def check_strength(strength: float) -> None:
     """Raise UserError for a factor on a concept's change that is out of range."""
     low, high = STRENGTHS
     if not low <= strength <= high:
-        raise UserError(f"a concept's strength of {strength:g}: expected {low:g} (its tokens alone) to {high:g}")
+        raise UserError(f"strength_concept {strength:g}: expected {low:g} (its tokens alone) to {high:g}")
 
 
 def scaled(concept: Concept, model: LatentDiffusion, strength: float) -> Concept:

@@ -9,7 +9,7 @@ them, the one that changes the keys and values of ordinary captions least:
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, combinations
 
 import torch
 from torch import Tensor
@@ -153,3 +153,6 @@ def _check(concepts: list[Concept], model: LatentDiffusion, prompt: str, caption
             raise UserError(
                 f"a concept has {other[0]} trained too: only keys and values (training.trainable=crossattn-kv) can be merged"
             )
+    for first, second in combinations(concepts, 2):
+        if first.names == second.names and len(first.modifiers) and torch.equal(first.modifiers, second.modifiers):
+            raise UserError(f"two of the concepts to merge are the same, '{first.describe()}': give each once")

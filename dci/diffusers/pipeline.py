@@ -1,8 +1,6 @@
 """A pipeline of diffusers with DCI: its own class, call arguments and outputs, and DCI's beside them."""
 
-import difflib
 import importlib
-import importlib.util
 import inspect
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,7 +23,9 @@ from dci.diffusers.stand_in import StandIn, standing_in
 from dci.diffusers.tokens import missing_tokens
 from dci.dual_branch.attention_maps import MapsCallback
 from dci.dual_branch.options import DUAL_BRANCH, checked_dual_branch
+from ldm import extras
 from ldm.errors import Note, UserError
+from ldm.texts import did_you_mean
 
 SUPPORTED = (
     "StableDiffusionPipeline",
@@ -344,8 +344,9 @@ def _bound(call: Any, prompt: Any, args: tuple, given: dict[str, Any]) -> dict[s
     known = [name for name, parameter in parameters.items() if parameter.kind is not parameter.VAR_KEYWORD]
     for name in given:
         if name not in known and name not in ("callback", "callback_steps"):
-            near = difflib.get_close_matches(name, [*known, *DUAL_BRANCH], n=1, cutoff=0.0)[0]
-            raise UserError(f"unknown argument '{name}' of the pipeline's call; did you mean '{near}'?")
+            raise UserError(
+                f"unknown argument '{name}' of the pipeline's call{did_you_mean(name, [*known, *sorted(DUAL_BRANCH)])}"
+            )
     positional = {known[0]: prompt} | dict(zip(known[1:], args, strict=False))
     twice = [name for name in positional if name in given]
     if twice or len(args) >= len(known):
@@ -359,8 +360,8 @@ def _diffusers() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        raise UserError("the package diffusers is missing: pip install 'dci[diffusers]'")
+    if extras.is_missing("diffusers"):
+        raise UserError(extras.how_to_install("diffusers"))
     return importlib.import_module("diffusers")
 
 

@@ -33,12 +33,12 @@ def integrated_layers(unet: UNet, names: tuple[str, ...] | None, latent: tuple[i
     if names is None:
         return [True] * len(layers)
     if not names:
-        raise UserError(f"no layers were named for the integration: give some of {_listed(layers, latent)}")
+        raise UserError(f"layers: none is named: give some of {_listed(layers, latent)}")
     chosen = [False] * len(layers)
     for name in names:
         meant = [_means(name, *entry) for entry in zip(range(len(layers)), layers, sides(layers, latent), strict=True)]
         if not any(meant):
-            raise UserError(f"no cross-attention layer is called '{name}': expected some of {_listed(layers, latent)}")
+            raise UserError(f"layers '{name}': expected some of {_listed(layers, latent)}")
         chosen = [a or b for a, b in zip(chosen, meant, strict=True)]
     return chosen
 

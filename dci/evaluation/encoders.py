@@ -29,6 +29,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm import extras
 from ldm.errors import UserError
 from ldm.formats.hub import is_hub_id
 from ldm.images import square, to_tensor
@@ -104,19 +105,35 @@ def load_encoder(name: str, role: str = "clip", device: str = "cpu") -> Encoder:
     Raises:
         UserError: no such encoder, or its weights are out of reach.
     """
+    check_encoder(name)
     library, _, model = name.partition(":")
     if name == TINY:
         return _tiny(role, device)
     if library == INCEPTION:
         return _inception(name, model, device)
-    load = _LOADERS.get(library)
-    if load is None or not model:
+    with _clear_errors(name):
+        return _LOADERS[library](name, model, device)
+
+
+def check_encoder(name: str) -> None:
+    """Check an encoder's name, before long work: nothing is loaded, no hub is asked.
+
+    Raises:
+        UserError: no such encoder; a folder, file or package that it needs is missing.
+    """
+    library, _, model = name.partition(":")
+    if name == TINY:
+        return
+    if library not in _CHECKS or not (model or name == INCEPTION):
         raise UserError(
             f"no encoder '{name}': expected tiny, open_clip:ViT-B-32/openai, timm:vit_small_patch16_224.dino, "
             "transformers:openai/clip-vit-base-patch32, transformers:FOLDER, dinov2:vits14 or dreamsim:FOLDER"
         )
+    package = _PACKAGES.get(library)
+    if package and extras.is_missing(package):
+        raise UserError(f"the encoder {name}: {extras.how_to_install(package)}")
     with _clear_errors(name):
-        return load(name, model, device)
+        _CHECKS[library](name, model)
 
 
 @contextmanager
@@ -127,6 +144,8 @@ def _clear_errors(name: str):
             yield
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"the encoder {name}: {extras.describe(error) or error}") from error
     except Exception as error:  # OSError, RuntimeError, ValueError, KeyError, httpx's, safetensors'
         library = name.partition(":")[0]
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
@@ -229,20 +248,31 @@ def _tiny(role: str, device: str) -> Encoder:
     return Encoder("tiny classifier", prepare, lambda x: torch.cat(classifier.logits(x), -1), classifier, None, words)
 
 
+def _check_open_clip(name: str, model: str) -> None:
+    import open_clip
+
+    architecture, weights = _open_clip_parts(model)
+    if weights == "":
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)[:4]) or "a tag, such as openai"
+        raise UserError(f"the encoder {name} names no weights: write open_clip:{architecture}/TAG with {tags}, or a file")
+    if weights and weights not in open_clip.list_pretrained_tags_by_model(architecture) and not Path(weights).is_file():
+        raise UserError(f"the encoder {name}: '{weights}' is neither a file nor one of open_clip's tags for {architecture}")
+
+
+def _open_clip_parts(model: str) -> tuple[str, str | None]:
+    """The architecture, and the weights' tag or file; None: a folder or the hub has both."""
+    if Path(model).is_dir():
+        return f"local-dir:{model}", None
+    if model.startswith(("hf-hub:", "local-dir:")):
+        return model, None
+    architecture, _, weights = model.partition("/")
+    return architecture, weights
+
+
 def _open_clip(name: str, model: str, device: str) -> Encoder:
     import open_clip
 
-    weights: str | None
-    architecture, _, weights = model.partition("/")
-    if Path(model).is_dir():
-        architecture, weights = f"local-dir:{model}", None
-    elif model.startswith(("hf-hub:", "local-dir:")):
-        architecture, weights = model, None
-    elif not weights:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)[:4]) or "a tag, such as openai"
-        raise UserError(f"the encoder {name} names no weights: write open_clip:{architecture}/TAG with {tags}, or a file")
-    elif weights not in open_clip.list_pretrained_tags_by_model(architecture) and not Path(weights).is_file():
-        raise UserError(f"the encoder {name}: '{weights}' is neither a file nor one of open_clip's tags for {architecture}")
+    architecture, weights = _open_clip_parts(model)
     quick = weights is not None and _wants_quick_gelu(name, architecture, weights)
     clip, _, prepare = open_clip.create_model_and_transforms(architecture, pretrained=weights, force_quick_gelu=quick)
     tokenizer = open_clip.get_tokenizer(architecture)
@@ -281,15 +311,29 @@ def _is_program(file: str) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+def _check_timm(name: str, model: str) -> None:
+    import timm
+
+    architecture, file = _timm_parts(model)
+    if file and not Path(file).is_file():
+        raise UserError(f"the encoder {name}: no file {file}")
+    if ":" not in architecture and not timm.is_model(architecture):
+        raise UserError(f"the encoder {name}: timm has no model '{architecture}', such as vit_small_patch16_224.dino")
+
+
+def _timm_parts(model: str) -> tuple[str, str]:
+    """The architecture, and the weights' file; "": timm knows where they are."""
+    if model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return model, ""
+    architecture, _, file = model.partition("/")
+    return architecture, file
+
+
 def _timm(name: str, model: str, device: str) -> Encoder:
     import timm
     from timm.data import create_transform, resolve_model_data_config
 
-    architecture, file = model, ""
-    if not model.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        architecture, _, file = model.partition("/")
-    if file and not Path(file).is_file():
-        raise UserError(f"the encoder {name}: no file {file}")
+    architecture, file = _timm_parts(model)
     network = timm.create_model(
         architecture, pretrained=True, num_classes=0, pretrained_cfg_overlay={"file": file} if file else None
     )
@@ -301,13 +345,16 @@ def _timm(name: str, model: str, device: str) -> Encoder:
     return Encoder(name, prepare, network, _frozen(network, device), None, _steps(prepare))
 
 
+def _check_transformers(name: str, model: str) -> None:
+    if not (Path(model).is_dir() or is_hub_id(model)):
+        raise UserError(f"the encoder {name}: no folder {model}")
+
+
 def _transformers(name: str, model: str, device: str) -> Encoder:
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    if not (Path(model).is_dir() or is_hub_id(model)):
-        raise UserError(f"the encoder {name}: no folder {model}")
     # DINO's files have no pooler, which is not used: it would be made anew, at random.
     bare = {"add_pooling_layer": False} if AutoConfig.from_pretrained(model).model_type in ("vit", "deit") else {}
     network = _frozen(AutoModel.from_pretrained(model, **bare), device)
@@ -337,30 +384,46 @@ def _transformers(name: str, model: str, device: str) -> Encoder:
 _DINOV2_SIZES = {"vits14": "small", "vitb14": "base", "vitl14": "large", "vitg14": "giant"}
 
 
+def _check_dinov2(name: str, model: str) -> None:
+    size, _, registers = model.partition("_")
+    if not Path(model).is_dir() and (size not in _DINOV2_SIZES or registers not in ("", "reg")):
+        raise UserError(
+            f"the encoder {name}: expected one of {', '.join(_DINOV2_SIZES)}, with _reg behind it for registers, or a folder"
+        )
+
+
 def _dinov2(name: str, model: str, device: str) -> Encoder:
     """DINOv2's normed class token, in transformers' port of it; a folder is one of that library's."""
     if Path(model).is_dir():
         return _transformers(name, model, device)
     size, _, registers = model.partition("_")
-    if size not in _DINOV2_SIZES or registers not in ("", "reg"):
-        raise UserError(
-            f"the encoder {name}: expected one of {', '.join(_DINOV2_SIZES)}, with _reg behind it for registers, or a folder"
-        )
     kind = "dinov2-with-registers" if registers else "dinov2"
     return _transformers(name, f"facebook/{kind}-{_DINOV2_SIZES[size]}", device)
 
 
-def _dreamsim(name: str, model: str, device: str) -> Encoder:
-    from dci.evaluation.dreamsim import SIZE, VARIANTS, load_dreamsim, prepare
+def _check_dreamsim(name: str, model: str) -> None:
+    from dci.evaluation.dreamsim import VARIANTS
 
-    variant, _, folder = model.partition("/")
-    if variant not in VARIANTS:
-        variant, folder = "ensemble", model
+    _, folder = _dreamsim_parts(model)
     if not Path(folder).is_dir() or not folder:
         raise UserError(
             f"the encoder {name}: no folder '{folder}' with the authors' weights: give dreamsim:FOLDER, or "
             f"dreamsim:NAME/FOLDER with one of {', '.join(VARIANTS)}"
         )
+
+
+def _dreamsim_parts(model: str) -> tuple[str, str]:
+    """The published model, and the folder of its weights."""
+    from dci.evaluation.dreamsim import VARIANTS
+
+    variant, _, folder = model.partition("/")
+    return (variant, folder) if variant in VARIANTS else ("ensemble", model)
+
+
+def _dreamsim(name: str, model: str, device: str) -> Encoder:
+    from dci.evaluation.dreamsim import SIZE, load_dreamsim, prepare
+
+    variant, folder = _dreamsim_parts(model)
     network = _frozen(load_dreamsim(variant, folder), device)
     return Encoder(f"DreamSim {variant}", prepare, network, network, None, f"squeezed to {SIZE} x {SIZE} px, bicubic")
 
@@ -385,18 +448,21 @@ def inception_file() -> Path | None:
     return file if file.is_file() else None
 
 
-def _inception(name: str, file: str, device: str) -> Encoder:
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
-        raise UserError(f"the encoder {name} needs the package torch-fidelity: pip install torch-fidelity") from error
+def _check_inception(name: str, file: str) -> None:
     weights = Path(file) if file else inception_file()
     if weights is None or not weights.is_file():
         raise UserError(
             f"the encoder {name}: no weights {weights or _INCEPTION_FILE}: give inception:FILE, or put the "
             f"file into {Path(torch.hub.get_dir()) / 'checkpoints'}"
         )
+
+
+def _inception(name: str, file: str, device: str) -> Encoder:
+    weights = Path(file) if file else inception_file()
+    assert weights is not None  # as checked
     with _clear_errors(name):
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         torch.load(weights, weights_only=True)  # torch-fidelity unpickles whatever there is: let it see tensors alone
         network = _frozen(FeatureExtractorInceptionV3("inception", ["2048"], str(weights)), device)
 
@@ -405,6 +471,19 @@ def _inception(name: str, file: str, device: str) -> Encoder:
 
     words = "middle square, resized to 299 x 299 px as TensorFlow 1 did"
     return Encoder(INCEPTION, prepare, lambda x: network(x)[0], network, None, words)
+
+
+_CHECKS = {
+    "open_clip": _check_open_clip,
+    "timm": _check_timm,
+    "transformers": _check_transformers,
+    "dinov2": _check_dinov2,
+    "dreamsim": _check_dreamsim,
+    INCEPTION: _check_inception,
+}
+
+_PACKAGES = {"timm": "timm", "transformers": "transformers", "dinov2": "transformers", INCEPTION: "torch_fidelity"}
+"""What an encoder needs of the extras."""
 
 
 def _steps(transform) -> str:

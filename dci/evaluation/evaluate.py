@@ -13,7 +13,7 @@ from dci.captions import LISTS, captioned_files
 from dci.concept.concept_file import Concept
 from dci.evaluation import metrics
 from dci.evaluation.bootstrap import LEVEL, RESAMPLES
-from dci.evaluation.encoders import INCEPTION, TINY, Encoder, inception_file, load_encoder
+from dci.evaluation.encoders import INCEPTION, TINY, Encoder, check_encoder, inception_file, load_encoder
 from dci.evaluation.feature_cache import FeatureStore
 from dci.evaluation.object_only import in_words
 from dci.evaluation.scores import ImageScore, Scores, columns, resampled, summarize
@@ -58,6 +58,18 @@ def load_encoders(clip: str = TINY, instance: str = TINY, kid: str | None = None
     return Encoders(clip_encoder, instance_encoder, known.get(kid) or load_encoder(kid, "instance", device), classifier)
 
 
+def check_encoders(clip: str = TINY, instance: str = TINY, kid: str | None = None) -> None:
+    """Check the names of encoders before long work; nothing is loaded, no hub is asked.
+
+    Raises:
+        UserError: no such encoder; a folder, file or package that it needs is missing; `clip` can read no texts.
+    """
+    for name in dict.fromkeys(filter(None, (clip, instance, kid))):
+        check_encoder(name)
+    if clip.partition(":")[0] in ("timm", "dinov2", "dreamsim", INCEPTION):
+        raise UserError(f"the encoder {clip} reads no texts: give a CLIP for CLIP-T")
+
+
 def recorded_references(folder: str | Path) -> list[Path]:
     """Return the folders of the reference images that a folder's concept was learned from.
 
@@ -69,8 +81,17 @@ def recorded_references(folder: str | Path) -> list[Path]:
     folders = [Path(name) for name in dict.fromkeys(named) if Path(name).is_dir()]
     if not folders:
         why = f"its concept {files[0]}, or that one's images, are not there" if files else "it names no concept file"
-        raise UserError(f"{folder} does not lead to reference images ({why}): give them with --references FOLDER")
+        raise UserError(f"{folder} does not lead to reference images ({why}): give their folder as references=")
     return folders
+
+
+def check_images(
+    folder: str | Path, references: Sequence[str | Path] | None = None, regularization: str | Path | None = None
+) -> None:
+    """Raise UserError where `evaluate_folder` would find no images to compare with; only names are read."""
+    for one in recorded_references(folder) if references is None else references:
+        list_images(one)
+    _real_images(regularization, lambda line: None)
 
 
 @dataclass(frozen=True)

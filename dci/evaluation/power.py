@@ -120,9 +120,9 @@ def smallest_shown(
         UserError: a design of one concept, or a share that is none.
     """
     if concepts < 2:
-        raise UserError(f"concepts={concepts}: expected 2 or more, an interval over one concept says nothing of others")
+        raise UserError(f"concepts {concepts}: expected 2 or more, an interval over one concept says nothing of others")
     if not 0 < power < 1:
-        raise UserError(f"power={power}: expected a share between 0 and 1")
+        raise UserError(f"power {power}: expected a share between 0 and 1")
     levels = {
         "concept": concepts,
         "prompt": prompts or variances.levels["prompt"],

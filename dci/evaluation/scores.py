@@ -90,6 +90,8 @@ def read_report(file: str | Path) -> list[RunScores]:
     """
     file = Path(file)
     file = file / REPORT if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"no file {file}: give a report's folder, or the {REPORT} that it has beside its page")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return [RunScores(run["name"], scores_of(run), run["series"]) for run in content["runs"]]

@@ -190,7 +190,7 @@ def grid_points(config: GridConfig) -> list[GridPoint]:
     Raises:
         UserError: an option of training, sampling or evaluation that no point could use.
     """
-    evaluation = _filled(EvaluationConfig, config.evaluation, "evaluation")
+    evaluation = _checked_evaluation(config)
     points, read = [], functools.cache(_training_config)  # a file and its options are read once, not for each concept
     settings = {"": [_checked_setting(config, setting) for setting in config.settings]}
     own = {m.name: [_own(setting, m) for setting in config.settings] for m in config.methods if m.sampling}
@@ -206,6 +206,23 @@ def grid_points(config: GridConfig) -> list[GridPoint]:
             check_auto_noun(setting.options, training.config.model, len(training.names), setting.source)
             points.append(_point(config, *place, training, setting, evaluation))
     return points
+
+
+def _checked_evaluation(config: GridConfig) -> EvaluationConfig:
+    """The options of scoring; what could not be scored with shows before anything is trained."""
+    from dci.evaluation.evaluate import check_encoders
+
+    options = _filled(EvaluationConfig, config.evaluation, "evaluation")
+    for name, least in (("resamples", 1), ("seed", 0), ("batch_size", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"evaluation.{name}={getattr(options, name)}: expected {least} or more")
+    if options.regularization is not None and not find(options.regularization).is_dir():
+        raise UserError(f"evaluation.regularization={options.regularization}: no such folder: give real images of the class")
+    try:
+        check_encoders(options.clip, options.instance, options.kid)
+    except UserError as error:
+        raise UserError(f"evaluation: {error}") from error
+    return options
 
 
 def by_training(chosen: list[GridPoint]) -> list[list[GridPoint]]:
@@ -363,15 +380,21 @@ def _own(setting: SettingEntry, method: MethodEntry) -> SettingEntry:
     return dataclasses.replace(setting, sampling={**setting.sampling, **own}) if own else setting
 
 
+def check_folder_name(kind: str, name: str) -> None:
+    """Raise UserError for a name that could not be a folder's, or would lead out of the grid's."""
+    if not re.fullmatch(r"[\w.+=,-]+", name) or name.startswith("."):
+        raise UserError(f"{kind}: '{name}' names a folder: use letters, digits and any of . _ + = , -")
+
+
 def _check(config: GridConfig) -> None:
     """Raise UserError for what would make folders overlap, or a point fail after long work."""
+    check_folder_name("name", config.name)
     for kind in ("concepts", "methods", "settings", "seeds"):
         names = [str(entry) if kind == "seeds" else entry.name for entry in getattr(config, kind)]
         if not names:
             raise UserError(f"{config.name}: {kind} is empty: a grid needs at least one of them")
         for name in names:
-            if not re.fullmatch(r"[\w.+=,-]+", name) or name.startswith("."):
-                raise UserError(f"{kind}: '{name}' names a folder: use letters, digits and any of . _ + = , -")
+            check_folder_name(kind, name)
             if names.count(name) > 1:
                 raise UserError(f"{kind}: '{name}' is there twice: give each a name of its own")
     if negative := [seed for seed in config.seeds if seed < 0]:

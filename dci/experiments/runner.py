@@ -170,7 +170,7 @@ def chosen(points: list[GridPoint], patterns: Sequence[str]) -> list[GridPoint]:
     """
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(point.name, pattern) for point in points):
-            raise UserError(f"no cell is called '{pattern}': --status shows their names, such as {points[0].name}")
+            raise UserError(f"no cell is called '{pattern}': expected a name such as {points[0].name}, * for any part")
     return [p for p in points if not patterns or any(fnmatch.fnmatchcase(p.name, pattern) for pattern in patterns)]
 
 

@@ -182,6 +182,7 @@ def check_auto_noun(options: SamplingConfig, trained_on: str, concepts: int, sou
         concepts: how many a file holds.
     """
     from dci.evaluation.auxiliary_noun import AUTO
+    from dci.evaluation.encoders import check_encoder
     from ldm.checkpoint import read_config
 
     if options.auxiliary_noun != AUTO:
@@ -195,6 +196,11 @@ def check_auto_noun(options: SamplingConfig, trained_on: str, concepts: int, sou
             f"{source}: auxiliary_noun={AUTO} needs a CLIP that knows what {model.name} generates: name one, such as "
             "clip=open_clip:ViT-B-32/openai"
         )
+    if options.clip:
+        try:
+            check_encoder(options.clip)
+        except UserError as error:
+            raise UserError(f"{source}: clip: {error}") from error
 
 
 def check_on_model(options: SamplingConfig, trained_on: str, source: str) -> None:

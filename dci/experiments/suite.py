@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dci.experiments.datasets import DatasetConcept, read_customconcept101, read_dreambench, read_dreambench_plus
-from dci.experiments.grid import GridConcept, GridConfig, grid_folder, prepare
+from dci.experiments.grid import GridConcept, GridConfig, check_folder_name, grid_folder, prepare
 from dci.files import read_prompts, write_atomically
 from dci.finetuning.config import ConceptConfig
 from ldm import config as configuration
+from ldm import extras
 from ldm.errors import UserError
 from ldm.shipped import find
 
@@ -61,10 +62,12 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
         UserError: options that cannot be used, a data set that is not there or not of its layout.
     """
     config = configuration.load(SuiteConfig, path, overrides)
+    check_folder_name("name", config.name)  # before a data set's prompts are written there
     if config.cluster not in (LOCAL, SLURM):
         raise UserError(f"cluster={config.cluster}: expected {LOCAL} or {SLURM}")
     if config.workers is not None and config.workers < 1:
         raise UserError(f"workers={config.workers}: expected 1 or more")
+    _check_resources(config)
     config.title = config.title or config.name
     config.outdir = str(Path(config.outdir).resolve())
     if config.dataset.kind is not None:
@@ -75,6 +78,24 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
     if config.dataset.kind is None:
         _take_listed(config)
     return config
+
+
+def _check_resources(config: SuiteConfig) -> None:
+    """Raise UserError for resources of a job that submitit does not know, and where it is needed and missing."""
+    if extras.is_missing("submitit"):
+        if config.cluster == SLURM:
+            raise UserError(extras.how_to_install("submitit"))
+        return
+    if config.slurm:
+        from submitit import SlurmExecutor
+
+        known = sorted(SlurmExecutor._valid_parameters())
+        for name in config.slurm:
+            if name not in known:
+                raise UserError(
+                    f"slurm.{name}: expected one of {', '.join(known)}; sbatch's other options go into "
+                    "slurm.additional_parameters"
+                )
 
 
 def _subjects(config: SuiteConfig) -> list[DatasetConcept]:

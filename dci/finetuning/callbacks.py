@@ -204,7 +204,7 @@ class CheckpointCallback(pl.Callback):
         if furthest != -nearest:
             raise UserError(
                 f"the processes found checkpoints of steps {-nearest} to {furthest}: "
-                "give the run itself with --resume, on a disk that all nodes share"
+                "give the run itself as resume=, on a disk that all nodes share"
             )
 
 

@@ -16,6 +16,7 @@ from dci.concept.prompts import parse_prompt
 from dci.finetuning.config import ANY_SEED, AUTO, GENERATE, FinetuneConfig, ValidationConfig, concepts_of, entries_of
 from dci.finetuning.precision import lightning_name
 from ldm import config as configuration
+from ldm import extras
 from ldm.errors import UserError
 from ldm.formats.hub import anchored, is_hub_id
 from ldm.shipped import find
@@ -51,7 +52,7 @@ def finetune_config(path: str | Path, overrides: Sequence[str] = (), name: str |
 def _check_name(name: str) -> None:
     """Raise UserError for a run's name that is no part of a folder's name."""
     if not name.strip(". ") or not {"/", "\0", os.sep}.isdisjoint(name):
-        raise UserError(f"name '{name}': expected the end of the run folder's name, without /; --logdir says where it is")
+        raise UserError(f"name '{name}': expected the end of the run folder's name, without /; logdir= says where it is")
 
 
 def _given(content: dict[str, Any]) -> dict[str, Any]:
@@ -185,6 +186,8 @@ def check(config: FinetuneConfig) -> None:
         raise UserError(
             f"data.crop=bucket does not go with data.augment={config.data.augment}, whose canvas is a square: leave one out"
         )
+    if config.logging.tensorboard and extras.is_missing("tensorboard"):
+        raise UserError(f"{extras.how_to_install('tensorboard')}, or give logging.tensorboard=false")
     if config.logging.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError("logging.wandb needs the package wandb: pip install wandb, or logging.wandb=null")
     if config.data.background_weight > 1:

@@ -36,7 +36,7 @@ def lightning_name(precision: str) -> LightningName:
 def check_device(precision: str, device: torch.device) -> None:
     """Raise UserError for a precision that a device cannot train in, and warn of one that it emulates."""
     if lightning_name(precision) == "16-mixed" and device.type != "cuda":
-        raise UserError(f"training.precision={precision} needs a GPU: give bf16, or --device cuda")
+        raise UserError(f"training.precision={precision} needs a GPU: give bf16, or train on cuda")
     warn_of_emulation(_DTYPES[lightning_name(precision)], device)
 
 

@@ -62,7 +62,7 @@ class Run:
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
-            raise UserError(f"{self.folder} is being trained by another process: wait, or give another --name") from error
+            raise UserError(f"{self.folder} is being trained by another process: wait, or give another name=") from error
         self._lock = lock
 
     def check_origin(self, base: str, model: str, images: str) -> None:

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from dci.files import write_atomically
+from dci.files import check_folder, write_atomically
 from dci.finetuning import distributed
 from dci.finetuning.augmentation import LARGEST
 from dci.finetuning.callbacks import CheckpointCallback, MetricsLogger, ValidationImages, errors_reported_once, loggers
@@ -47,6 +47,7 @@ def finetune(model: LatentDiffusion, config: FinetuneConfig, logdir: Path) -> Pa
         Interrupted: a signal asked to stop; a checkpoint is written.
     """
     check(config)
+    check_folder(logdir, "logdir")
     distributed.check_launched(config.training.devices * config.training.nodes)
     check_device(config.training.precision, model.device)
     run = find_run(config, logdir)
@@ -90,7 +91,7 @@ def _references(model: LatentDiffusion, config: FinetuneConfig, folder: str | No
         raise UserError("data.images must be given: the folder of the concept's images")
     if config.resume not in (None, AUTO) and not Path(folder).is_dir():
         raise UserError(
-            f"no folder {folder}: if its images have moved, give data.images=FOLDER (or concepts=) beside --resume"
+            f"no folder {folder}: if its images have moved, give data.images=FOLDER (or concepts=) beside resume="
         )
     # An image that will be enlarged is read larger.
     size = model.config.image_size if config.data.augment == "none" else round(LARGEST * model.config.image_size)

@@ -4,13 +4,13 @@ A target is a name to look up in the tables here; nothing is imported by it. Eve
 needed, to have one value that our networks are built for, or to belong to training alone.
 """
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 from ldm.config import AutoencoderConfig, ModelConfig, ScheduleConfig, TextEncoderConfig, UNetConfig
 from ldm.errors import UserError
 from ldm.formats import presets
+from ldm.texts import did_you_mean
 
 _LATENT_DIFFUSION = "ldm.models.diffusion.ddpm.LatentDiffusion"
 _UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
@@ -183,8 +183,8 @@ class Reader:
             if key in required and value != required[key]:
                 raise UserError(f"{self.source}: {self.place}.{key}={value}: expected {required[key]}")
             if key not in self.known:
-                near = difflib.get_close_matches(str(key), sorted(self.known), n=1, cutoff=0.0)[0]
-                raise UserError(f"{self.source}: unknown key '{self.place}.{key}'; did you mean '{near}'?")
+                near = did_you_mean(str(key), sorted(self.known))
+                raise UserError(f"{self.source}: unknown key '{self.place}.{key}'{near}")
 
 
 def params_of(section: dict[str, Any], place: str, targets: tuple[str, ...], source: str | Path) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def restore(module: PretrainingModule, dataset: Dataset, folder: Path) -> None:
     """Put the last checkpoint of `folder` into the module, as `fit` would leave it; `dataset` is not used."""
     last = folder / "last.ckpt"
     if not last.is_file():
-        raise UserError(f"no checkpoint {last}: train first, without --export")
+        raise UserError(f"no checkpoint {last}: train first, then export")
     content = torch.load(last, map_location="cpu", weights_only=False)
     module.load_state_dict(content["state_dict"])
     module.on_load_checkpoint(content)

@@ -27,8 +27,25 @@ def pick_device(name: str) -> str:
         if torch.zeros(1, device=name).is_meta:
             raise RuntimeError("it computes nothing")
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} cannot be used here: give cpu, or cuda on a machine with a GPU") from error
+        raise UserError(_NO_DEVICE.format(name)) from error
     return name
+
+
+_NO_DEVICE = "device {} cannot be used here: give cpu, or cuda on a machine with a GPU"
+
+
+def check_device(name: str) -> None:
+    """Raise UserError for a device that other processes could not use; of a GPU this one takes no memory."""
+    if name == "auto":
+        return
+    try:
+        kind, number = torch.device(name).type, torch.device(name).index or 0
+    except RuntimeError as error:
+        raise UserError(_NO_DEVICE.format(name)) from error
+    if kind == "cuda" and number >= torch.cuda.device_count():
+        raise UserError(_NO_DEVICE.format(name))
+    if kind != "cuda":
+        pick_device(name)
 
 
 def fastest_precision(config: ModelConfig, device: torch.device | str) -> torch.dtype:

@@ -3,6 +3,7 @@
 import ast
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dci.app.shelf import Entry
 from dci.app.studio import Weights
 from dci.app.wanted import Wanted, command, python
 from dci.cli import sample_dci
+from dci.cli.branches import warn_of_no_effect
 from ldm.errors import UserError
 
 ENTRY = Entry("demo:cat", "cat", Path("/runs/my cat/concept.safetensors"))
@@ -48,6 +50,9 @@ def test_the_plain_command_and_the_model_that_the_page_was_started_with(monkeypa
         "vae.safetensors",
     )
     assert (args.class_noun, args.trigger) == ("dog", "sks")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_no_effect(args)
 
 
 def test_the_python_is_python_and_names_the_same_settings():

@@ -131,8 +131,8 @@ def test_python_users_name_them_too(elsewhere):
 @pytest.mark.parametrize(
     ("started", "by", "command"),
     [
-        (["dci train"], ["/usr/bin/python", "/usr/bin/dci", "train"], "dci sample"),
-        (["dci train"], ["/usr/bin/python", "-m", "dci", "train"], "python -m dci sample"),
+        (["/usr/bin/dci", "train"], ["/usr/bin/python", "/usr/bin/dci", "train"], "dci sample"),
+        (["/a/dci/__main__.py", "train"], ["/usr/bin/python", "-m", "dci", "train"], "python -m dci sample"),
         (["scripts/train_ico.py"], ["python", "scripts/train_ico.py"], "python scripts/sample_dci.py"),
         ([str(ROOT / "scripts/train_ico.py")], ["python"], f"python {ROOT / 'scripts/sample_dci.py'}"),
         (["/my/notebook.py"], ["python", "/my/notebook.py"], "dci sample"),

@@ -11,6 +11,7 @@ import pytest
 from helpers import ENVIRONMENT, ROOT, mostly_slow, refused, run_here, run_main
 
 from dci.cli import output
+from dci.cli.arguments import as_options
 from dci.finetuning import run_folder
 from ldm.errors import reported_in_one_line
 
@@ -111,10 +112,11 @@ def test_a_reader_that_leaves_is_no_error_and_the_work_is_done(tmp_path, both):
     ids=["Python", "CPU", "GPU"],
 )
 def test_too_little_memory_is_one_line(capfd, error):
-    with pytest.raises(SystemExit) as stop, reported_in_one_line():
+    with pytest.raises(SystemExit) as stop, reported_in_one_line(as_options):
         raise error
     line = capfd.readouterr().err
     assert stop.value.code == 2 and line.startswith("error: not enough memory: make fewer images") and line.count("\n") == 1
+    assert "(--batch-size, --H, --W; in training training.micro_batch=)" in line
 
 
 def test_other_errors_are_the_programs_fault_and_keep_their_traceback():

@@ -178,6 +178,7 @@ QUICK_TRAININGS = [
     (("data.images={}/empty",), ("no images in", "empty", ".jpg")),
     (("data.imags=x",), ("unknown key 'data.imags'", "did you mean 'data.images'")),
     (("--frobnicate",), ("--frobnicate",)),
+    (("--logdir", "{}/file"), ("--logdir", "file is not a folder")),
 ]
 REFUSED_TRAININGS = [
     *QUICK_TRAININGS,

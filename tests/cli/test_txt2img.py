@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from helpers import pixels, refused, run_here, run_main
+from helpers import ROOT, pixels, refused, run_here, run_main
 from PIL import Image, ImageDraw
 
 QUICK = ("--steps", 4, "--n-samples", 1)
@@ -109,13 +109,14 @@ def test_mistakes_are_one_line_each(capfd, tmp_path, start):
         (["--from-file", tmp_path / "empty.txt"], ["empty.txt", "no prompts"]),
         (["--from-file", tmp_path / "binary.txt"], ["binary.txt", "UTF-8"]),
         (["--from-file", tmp_path / "none.txt"], ["none.txt"]),
-        (["--prompt", "x", "--solver", "heun"], ["unknown solver 'heun'", "euler"]),
+        (["--prompt", "x", "--solver", "heun"], ["--solver 'heun': expected one of", "euler"]),
         (["--prompt", "x", "--solver", "euler", "--eta", 0.5], ["--eta 0.5", "ddim"]),
         (["--prompt", "x", "--mask", image], ["--mask", "--init-image"]),
         (["--prompt", "x", "--strength", 0.5], ["--strength", "--init-image"]),
         (["--prompt", "x", "--init-image", image, "--strength", 1.5], ["strength 1.5", "0"]),
         (["--prompt", "x", "--init-image", image, "--mask", tmp_path / "small.png"], ["5 x 5", "96 x 64"]),
         (["--prompt", "x", "--init-image", tmp_path / "empty.txt"], ["empty.txt", "image"]),
+        (["--prompt", "x", "--checkpoint", ROOT / "README.md"], ["README.md is no model: expected a YAML file"]),
         (["--prompt", "x", "--vae-tile", 3], ["--vae-tile 3"]),
         (["--prompt", "x", "--precision", "fp8"], ["fp8", "fp32"]),
     ):

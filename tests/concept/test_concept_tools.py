@@ -253,6 +253,12 @@ def test_the_programs(two, tmp_path, capfd):
     assert "<new3> red car" in out
     assert (tmp_path / "c.safetensors").stat().st_size < files[0].stat().st_size
     refused(run_here(capfd, "merge_concepts.py", files[0], "--out", tmp_path / "d"), "two or more")
+    refused(
+        run_here(capfd, "merge_concepts.py", files[0], files[0], "--out", tmp_path / "d"), "are the same", "give each once"
+    )
+    merging = f"dci merge {files[0]} {files[1]} --out"
+    refused(run_here(capfd, "sample_dci.py", "--concept", *files, "--prompt", "a V1*"), "merge them first", merging)
+    refused(run_here(capfd, "import_concept.py", files[0], "--out", tmp_path / "d"), "is a concept file already")
     run_main("compress_concept.py", files[0], "--rank", 4, "--out", tmp_path / "small.safetensors")
     assert re.search(r"rank 4, 0\.0\d MB; reconstruction error 0\.\d+", capfd.readouterr().out)
     refused(run_here(capfd, "compress_concept.py", files[0], "--out", tmp_path / "x"), "--rank or --energy")
@@ -262,7 +268,10 @@ def test_the_programs(two, tmp_path, capfd):
     assert re.search(r"<new2> +length \d\.\d+ +near: \S+ -?\d", out)
     assert re.search(r"middle +to_v +changed by 0\.\d+", out)
     assert (tmp_path / "plot.png").stat().st_size > 5000
-    refused(run_here(capfd, "inspect_concept.py", files[0], "--plot", tmp_path / "plot.txt"), "plot.txt", ".png")
+    for name in ("plot.txt", "plot"):
+        late = run_here(capfd, "inspect_concept.py", files[0], "--plot", tmp_path / name)
+        refused(late, f"{name}: expected", ".png")
+        assert not late.stdout
     (tmp_path / "latin.txt").write_bytes("ein schönes Haus\n".encode("latin-1"))
     run_main("merge_concepts.py", *files, "--captions", tmp_path / "latin.txt", "--out", tmp_path / "d.safetensors")
 

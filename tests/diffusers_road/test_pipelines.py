@@ -208,7 +208,7 @@ def test_nothing_is_left_behind(pipe):
     [
         ({"agg_tim": 0.3}, "did you mean 'agg_time'"),
         ({"agg_time": 2}, "expected 0 .* to 1"),
-        ({"layers": "attic"}, "no cross-attention layer is called 'attic'"),
+        ({"layers": "attic"}, "layers 'attic': expected some of"),
         ({"num_inference_step": 3}, "did you mean 'num_inference_steps'"),
         ({"prompt": "a dog"}, "does not name the concept"),
         ({"ip_adapter_image": picture()}, "IP-Adapter"),
@@ -316,15 +316,12 @@ def test_the_module_needs_no_diffusers_and_nobody_else_needs_it():
     code = """
 import sys
 sys.modules["diffusers"] = None
-import importlib.util
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *more: None if name == "diffusers" else find(name, *more)
 from dci.diffusers import DCIPipeline
 from ldm.errors import UserError
 try:
     DCIPipeline.from_pretrained("somewhere")
 except UserError as error:
-    assert "pip install 'dci[diffusers]'" in str(error), error
+    assert "[diffusers]'" in str(error), error
 else:
     raise SystemExit("not refused")
 import dci, dci.pipeline, dci.concept.foreign.export, dci.dual_branch.sampling

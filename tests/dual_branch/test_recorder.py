@@ -131,7 +131,7 @@ def test_sheets_of_a_program(concept_file, tmp_path, capfd):
     refused(sampling("--save-maps", "--no-dci"), "--save-maps needs steps with both branches")
     refused(sampling("--save-maps", "--agg-time", 0), "--save-maps needs steps with both branches")
     refused(sampling("--save-maps", "--compile"), "--save-maps cannot look into a compiled UNet")
-    refused(sampling("--dci-layers", "12"), "no cross-attention layer is called '12'", "16, 8, 4")
+    refused(sampling("--dci-layers", "12"), "--dci-layers '12': expected some of", "16, 8, 4")
     refused(sampling("--auxiliary-noun", "auto", "--clip", "nonsense"), "no encoder 'nonsense'")
     assert not (tmp_path / "none").exists()
 

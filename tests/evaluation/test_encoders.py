@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import shutil
+import sys
 import warnings
 
 import numpy as np
@@ -16,8 +17,8 @@ from PIL import Image
 from torchvision import transforms
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
-from dci.evaluation.encoders import load_encoder
-from dci.evaluation.evaluate import load_encoders
+from dci.evaluation.encoders import check_encoder, load_encoder
+from dci.evaluation.evaluate import check_encoders, load_encoders
 from dci.evaluation.feature_cache import FeatureStore
 from ldm.embedded_encoders import load_clip, load_instance_encoder
 from ldm.errors import UserError
@@ -337,6 +338,30 @@ def test_an_encoder_out_of_reach_is_one_line(name, words, tmp_path, monkeypatch)
     for word in words:
         assert word in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["timm:vit_small_patch16_224.dino", "transformers:a/b", "dinov2:vits14", "inception"])
+def test_a_missing_package_is_named_with_its_extra(name, monkeypatch):
+    for package in ("timm", "transformers", "torch_fidelity"):
+        monkeypatch.setitem(sys.modules, package, None)
+    for look in (load_encoder, check_encoder):
+        with pytest.raises(UserError, match=r"the extra 'eval' installs: pip install '.*\[eval\]'"):
+            look(name)
+
+
+def test_names_are_checked_without_weights_and_hub(monkeypatch, transformers_folder):
+    def fail(*_, **__):
+        raise AssertionError("a file was asked for")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr("torch.load", fail)
+    monkeypatch.setattr("ldm.embedded_encoders.load_clip", fail)
+    for name in ("tiny", "open_clip:ViT-B-32/openai", "timm:vit_small_patch16_224.dino", "transformers:a/b"):
+        check_encoder(name)
+    check_encoders("tiny", "dinov2:vitb14_reg", f"transformers:{transformers_folder}")
+    for name in ("nope", "open_clip:ViT-B-32", "timm:not_a_model", "transformers:/no/such", "dinov2:x", "dreamsim:/no"):
+        with pytest.raises(UserError):
+            check_encoder(name)
 
 
 def test_features_are_kept_by_content_and_weights(tmp_path):

@@ -200,6 +200,9 @@ def test_a_folder_that_cannot_be_used_is_one_line(how, words, tmp_path, capfd):
     refused(result, *words)
 
 
+GIVEN = ("--references", str(REFERENCES))
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -208,19 +211,26 @@ def test_a_folder_that_cannot_be_used_is_one_line(how, words, tmp_path, capfd):
         (["a={}/run", "b={}/run"], "'a' is this folder already"),
         (["{}/run", "--clip", "clip"], "no encoder 'clip'"),
         # Before an encoder is loaded, let alone an image scored.
-        (["{}/run", "--clip", "clip", "--ratings", "{}/wrong.csv"], "which the report does not show"),
-        (["{}/run", "--clip", "clip", "--answers", "{}/wrong.csv"], "holds no answers"),
+        (
+            ["{}/run", *GIVEN, "--clip", "transformers:no/where", "--ratings", "{}/wrong.csv"],
+            "which the report does not show",
+        ),
+        (["{}/run", *GIVEN, "--clip", "transformers:no/where", "--answers", "{}/wrong.csv"], "holds no answers"),
+        (["{}/run", "--references", "{}/none"], "no folder"),
+        (["{}/run", *GIVEN, "--regularization", "{}/none"], "no folder"),
+        (["{}/run"], "give their folder as --references"),
+        (["{}/run", *GIVEN, "--out", "{}/wrong.csv"], "wrong.csv is not a folder"),
     ],
 )
 def test_another_mistake_is_one_line(args, words, tmp_path, capfd):
     folder_of(tmp_path / "run", {"00000": "a cat", "00001": "a cat"})
     (tmp_path / "wrong.csv").write_text("file,beauty\nz.png,1\n")
     args = [arg.replace("{}", str(tmp_path)) for arg in args]
-    refused(run_here(capfd, "evaluate.py", "--samples", *args, "--out", tmp_path / "out"), words)
+    refused(run_here(capfd, "evaluate.py", "--out", tmp_path / "out", "--samples", *args), words)
 
 
 def test_a_folder_without_a_concept_needs_references(tmp_path):
-    with pytest.raises(UserError, match="--references"):
+    with pytest.raises(UserError, match="references="):
         recorded_references(folder_of(tmp_path / "run", {"00000": "a cat", "00001": "a cat"}))
 
 

@@ -102,7 +102,7 @@ def test_variances_are_of_the_paired_differences():
 
 
 @pytest.mark.parametrize(
-    ("design", "message"), [({"concepts": 1}, "2 or more"), ({"concepts": 4, "power": 1.0}, "power=1.0")]
+    ("design", "message"), [({"concepts": 1}, "2 or more"), ({"concepts": 4, "power": 1.0}, "power 1.0: expected")]
 )
 def test_designs_that_show_nothing(design, message):
     with pytest.raises(UserError, match=message):
@@ -136,4 +136,4 @@ def test_the_program(tmp_path, capfd):
     assert "more than 128" in capfd.readouterr().out
     refused(run_here(capfd, "power.py", *given, "--run", "ico"), "no row 'ico'", "plain; dci")
     refused(run_here(capfd, "power.py", *given, "--against", "dci"), "both 'dci'")
-    refused(run_here(capfd, "power.py", tmp_path / "none"), "scores of a report")
+    refused(run_here(capfd, "power.py", tmp_path / "none"), f"no file {tmp_path / 'none'}", "scores.json")

@@ -21,7 +21,7 @@ from dci.experiments.launchers import _next, run_local
 from dci.experiments.runner import PointBusy, Worker, chosen, last_words, state
 from dci.experiments.suite import load_suite
 from dci.files import folder_lock
-from ldm.errors import UserError
+from ldm.errors import Note, UserError
 
 CELL = """
 import json, os, sys, time, zlib
@@ -138,6 +138,16 @@ def test_points_are_the_product_and_share_trainings(config):
         ("sampling={stepz: 3}", "did you mean 'steps'"),
         ("settings=[{name: dci, sampling: {agg_time: [0.1, early]}}]", "agg_time=early"),
         ("evaluation={clipp: tiny}", "did you mean 'clip'"),
+        ("evaluation={clip: nope}", "evaluation: no encoder 'nope'"),
+        ("evaluation={clip: dinov2:vits14}", "reads no texts"),
+        ("evaluation={instance: transformers:/no/such}", "no folder /no/such"),
+        ("evaluation={kid: inception:/no/such.pth}", "no weights /no/such.pth"),
+        ("evaluation={regularization: /no/such}", "evaluation.regularization=/no/such: no such folder"),
+        ("evaluation={resamples: 0}", "evaluation.resamples=0: expected 1 or more"),
+        ("settings=[{name: dci, sampling: {auxiliary_noun: auto, clip: nope}}]", "no encoder 'nope'"),
+        ("name=", "name: '' names a folder"),
+        ("name=a/b", "name: 'a/b' names a folder"),
+        ("slurm.foo=1", "slurm.foo: expected one of account, "),
         ("concepts=[{class_noun: cat}]", "give class_noun and images"),
         ("concepts=[{name: a, concepts: [{class_noun: cat}]}]", "concepts: a: entry 1 of its list needs both"),
         ("concepts=[{concepts: [{images: data/concepts/cat}]}]", "entry 1 of its list needs both class_noun and images"),
@@ -155,12 +165,43 @@ def test_a_grid_that_cannot_be_is_refused(config, override, words):
         (("cluster=moon",), ("cluster=moon", "slurm")),
         (("--only", "dog/*"), ("dog/*", "cat/ico/0/dci")),
         (("workers=0",), ("workers=0",)),
+        (("--dry-run", "--status"), ("--status", "--dry-run")),
+        (("--dry-run", "--tflops", "-1"), ("-1: expected a number above 0",)),
         (("cluster=slurm",), ("Slurm", "cluster=local")),
     ],
 )
 def test_a_mistake_gets_one_line(config, capfd, monkeypatch, args, words):
     monkeypatch.setenv("PATH", "/nowhere")  # no Slurm, even where there is one
     refused(run_here(capfd, "sweep.py", "--config", config, *args), *words)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["outdir=FILE"], "FILE is not a folder"),
+        (["--ratings", "nope.csv"], "nope.csv"),
+        (["--answers", "nope.csv"], "nope.csv"),
+        (["--report", "FILE"], "FILE is not a folder"),
+        (["device=nowhere"], "device nowhere cannot be used here"),
+        (["device=cuda:99"], "device cuda:99 cannot be used here"),
+        (["device=cuda:99", "--dry-run"], "device cuda:99 cannot be used here"),
+    ],
+)
+def test_what_each_cell_would_fail_by_is_found_before_the_first(config, tmp_path, capfd, given, words):
+    (tmp_path / "file").touch()
+    given, words = [[word.replace("FILE", str(tmp_path / "file")) for word in part] for part in (given, [words])]
+    result = run_here(capfd, "sweep.py", "--config", config, *given)
+    refused(result, *words)
+    assert not result.stdout and not (tmp_path / "trained").exists()
+
+
+def test_options_without_effect_get_a_note(config):
+    with pytest.warns(Note) as notes:
+        run_main("sweep.py", "--config", config, "--status", "--tflops", "3", "--no-wait")
+    assert [str(note.message) for note in notes] == [
+        "--tflops has no effect without --dry-run",
+        "--no-wait has no effect without cluster=slurm",
+    ]
 
 
 @pytest.mark.slow
@@ -244,6 +285,7 @@ def test_a_killed_worker_takes_its_process_along_and_a_second_call_completes(con
 @pytest.mark.slow
 def test_workers_have_a_gpu_each(config, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert sweep(config, "seeds=[0]", "device=cuda", "workers=null") == 0
     trained = (tmp_path / "trained").read_text().splitlines()
     assert {line.split()[-1] for line in trained} == {"3", "5"} and len(trained) == 4

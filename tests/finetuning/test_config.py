@@ -187,6 +187,11 @@ def test_unknown_keys_name_the_nearest_known_one(key, nearest):
     assert str(error.value).endswith(f"did you mean '{nearest}'?")
 
 
+def test_unknown_keys_like_no_other_get_a_list():
+    with pytest.raises(UserError, match="unknown key 'zzz': expected one of name, [^?]*$"):
+        config.build(FinetuneConfig, {}, ["zzz=1"])
+
+
 def test_unknown_keys_in_a_list_of_sections_are_named_too():
     with pytest.raises(UserError, match=r"unknown key 'concepts\[1\].image'; did you mean 'concepts\[1\].images'\?"):
         config.build(FinetuneConfig, {}, ["concepts=[{class_noun: cat, images: a}, {class_noun: car, image: b}]"])

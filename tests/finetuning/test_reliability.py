@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import POSIX, ROOT, ok, refused, run, run_here, run_main
+from helpers import ENVIRONMENT, POSIX, ROOT, ok, refused, run, run_here, run_main
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -380,6 +380,19 @@ def test_one_and_two_processes_have_the_same_loss_curve(tmp_path):
     first, second = (Concept.load(f / "concept.safetensors") for f in (one, two))
     torch.testing.assert_close(second.prefixes, first.prefixes, rtol=1e-4, atol=1e-6)
     assert sorted(f.name for f in two.rglob("*") if f.is_file()) == sorted(f.name for f in one.rglob("*") if f.is_file())
+
+
+@pytest.mark.parametrize("command", [["-m", "dci"], ["dci"]], ids=["module", "installed"])
+def test_the_command_dci_starts_its_other_processes(command, tmp_path):
+    """As a module, and as pip's file of that name."""
+    (tmp_path / "dci").write_text("import sys\nfrom dci.cli.main import main\nsys.exit(main())\n")
+    given = ["train", "--config", str(CONFIG), "--logdir", "logs", *SHORT, "training.steps=2", "training.devices=2"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, *command, *given]
+    result = subprocess.run(program, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ok(result).count("Run folder") == 1
+    (folder,) = (tmp_path / "logs").iterdir()
+    assert list(losses(folder)) == [1, 2]
 
 
 def test_several_concepts_are_learned_together(tmp_path):

@@ -225,7 +225,7 @@ def test_few_steps(name, steps, spacing):
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_numbers_of_steps_are_refused(name, steps):
-    with pytest.raises(UserError, match=f"{steps} sampling steps"):
+    with pytest.raises(UserError, match=f"steps {steps}: expected 1 to"):
         SOLVERS[name](ALPHAS, steps)
 
 
@@ -245,6 +245,8 @@ def test_usual_names_of_solvers(given, found):
     assert solver_name(given) == found
 
 
-def test_an_unknown_solver_names_the_nearest():
-    with pytest.raises(UserError, match="unknown solver 'eular'.*did you mean 'euler'"):
+def test_an_unknown_solver_names_the_nearest_if_one_is_near():
+    with pytest.raises(UserError, match="solver 'eular': expected one of ddim, .*; did you mean 'euler'?"):
         solver_name("eular")
+    with pytest.raises(UserError, match=r"solver 'foo': expected one of ddim, [^;]*$"):
+        solver_name("foo")

@@ -23,6 +23,7 @@ from ldm.errors import UserError
 from ldm.formats import presets
 from ldm.formats.weights import read_safetensors
 from ldm.shipped import find
+from ldm.texts import shell_words
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def import_concept(
     Raises:
         UserError: a file is missing, broken, hostile, of no known kind or of another model, or lacks what is needed.
     """
+    _check_foreign(files)
     opened = [open_file(file) for file in files]
     loaded: list[LatentDiffusion] = []
 
@@ -96,6 +98,19 @@ def import_concept(
     if not concept.base and identify:
         said.append("its base model is not known, and cannot be checked later: give it as model= to have that done")
     return Imported(concept, tuple(said))
+
+
+def _check_foreign(files: Sequence[str | Path]) -> None:
+    """Raise UserError for concept files of ours among the files."""
+    ours = [str(file) for file in files if find(file).is_file() and not is_foreign(file)]
+    if len(ours) > 1:
+        raise UserError(
+            f"{' and '.join(ours)} are concept files, and one is taken at a time: merge them first: "
+            f"dci merge {shell_words(ours)} --out MERGED.safetensors"
+        )
+    if ours:
+        what = "goes with no other program's file: give it alone, and a LoRA as loras=" if len(files) > 1 else ""
+        raise UserError(f"{ours[0]} is a concept file already: {what or 'it needs no import'}")
 
 
 def describe(content: Content) -> str:

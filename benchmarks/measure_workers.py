@@ -76,9 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="measurements with each number of workers (default 3)")
     parser.add_argument("--workers", type=int, default=2, help="compared with one (default 2)")
-    parser.add_argument(
-        "--images", "--pictures", dest="images", type=int, default=32, help="of each of 6 prompts (default 32)"
-    )
+    parser.add_argument("--images", type=int, default=32, help="of each of 6 prompts (default 32)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--out", help="JSON file to write, too")
@@ -93,7 +91,7 @@ def main() -> None:
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "load_before": round(os.getloadavg()[2], 2),
-        "pictures": 6 * options.images,
+        "images": 6 * options.images,
         "steps": options.steps,
         "batch_size": options.batch_size,
         "workers": options.workers,

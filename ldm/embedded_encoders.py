@@ -2,7 +2,7 @@
 
 All three take images (b, 3, h, w) in [-1, 1], RGB; what is not 64 x 64 is resized with antialiasing.
 They were trained on the toy world (`ldm/pretraining/encoders.py`) and know nothing else; how well each
-does on held-out images is in `data/tiny/judges/accuracy.json`.
+does on held-out images is in `data/tiny/encoders/accuracy.json`.
 """
 
 import json
@@ -20,7 +20,7 @@ from ldm.checkpoint import read_safetensors
 from ldm.errors import UserError
 from ldm.shipped import ROOT
 
-ENCODERS = ROOT / "data/tiny/judges"
+ENCODERS = ROOT / "data/tiny/encoders"
 SIZE = 64  # pixels
 PAD, UNKNOWN = 0, 1  # compact token ids before those of the vocabulary
 
@@ -133,7 +133,7 @@ def _read(folder: str | Path, name: str) -> Any:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"no encoder at {file}: expected its configuration (data/tiny/judges has them)") from error
+        raise UserError(f"no encoder at {file}: expected its configuration (data/tiny/encoders has them)") from error
 
 
 def _load(encoder: Encoder, folder: str | Path, name: str) -> Encoder:

@@ -19,9 +19,7 @@ def main() -> None:
     """Generate the images that are still missing, classify all of them, and write the figures."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=positive, default=200, help="prompts taken from all pairs (default 200)")
-    parser.add_argument(
-        "--images", "--pictures", dest="images", type=positive, default=16, help="images of each prompt (default 16)"
-    )
+    parser.add_argument("--images", type=positive, default=16, help="images of each prompt (default 16)")
     parser.add_argument("--scale", type=number, default=5.0, help="guidance (default 5)")
     parser.add_argument("--steps", type=positive, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--seed", type=seed, default=0)
@@ -66,9 +64,9 @@ def main() -> None:
         "psnr_interval": [round(end, 2) for end in (given_back.low, given_back.high)],
     }
     result |= classify(classifier, prompts, images)
-    result |= {"pictures": len(images), "guidance": args.scale, "steps": args.steps, "seed": args.seed}
+    result |= {"images": len(images), "guidance": args.scale, "steps": args.steps, "seed": args.seed}
     result["precision"] = args.precision
-    result["classifier_on_rendered_pictures"] = json.loads((ENCODERS / "accuracy.json").read_text())["classifier"]
+    result["classifier_on_rendered_images"] = json.loads((ENCODERS / "accuracy.json").read_text())["classifier"]
     write(outdir, result, prompts, images, args.images)
 
 
@@ -91,8 +89,8 @@ def write(outdir: Path, result: dict, prompts: list, images, each: int) -> None:
 
 def report(result: dict, prompts: int) -> str:
     """Return the figures as Markdown."""
-    own, (low, high) = result["classifier_on_rendered_pictures"], result["psnr_interval"]
-    each = result["pictures"] // prompts
+    own, (low, high) = result["classifier_on_rendered_images"], result["psnr_interval"]
+    each = result["images"] // prompts
     lines = [
         "# The base model, evaluated",
         "",
@@ -101,9 +99,9 @@ def report(result: dict, prompts: int) -> str:
         f"--steps {result['steps']} --seed {result['seed']} --precision {result['precision']}",
         "```",
         "",
-        f'{result["pictures"]} images of {prompts} prompts "a <noun> <place>" generated with seed {result["seed"]};',
+        f'{result["images"]} images of {prompts} prompts "a <noun> <place>" generated with seed {result["seed"]};',
         f"guidance {result['guidance']:g}, {result['steps']} DDIM steps, {result['precision']}. Scored by the classifier of",
-        f"`data/tiny/judges`, which on rendered images is right about {own['place']:.1%} of places",
+        f"`data/tiny/encoders`, which on rendered images is right about {own['place']:.1%} of places",
         f"and {own['noun']:.1%} of nouns.",
         "",
         "| | right | 95 % interval |",

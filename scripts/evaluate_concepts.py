@@ -78,9 +78,9 @@ def taught(args, method: str, name: str, noun: str):
         prompts = [f"a V* {noun} {phrase}" for phrase in phrases for _ in range(args.n_samples)]
         images = sampled(args, concept, prompts)
         partial = file.with_suffix(".partial")
-        save_file({"pictures": ((images + 1) * 127.5).round().to(torch.uint8)}, partial)
+        save_file({"images": ((images + 1) * 127.5).round().to(torch.uint8)}, partial)
         partial.rename(file)
-    return load_file(file)["pictures"]
+    return load_file(file)["images"]
 
 
 def training_config(args, method: str, name: str, noun: str):
@@ -155,7 +155,7 @@ def recognised(images, name: str, gallery: dict) -> dict[str, float | int]:
         "right_drawing": (likeness.argmax(-1) == own).float().mean().item(),
         "place_right": (places == asked).float().mean().item(),
         "likeness": likeness[:, own].mean().item(),
-        "pictures": len(x),
+        "images": len(x),
     }
 
 

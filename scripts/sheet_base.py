@@ -13,7 +13,7 @@ def main() -> None:
     """Generate an image for each prompt, and save all of them as one captioned sheet."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=image_file, required=True, help="the sheet's file")
-    parser.add_argument("--images", "--pictures", dest="images", type=positive, default=48)
+    parser.add_argument("--images", type=positive, default=48)
     parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--steps", type=positive, help="solver steps (default: the model's)")
     parser.add_argument("--model", default=str(TINY))

@@ -10,7 +10,7 @@ import gradio as gr
 from dci.app import markup
 from dci.app.draw_tab import failed, waits
 from dci.app.events import at_once, private
-from dci.app.grid import Grid, Judges, plane, sample_grid, values
+from dci.app.grid import Grid, PlaneEncoders, plane, sample_grid, values
 from dci.app.running import Running
 from dci.app.shelf import Shelf
 from dci.app.studio import Studio
@@ -28,7 +28,9 @@ class CompareTab:
 
     def __init__(self, studio: Studio, shelf: Shelf, encoders: tuple[str, str]):
         self.studio, self.shelf, self.running = studio, shelf, Running()
-        self.judges = functools.lru_cache(maxsize=1)(lambda model: Judges.load(encoders, model, studio.weights.device))
+        self.encoders = functools.lru_cache(maxsize=1)(
+            lambda model: PlaneEncoders.load(encoders, model, studio.weights.device)
+        )
         self.pressed = gr.Number(visible=False)  # the browser sends along which press it was
         choices = shelf.choices()
         with gr.Row(equal_height=False):
@@ -105,7 +107,7 @@ class CompareTab:
 
     def _plane(self, grid: Grid, wanted: Wanted, ready: Any) -> str:
         try:
-            svg = plane(grid, wanted, ready, self.judges(ready.pipeline.model.config.name))
+            svg = plane(grid, wanted, ready, self.encoders(ready.pipeline.model.config.name))
         except UserError as error:
             return markup.note(str(error))
         words = "Up: more like the concept. Right: more like the prompt. Numbers beside points are lambda."

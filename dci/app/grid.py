@@ -129,14 +129,14 @@ def _prepared(ready: Ready, wanted: Wanted, setting: tuple[float, float] | None)
 
 
 @dataclass(frozen=True)
-class Judges:
+class PlaneEncoders:
     """Encoders of the two axes."""
 
     clip: Encoder
     instance: Encoder
 
     @staticmethod
-    def load(names: tuple[str, str], model: str, device: str) -> "Judges":
+    def load(names: tuple[str, str], model: str, device: str) -> "PlaneEncoders":
         """Load encoders by their names, the embedded ones for the embedded model alone.
 
         Raises:
@@ -147,23 +147,23 @@ class Judges:
                 f"the plane needs encoders that know what '{model}' generates: start the page with --clip "
                 "open_clip:ViT-B-32/openai --instance timm:vit_small_patch16_224.dino"
             )
-        return Judges(load_encoder(names[0], "clip", device), load_encoder(names[1], "instance", device))
+        return PlaneEncoders(load_encoder(names[0], "clip", device), load_encoder(names[1], "instance", device))
 
 
-def plane(grid: Grid, wanted: Wanted, ready: Ready, judges: Judges) -> str:
+def plane(grid: Grid, wanted: Wanted, ready: Ready, encoders: PlaneEncoders) -> str:
     """Return the fidelity-editability plane of a grid's images as SVG.
 
     Raises:
         UserError: the concept's reference images are not there.
     """
     text = parse_prompt(wanted.prompt, ready.concept.names).auxiliary  # the prompt without the learned words
-    references = judges.instance.image_features([read_image(file) for file in _references(ready.concept.trained_on)])
+    references = encoders.instance.image_features([read_image(file) for file in _references(ready.concept.trained_on)])
     named = [("plain", "plain", grid.plain_image())]
     named += [(f"T_a {t:g} {v:g}", f"T_a {t:g}", grid.images[t, v]) for t in grid.times for v in grid.lambdas]
     images = [image for _, _, image in named]
-    texts = judges.clip.text_features([text]).expand(len(images), -1)
-    editability = text_scores(judges.clip.image_features(images), texts)
-    fidelity = image_scores(judges.instance.image_features(images), references)
+    texts = encoders.clip.text_features([text]).expand(len(images), -1)
+    editability = text_scores(encoders.clip.image_features(images), texts)
+    fidelity = image_scores(encoders.instance.image_features(images), references)
     runs = []
     for (name, series, _), x, y in zip(named, editability.tolist(), fidelity.tolist(), strict=True):
         row = ImageScore(name, wanted.prompt, text, f"{wanted.seed}:0", {CLIP_T: x, DINO_I: y})

@@ -41,7 +41,7 @@ def arguments():
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
     parser.add_argument("--title", default="Fidelity and editability")
-    parser.add_argument("--ratings", metavar="CSV", help="the report's pictures.csv with further columns of numbers")
+    parser.add_argument("--ratings", metavar="CSV", help="the report's images.csv with further columns of numbers")
     parser.add_argument("--answers", metavar="CSV", help="what people answered, as dci rate writes it")
 
     group = parser.add_argument_group(

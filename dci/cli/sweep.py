@@ -37,7 +37,7 @@ def arguments():
     parser.add_argument("--no-wait", action="store_true", help="slurm: leave when the jobs are in the queue")
     parser.add_argument("--choose", action="store_true", help="find which variant of each method is best")
     parser.add_argument("--report", help="folder of the report (default: report/ in the grid's folder)")
-    parser.add_argument("--ratings", metavar="CSV", help="for the report: its pictures.csv with further columns of numbers")
+    parser.add_argument("--ratings", metavar="CSV", help="for the report: its images.csv with further columns of numbers")
     parser.add_argument("--answers", metavar="CSV", help="for the report: what people answered, as dci rate writes it")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="such as workers=2 n_samples=4")
     return parser.parse_args()

@@ -17,7 +17,7 @@ from ldm.errors import UserError
 THING, PROMPT = "thing", "prompt"
 QUESTIONS = {THING: "Which is more the thing above?", PROMPT: "Which obeys the text more?"}
 LEFT, RIGHT, NEITHER = SIDES = ("left", "right", "neither")
-JUDGED_BY = {THING: (DINO_I, CLIP_I), PROMPT: (CLIP_T, NOUN, PLACE)}
+METRICS_OF = {THING: (DINO_I, CLIP_I), PROMPT: (CLIP_T, NOUN, PLACE)}
 """Question -> the metrics that answer it, too; ratings are held against both."""
 
 
@@ -125,7 +125,7 @@ def agreements(runs: Sequence[RunScores], answers: Iterable[Answer]) -> list[Agr
             decided.append((answer, left, right))
     found = []
     for question in QUESTIONS:
-        for metric in (*(name for name in JUDGED_BY[question] if name in metrics), *ratings):
+        for metric in (*(name for name in METRICS_OF[question] if name in metrics), *ratings):
             asked = (each for each in decided if each[0].question == question)
             some = [each for each in asked if metric in each[1].values and metric in each[2].values]
             if some:

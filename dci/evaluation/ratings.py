@@ -23,7 +23,7 @@ def with_ratings(runs: Sequence[RunScores], file: str | Path) -> list[RunScores]
     """Return the runs with the ratings of a CSV among their scores, each with its mean and interval.
 
     Args:
-        file: a report's `pictures.csv` with further columns of numbers, or any table with the columns `file` and, where
+        file: a report's `images.csv` with further columns of numbers, or any table with the columns `file` and, where
             a file's name is not enough, `run`; empty cells are no ratings.
 
     Raises:
@@ -48,7 +48,7 @@ def check_rated(ratings: Ratings, images: Iterable[tuple[str, str]], file: str |
         if (run, place) not in known:
             raise UserError(
                 f"{file} rates {place} of {f'run {run}' if run else 'any run'}, which the report does not show: "
-                "take its pictures.csv, and add columns"
+                "take its images.csv, and add columns"
             )
 
 
@@ -65,7 +65,7 @@ def read_ratings(file: str | Path) -> Ratings:
         raise UserError(f"{file} is not UTF-8 text: save it as UTF-8") from error
     columns = [name for name in header if name not in _OWN]
     if "file" not in header or not columns:
-        raise UserError(f"{file}: expected a column 'file' and columns of ratings, as in a report's pictures.csv")
+        raise UserError(f"{file}: expected a column 'file' and columns of ratings, as in a report's images.csv")
     if len(set(header)) < len(header):
         raise UserError(f"{file}: expected columns of different names, and it has {', '.join(header)}")
     ratings: Ratings = {}

@@ -27,7 +27,7 @@ from ldm.errors import UserError
 from ldm.images import read_image
 from ldm.texts import readable
 
-PAGE, TEXT, SUMMARY, IMAGES = "report.html", "report.md", "summary.csv", "pictures.csv"
+PAGE, TEXT, SUMMARY, IMAGES = "report.html", "report.md", "summary.csv", "images.csv"
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 _SIDE = 192  # pixels of the longer side of an image on the page
 _SHARE = {"noun", "place"}  # metrics shown in per cent
@@ -42,7 +42,7 @@ def write_report(
     max_images: int = 160,
     answers: Sequence[Answer] = (),
 ) -> Path:
-    """Write `report.html`, `report.md`, `scores.json`, `summary.csv` and `pictures.csv`.
+    """Write `report.html`, `report.md`, `scores.json`, `summary.csv` and `images.csv`.
 
     Args:
         runs: rows of the tables, one or more; differences are to the first.

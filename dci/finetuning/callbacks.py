@@ -191,7 +191,7 @@ class CheckpointCallback(pl.Callback):
             "base": module.base,
             "model": module.model_digest,
             "config": json.dumps(dataclasses.asdict(self.config)),
-            "pictures": self.images,
+            "images": self.images,
             "weights": {name: p.detach().cpu() for name, p in module.trained().items()},
             "reached": module.reached,
             "optimizer": trainer.optimizers[0].state_dict(),

@@ -137,7 +137,7 @@ class FinetuneConfig:
 
 
 @dataclass
-class Subject:
+class LearnedConcept:
     """A concept that a run learns, with the defaults that other options give filled in."""
 
     class_noun: str
@@ -146,7 +146,7 @@ class Subject:
     regularization: str | None
 
 
-def concepts_of(config: FinetuneConfig) -> list[Subject]:
+def concepts_of(config: FinetuneConfig) -> list[LearnedConcept]:
     """Return the concepts that a run learns, one or several.
 
     Raises:
@@ -157,7 +157,7 @@ def concepts_of(config: FinetuneConfig) -> list[Subject]:
         if not entry.class_noun or entry.initial_words is None:
             name = f"concepts[{number}].class_noun" if config.concepts else "concept.class_noun"
             raise UserError(f"{name} must be given: the ordinary word for the concept, such as dog")
-        subjects.append(Subject(entry.class_noun, entry.initial_words, entry.images, entry.regularization))
+        subjects.append(LearnedConcept(entry.class_noun, entry.initial_words, entry.images, entry.regularization))
     return subjects
 
 

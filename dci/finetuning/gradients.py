@@ -26,7 +26,7 @@ class GradientSum:
         self.parameters, self.dtype = parameters, dtype
         self.sums: list[Tensor | None] = [None] * len(parameters)
 
-    def take(self) -> None:
+    def accumulate(self) -> None:
         """Add the gradients that a backward pass has left, and take them away."""
         for i, parameter in enumerate(self.parameters):
             if parameter.grad is not None:
@@ -35,7 +35,7 @@ class GradientSum:
                 self.sums[i] = gradient if total is None else total.add_(gradient)
                 parameter.grad = None
 
-    def give(self, parts: int) -> None:
+    def write_mean(self, parts: int) -> None:
         """Put the mean over all parts, of all processes, into the parameters, and begin anew.
 
         A parameter that no part of any process has used gets no gradient.

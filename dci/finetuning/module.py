@@ -16,7 +16,7 @@ from dci.finetuning.gradients import GradientSum, sum_over_processes
 from dci.finetuning.learned_prompts import LearnedTokens, initial_contexts
 from dci.finetuning.low_rank_training import LowRankChanges
 from dci.finetuning.masks import masked_mse
-from dci.finetuning.precision import shrink_frozen
+from dci.finetuning.precision import cast_frozen_weights
 from ldm import attention, checkpoint
 from ldm.autoencoder import Posterior
 from ldm.conditioning import Conditioning, concatenated
@@ -100,7 +100,7 @@ class ICOTraining(pl.LightningModule):
     def prepare(self) -> None:
         """Arrange the networks for speed and memory; the images are encoded before."""
         training, model = self.config.training, self.model
-        shrink_frozen(model, training.precision)
+        cast_frozen_weights(model, training.precision)
         model.unet.checkpointing = training.gradient_checkpointing
         if training.channels_last:
             model.unet.to(memory_format=torch.channels_last)
@@ -128,14 +128,14 @@ class ICOTraining(pl.LightningModule):
             loss = part.share * self.loss(part)
             if loss.requires_grad:  # regularization images alone reach nothing in a frozen UNet
                 self.manual_backward(loss)
-            gradients.take()
+            gradients.accumulate()
             total += loss.item()
         number = round(sum(part.share for part in parts)) * self.trainer.world_size  # of micro-batches
         # Every process sees the loss of all, so all stop together, before the optimizer has used it.
         self.step_loss = sum_over_processes(total, self.device) / number
         if not math.isfinite(self.step_loss):
             raise UserError(f"the loss is {self.step_loss} at step {self.steps_done + 1}")
-        gradients.give(number)
+        gradients.write_mean(number)
         if self.learned.modifiers.grad is not None:
             self.reached |= (self.learned.modifiers.grad != 0).any(dim=1).cpu()
         optimizer.step()

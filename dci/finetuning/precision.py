@@ -40,7 +40,7 @@ def check_device(precision: str, device: torch.device) -> None:
     warn_of_emulation(_DTYPES[lightning_name(precision)], device)
 
 
-def shrink_frozen(model: LatentDiffusion, precision: str) -> None:
+def cast_frozen_weights(model: LatentDiffusion, precision: str) -> None:
     """Keep the frozen weights of linear and convolution layers in the format they are computed in.
 
     Casting them once spares the cast in every step, and half the memory. Norms and embeddings are

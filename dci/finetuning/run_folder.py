@@ -78,7 +78,7 @@ class Run:
             return
         if self.state["base"] != base or self.state.get("model", model) != model:
             raise UserError(f"{self.folder} was trained on another base model: give its own with model= and checkpoint=")
-        if self.state["pictures"] != images:
+        if self.state.get("images", self.state.get("pictures")) != images:  # version 0.1 said pictures
             raise UserError(
                 f"the images or captions have changed since {self.folder} was begun: "
                 "put the old ones back, or start a new run"

@@ -29,7 +29,7 @@ def classifier_accuracy(encoder: Classifier, world: RenderedWorld) -> dict[str, 
     nouns, places = logits.split([len(encoder.nouns), len(encoder.places)], dim=-1)
     right = [encoder.nouns[i] == noun for i, noun in zip(nouns.argmax(-1), world.nouns, strict=True) if noun]
     placed = [encoder.places[i] == (place or "plain") for i, place in zip(places.argmax(-1), world.places, strict=True)]
-    return {"noun": float(np.mean(right)), "place": float(np.mean(placed)), "pictures": len(placed)}
+    return {"noun": float(np.mean(right)), "place": float(np.mean(placed)), "images": len(placed)}
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def clip_accuracy(encoder: WorldCLIP, world: RenderedWorld, nouns: list[str], se
         "place": np.mean(place_right),
         "caption_of_100": np.mean(found),
     }
-    return {name: float(value) for name, value in means.items()} | {"pictures": len(world.captions)}
+    return {name: float(value) for name, value in means.items()} | {"images": len(world.captions)}
 
 
 @torch.inference_mode()

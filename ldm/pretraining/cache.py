@@ -33,7 +33,7 @@ class RenderedWorld:
 
 def rendered_world(config: WorldConfig, cache: Path, artwork: Path) -> RenderedWorld:
     """Return the world's images; they are rendered at the first call and read from `cache` afterwards."""
-    stem = f"world-{config.seed}-{config.pictures}-{world_digest(config, artwork)}"
+    stem = f"world-{config.seed}-{config.images}-{world_digest(config, artwork)}"
     images, captions = cache / f"{stem}.npy", cache / f"{stem}.json"
     if not captions.is_file():
         cache.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def rendered_world(config: WorldConfig, cache: Path, artwork: Path) -> RenderedW
 
 def held_out_world(config: PretrainConfig, root: Path) -> RenderedWorld:
     """Return images of another world seed, which nothing is trained on."""
-    world = dataclasses.replace(config.world, seed=HELD_OUT_SEED, pictures=HELD_OUT_IMAGES)
+    world = dataclasses.replace(config.world, seed=HELD_OUT_SEED, images=HELD_OUT_IMAGES)
     return rendered_world(world, root / config.cache, root / world.artwork)
 
 
@@ -58,9 +58,9 @@ def world_digest(config: WorldConfig, artwork: Path) -> str:
 
 
 def _render_all(config: WorldConfig, artwork: Path, images: Path, captions: Path) -> None:
-    starts = range(0, config.pictures, CHUNK)
-    tasks = [(artwork, config.wide, config.seed, start, min(start + CHUNK, config.pictures)) for start in starts]
-    out = np.lib.format.open_memmap(images, "w+", np.uint8, (config.pictures, 64, 64, 3))
+    starts = range(0, config.images, CHUNK)
+    tasks = [(artwork, config.wide, config.seed, start, min(start + CHUNK, config.images)) for start in starts]
+    out = np.lib.format.open_memmap(images, "w+", np.uint8, (config.images, 64, 64, 3))
     labels_of_all: dict[str, list] = {"captions": [], "nouns": [], "places": []}
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         results = pool.imap(_render_chunk, tasks)

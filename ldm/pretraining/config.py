@@ -9,7 +9,7 @@ class WorldConfig:
 
     artwork: str = ".artwork"  # where scripts/fetch_artwork.sh put the sprites
     seed: int = 0
-    pictures: int = 100_000
+    images: int = 100_000
     wide: bool = False  # beside the 64 nouns, in half of the subjects, every drawn thing of the two packages
 
 
@@ -21,7 +21,7 @@ class PretrainConfig:
     part: str = "vae"  # vae, diffusion (UNet and text transformer together), clip, instance, classifier
     model: str = "configs/model/tiny.yaml"  # shapes, and where the weights go (its checkpoint folder)
     cache: str = ".pretraining"  # rendered images, latents, and checkpoints to resume from
-    judges: str = "data/tiny/judges"  # where the weights of clip, instance and classifier go
+    encoders: str = "data/tiny/encoders"  # where the weights of clip, instance and classifier go
     warm_start: bool = False  # begin with the present weights
     world: WorldConfig = field(default_factory=WorldConfig)
     seed: int = 0

@@ -64,12 +64,12 @@ def generate_images(
         rows = list(range(start, min(start + batch_size, total)))
         file = folder and folder / f"{start:06}-{len(rows)}.safetensors"
         if file and file.is_file():
-            generated.append(load_file(file)["pictures"])
+            generated.append(load_file(file)["images"])
         else:
             pixels = text_to_image(model, [prompts[row // images] for row in rows], rows, options)
             generated.append(((pixels + 1) * 127.5).round().byte().cpu())
             if file:
-                save_weights({"pictures": generated[-1]}, file)
+                save_weights({"images": generated[-1]}, file)
         progress(len(rows))
     return torch.cat(generated)
 

@@ -62,17 +62,17 @@ def round_trips(autoencoder: AutoencoderKL, images: np.ndarray, file: Path) -> n
 def pretrain_encoder(
     config: PretrainConfig, model: LatentDiffusion, world: RenderedWorld, root: Path, finish: Finish
 ) -> None:
-    """Train (or restore) the encoder `config.part`, measure it, and write its files into `config.judges`."""
+    """Train (or restore) the encoder `config.part`, measure it, and write its files into `config.encoders`."""
     module, dataset, measure = {"clip": _clip, "classifier": _classifier, "instance": _instance}[config.part](
         config, model, world, root
     )
     if config.warm_start:
-        warm_start(module.network, root / config.judges, config.part)
+        warm_start(module.network, root / config.encoders, config.part)
         module.averaged().load_state_dict(module.network.state_dict())
     finish(module, dataset, root / config.cache / config.name)
     encoder = module.averaged().eval().requires_grad_(False)
-    save_encoder(encoder, module.network.config, root / config.judges, config.part)
-    file = root / config.judges / "accuracy.json"
+    save_encoder(encoder, module.network.config, root / config.encoders, config.part)
+    file = root / config.encoders / "accuracy.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
     before = record.get(config.part, {}).get("samples", 0) if config.warm_start else 0
     accuracy = measure(encoder) | {"samples": before + module.samples_seen}

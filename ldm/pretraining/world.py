@@ -34,7 +34,7 @@ class LabelledImage:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Figure:
     """A sprite and how the caption calls it."""
 
     noun: str
@@ -78,7 +78,7 @@ def render(artwork: Artwork, seed: int, index: int) -> LabelledImage:
     return LabelledImage(image.reduce(2), caption(described, phrase, rng, openings), first.noun, place)
 
 
-def _subject(artwork: Artwork, rng: Generator) -> Subject:
+def _subject(artwork: Artwork, rng: Generator) -> Figure:
     """Choose a noun, or another thing of the wide world, one of its depictions and, at times, a colour or two."""
     names = artwork.others if artwork.others and rng.random() < 0.5 else artwork.sprites
     noun = list(names)[rng.integers(len(names))]
@@ -86,15 +86,15 @@ def _subject(artwork: Artwork, rng: Generator) -> Subject:
     if artwork.others:
         sprite = sprite.rotate(rng.normal(0, 8), Image.Resampling.BICUBIC, expand=True)
         if noun.split()[0] in COLOURS:
-            return Subject(noun, sprite, noun)
+            return Figure(noun, sprite, noun)
         if rng.random() < 0.1:
             first, second = rng.permutation(list(COLOURS))[:2]
             colours = melting(sprite.size, COLOURS[first], COLOURS[second], rng)
-            return Subject(noun, colourise(sprite, colours), f"{first} and {second} {noun}")
+            return Figure(noun, colourise(sprite, colours), f"{first} and {second} {noun}")
     if rng.random() >= 0.3:
-        return Subject(noun, sprite, noun)
+        return Figure(noun, sprite, noun)
     colour = list(COLOURS)[rng.integers(len(COLOURS))]
-    return Subject(noun, colourise(sprite, COLOURS[colour]), f"{colour} {noun}")
+    return Figure(noun, colourise(sprite, COLOURS[colour]), f"{colour} {noun}")
 
 
 def paste(

@@ -31,7 +31,7 @@ def test_a_concept_is_learned_recognised_and_not_learned_twice(tmp_path):
         run_main("evaluate_concepts.py", *options)
     assert json.loads((tmp_path / "found.json").read_text()) == first
     found = first["concepts"]["ico-tiny"]["teddy"]
-    assert found["pictures"] == 16 and first["means"]["ico-tiny"]["place_right"] == found["place_right"]
+    assert found["images"] == 16 and first["means"]["ico-tiny"]["place_right"] == found["place_right"]
     assert Image.open(tmp_path / "found-ico-tiny.png").width > 18 * 64
 
 

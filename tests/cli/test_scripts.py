@@ -151,7 +151,7 @@ def test_sheets(tmp_path):
     sheet = tmp_path / "sheet.png"
     run_main("contact_sheet.py", tmp_path, "--columns", 2, "--scale", 3, "--out", sheet)
     assert pixels(sheet).shape == (54, 66, 3)
-    run_main("sheet_base.py", "--pictures", 2, "--steps", 2, "--out", sheet)
+    run_main("sheet_base.py", "--images", 2, "--steps", 2, "--out", sheet)
     assert pixels(sheet).shape[:2] == (142, 1052)
 
 

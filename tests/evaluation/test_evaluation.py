@@ -374,7 +374,7 @@ def test_the_program_writes_a_report_that_needs_no_network(tmp_path, capfd):
     assert not re.search(r"url\((?!#)", html)
     assert "Cats &amp; &lt;others&gt;" in html
     assert "first &lt;run&gt;" in html
-    with open(out / "pictures.csv", newline="") as file:
+    with open(out / "images.csv", newline="") as file:
         images = list(csv.DictReader(file))
     assert len(images) == 8
     with open(out / "summary.csv", newline="") as file:

@@ -143,7 +143,7 @@ def test_a_resumed_run_keeps_its_images(whole, capfd):
     content = checkpoint.read_bytes()
     try:
         state = read_checkpoint(checkpoint)
-        torch.save({**state, "pictures": "others"}, checkpoint)
+        torch.save({**state, "images": "others"}, checkpoint)
         result = run_here(capfd, "train_ico.py", "--resume", whole, "--device", "cpu", "training.steps=7")
         assert result.returncode == 2
         assert "error: the images or captions have changed" in result.stderr
@@ -221,7 +221,7 @@ def test_several_processes_share_the_seed_that_one_has_chosen(monkeypatch):
 def test_a_broken_checkpoint_is_passed_over(whole, tmp_path, capfd):
     checkpoints = Checkpoints(tmp_path, 3)
     for step in (1, 2):
-        checkpoints.save(step, {"pictures": ""})
+        checkpoints.save(step, {"images": ""})
     (tmp_path / "step-000003.ckpt").write_bytes(b"half")
     with pytest.raises(UserError, match="step-000003.ckpt is not a whole checkpoint"):
         read_checkpoint(tmp_path / "step-000003.ckpt")

@@ -27,7 +27,7 @@ from dci.finetuning.dataset import REGULARIZATION, BatchSlot, ConceptDataset
 from dci.finetuning.gradients import GradientSum
 from dci.finetuning.images import read_references
 from dci.finetuning.module import ICOTraining
-from dci.finetuning.precision import shrink_frozen
+from dci.finetuning.precision import cast_frozen_weights
 from ldm import config as configuration
 from ldm.buckets import buckets, nearest_bucket
 from ldm.checkpoint import load_model
@@ -330,9 +330,9 @@ def test_sums_in_single_precision():
         sums = GradientSum([parameter], dtype)
         for value in (1.0, 2.0):
             parameter.grad = torch.full((2,), value)
-            sums.take()
+            sums.accumulate()
             assert sums.sums[0].dtype == dtype
-        sums.give(2)
+        sums.write_mean(2)
         assert parameter.grad.tolist() == [1.5, 1.5]
 
 
@@ -361,7 +361,7 @@ def test_a_step_of_low_rank_leaves_most_of_24_gb_to_activations():
     """Weights, and what is trained with its gradients and Adam's two moments; on meta tensors."""
     with torch.device("meta"):
         model = LatentDiffusion(presets.sdxl()).requires_grad_(False)
-    shrink_frozen(model, "bf16")
+    cast_frozen_weights(model, "bf16")
     frozen = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     matrices = [p.shape for n, p in model.named_parameters() if n.endswith(KEYS_VALUES)]
     trained = 4 * sum(4 * 16 * (rows + columns) for rows, columns in matrices)

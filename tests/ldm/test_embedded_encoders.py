@@ -354,7 +354,7 @@ def test_the_page_of_the_base_model_is_that_of_its_figures(monkeypatch):
 @pytest.mark.slow
 def test_the_base_model_is_evaluated(tmp_path):
     places = ("--outdir", tmp_path, "--cache", tmp_path / "cache")
-    options = ("--prompts", 2, "--pictures", 2, "--steps", 2, "--device", "cpu", *places)
+    options = ("--prompts", 2, "--images", 2, "--steps", 2, "--device", "cpu", *places)
     run_main("evaluate_base.py", *options)
     first = (tmp_path / "base-evaluation.json").read_text()
     with pytest.MonkeyPatch.context() as patch:
@@ -362,7 +362,7 @@ def test_the_base_model_is_evaluated(tmp_path):
         run_main("evaluate_base.py", *options)
     assert (tmp_path / "base-evaluation.json").read_text() == first
     result = json.loads((tmp_path / "base-evaluation.json").read_text())
-    assert result["pictures"] == 4
+    assert result["images"] == 4
     assert 25 < result["psnr"] < 35
     assert f"{result['place_right']:.1%}" in (tmp_path / "base-evaluation.md").read_text()
     assert Image.open(tmp_path / "base-evaluation.png").width > 128

@@ -113,7 +113,7 @@ def test_rendered_images_come_from_the_cache(tmp_path, artwork, monkeypatch):
     """The cached images are those that `render` draws, with their labels; a second call draws nothing."""
     monkeypatch.setattr(cache, "load_artwork", lambda folder, wide: artwork)
     monkeypatch.setattr(cache.multiprocessing, "get_context", lambda method: SimpleNamespace(Pool=ThreadPool))
-    config = WorldConfig(seed=5, pictures=30)
+    config = WorldConfig(seed=5, images=30)
     world = cache.rendered_world(config, tmp_path, tmp_path)
     for i, item in enumerate(render(artwork, 5, i) for i in range(30)):
         assert np.array_equal(world.images[i], np.asarray(item.image))

@@ -61,6 +61,7 @@ def files(tiny_base, finetuned, tmp_path_factory):
     ramp = np.linspace(0, 255, 64).astype(np.uint8)
     colours = np.dstack([ramp[None].repeat(64, 0), ramp[:, None].repeat(64, 1), np.full((64, 64), 90, np.uint8)])
     Image.fromarray(colours).save(folder / "init.png")
+    Image.new("RGB", (64, 64), "red").save(folder / "red.png")
     Image.fromarray((np.arange(64) < 40)[None].repeat(64, 0)).save(folder / "mask.png")
     (folder / "prompts.txt").write_text("a V* cat on the beach\n")
     (folder / "others.txt").write_text("a V* cat on the beach\na dog\n")
@@ -171,7 +172,7 @@ def test_lists_of_values_and_values_that_are_lists(files, tmp_path):
         ("prompts=others.txt", "'a dog' does not name the concept"),
         ("sampling={strength: 0.5}", "strength needs an image to start from"),
         ("sampling={mask: mask.png}", "mask needs an image to start from"),
-        ("sampling={init_image: init.png, mask: init.png}", "init.png is no mask"),
+        ("sampling={init_image: init.png, mask: red.png}", "red.png is no mask"),
         ("sampling={init_image: init.png, strength: 1.5}", "strength=1.5: expected 0"),
         ("sampling={init_image: none.png}", "none.png: no such file"),
         ("sampling={vae: none.safetensors}", "none.safetensors: no such file"),

@@ -248,7 +248,8 @@ def test_concepts_are_inspected_compressed_and_merged(learned, xl):
         f"<new{len(learned.modifiers)}>, encoder 2",
     ]
     assert compress(learned, xl, rank=1).concept.low_rank
-    merged = merge([learned, learned], xl, ["a dog in the snow", "a car"], "photo of a {}", lambda _: None)
+    other = dataclasses.replace(learned, modifiers=learned.modifiers + 0.01)
+    merged = merge([learned, other], xl, ["a dog in the snow", "a car"], "photo of a {}", lambda _: None)
     assert merged.kept < 1e-2 and merged.concept.modifiers.shape == (2 * len(learned.modifiers), 96)
 
 

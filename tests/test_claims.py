@@ -19,7 +19,7 @@ from ldm.pretraining.concepts import STUDY_CONCEPTS
 PAGES = [
     file for file in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "<!-- numbers:" in file.read_text()
 ]
-EFFECT = r"(?<![\w.])[+−-]\d*\.\d+|\d\.\d % |\d pp"
+EFFECT = r"(?<![\w.])[+−-]\d*\.\d+|\d\.\d ?%|\d pp"
 """A difference or a share as these pages write them."""
 
 

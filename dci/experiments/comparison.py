@@ -1,5 +1,6 @@
 """A suite's report besides the tables: verdicts on which run is better, and sheets of images."""
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -123,5 +124,11 @@ def sheet(points: Sequence[GridPoint], columns: int = 10, width: int = 128) -> I
 
 def _label(text: str, width: int) -> Image.Image:
     tile = Image.new("RGB", (width, width), "white")
-    ImageDraw.Draw(tile).multiline_text((4, width // 2), text, fill="black", font_size=width // 10, anchor="lm")
+    draw, size, indent = ImageDraw.Draw(tile), width // 10, 4
+    lines = [""]
+    for part in re.findall(r"\n|[^\n=,_-]*[=,_-]*", text):  # may be broken behind each of = , _ and -
+        if part == "\n" or draw.textlength(lines[-1] + part, font_size=size) > width - indent:
+            lines.append("")
+        lines[-1] += part.strip("\n")
+    draw.multiline_text((indent, width // 2), "\n".join(filter(None, lines)), fill="black", font_size=size, anchor="lm")
     return tile

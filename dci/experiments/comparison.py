@@ -127,7 +127,7 @@ def _label(text: str, width: int) -> Image.Image:
     draw, size, indent = ImageDraw.Draw(tile), width // 10, 4
     lines = [""]
     for part in re.findall(r"\n|[^\n=,_-]*[=,_-]*", text):  # may be broken behind each of = , _ and -
-        if part == "\n" or draw.textlength(lines[-1] + part, font_size=size) > width - indent:
+        if part == "\n" or draw.textlength(lines[-1] + part, font_size=size) > width - 2 * indent:
             lines.append("")
         lines[-1] += part.strip("\n")
     draw.multiline_text((indent, width // 2), "\n".join(filter(None, lines)), fill="black", font_size=size, anchor="lm")

@@ -113,8 +113,9 @@ def test_the_tiny_suites_have_what_was_chosen(tmp_path):
         assert set(choice["training"]) <= set(method.training), method.name
         assert method.sampling["dci"] == choice["sampling"], method.name
     ablations = load_suite(SUITES / "tiny-ablations.yaml", [f"outdir={tmp_path}"])
-    assert set(chosen["ico"]["training"]) <= set(ablations.methods[0].training)
-    assert {s.name: s.sampling for s in ablations.settings}["dci"] == chosen["ico"]["sampling"]
+    for method in ablations.methods:
+        assert set(chosen[method.name]["training"]) <= set(method.training), method.name
+        assert {s.name: s.sampling for s in ablations.settings}["dci"] == chosen[method.name]["sampling"]
 
 
 @pytest.mark.slow

@@ -73,7 +73,9 @@ def test_the_tiny_suite_asks_for_more_than_a_place():
 
 @pytest.mark.slow
 def test_a_tenth_of_the_tiny_suite(tmp_path):
-    (line,) = re.findall(r"compare\.py --config configs/eval/tiny.yaml (name=.+)", (SUITES / "tiny.yaml").read_text())
+    (line,) = re.findall(
+        r"compare\.py --config configs/eval/tiny.yaml (name=tiny-tenth .+)", (SUITES / "tiny.yaml").read_text()
+    )
     tenth = grid_points(load_suite(SUITES / "tiny.yaml", [*line.split(), f"outdir={tmp_path}"]))
     whole = grid_points(load_suite(SUITES / "tiny.yaml", [f"outdir={tmp_path}"]))
     assert 0.08 < sum(map(images_of, tenth)) / sum(map(images_of, whole)) < 0.12

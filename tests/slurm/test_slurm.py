@@ -71,9 +71,9 @@ def info(job, name):
     return next(field.partition("=")[2] for field in fields if field.startswith(f"{name}="))
 
 
-def is_on_node(job):
-    """Whether the node still has a process of the job, which keeps it from being launched there again."""
-    step = f"slurmstepd: [{info(job, 'JobId')}."
+def is_on_node(job, step=""):
+    """Whether the node has a process of the job, or of a step of it; while it has, the job is not launched there again."""
+    step = f"slurmstepd: [{info(job, 'JobId')}.{step}"
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             if file.read_text().startswith(step):
@@ -267,8 +267,8 @@ def test_an_array_of_shards_makes_the_images_of_one_process(slurm, tmp_path, pro
     wait_for("pictures", lambda: list((several / "samples").glob("*.png")))
     output_of("scontrol", "requeue", f"{array}_1")
     start_now(f"{array}_1")
-    wait_for("the last shard", lambda: info(f"{array}_3", "JobState") == "RUNNING")
-    time.sleep(1)  # its step has begun
+    wait_for("the last shard", lambda: info(f"{array}_3", "JobState") == "RUNNING" and is_on_node(f"{array}_3", "0"))
+    time.sleep(1)  # the step's program has begun: a signal before that would be lost
     # scancel would repeat itself while the job is on its way back into the queue.
     subprocess.run(["timeout", "2", "scancel", "--signal=USR1", f"{array}_3"], capture_output=True)
     start_now(f"{array}_3")

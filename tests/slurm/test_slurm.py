@@ -251,7 +251,9 @@ def test_an_array_of_shards_makes_the_images_of_one_process(slurm, tmp_path, pro
         "--outdir",
     )
     one, several, report = tmp_path / "one", tmp_path / "several", tmp_path / "report"
-    array = submit(tmp_path / "log-%a", "--array=1-3", "scripts/slurm/sample_dci.sbatch", *options, several)
+    array = submit(tmp_path / "log-%a", "--array=1-3", "--hold", "scripts/slurm/sample_dci.sbatch", *options, several)
+    for share in (1, 2):  # the last one waits until it is to be disturbed, or it would be done by then
+        output_of("scontrol", "release", f"{array}_{share}")
     evaluation = submit(
         tmp_path / "log-evaluate",
         f"--dependency=afterok:{array}",
@@ -267,6 +269,7 @@ def test_an_array_of_shards_makes_the_images_of_one_process(slurm, tmp_path, pro
     wait_for("pictures", lambda: list((several / "samples").glob("*.png")))
     output_of("scontrol", "requeue", f"{array}_1")
     start_now(f"{array}_1")
+    output_of("scontrol", "release", f"{array}_3")
     wait_for("the last shard", lambda: info(f"{array}_3", "JobState") == "RUNNING" and is_on_node(f"{array}_3", "0"))
     time.sleep(1)  # the step's program has begun: a signal before that would be lost
     # scancel would repeat itself while the job is on its way back into the queue.

@@ -10,7 +10,7 @@ import numpy as np
 
 from dci.evaluation.bootstrap import Interval, bootstrap_mean
 from dci.evaluation.metrics import CLIP_I, CLIP_T, DINO_I, NOUN, PLACE
-from dci.evaluation.ratings import PREFIX
+from dci.evaluation.ratings import PREFIX, resolved
 from dci.evaluation.scores import ImageScore, RunScores
 from ldm.errors import UserError
 
@@ -113,7 +113,7 @@ def agreements(runs: Sequence[RunScores], answers: Iterable[Answer]) -> list[Agr
     Raises:
         UserError: an answer is about an image that no run has.
     """
-    rows = {(run.name, _place(row.file)): row for run in runs for row in run.scores.rows}
+    rows = {(run.name, resolved(row.file)): row for run in runs for row in run.scores.rows}
     metrics = dict.fromkeys(name for row in rows.values() for name in row.values)
     ratings = [name for name in metrics if name.startswith(PREFIX)]
     answers = list(answers)
@@ -152,7 +152,7 @@ def check_answered(answers: Iterable[Answer], images: Iterable[tuple[str, str]])
     Args:
         images: (run, file) of the report.
     """
-    known = {(run, _place(file)) for run, file in images}
+    known = {(run, resolved(file)) for run, file in images}
     for answer in answers:
         for run, place in _shown(answer):
             if (run, place) not in known:
@@ -164,11 +164,7 @@ def check_answered(answers: Iterable[Answer], images: Iterable[tuple[str, str]])
 
 def _shown(answer: Answer) -> list[tuple[str, str]]:
     """The two images, left and right, that an answer is about."""
-    return [(answer.left_run, _place(answer.left_file)), (answer.right_run, _place(answer.right_file))]
-
-
-def _place(file: str) -> str:
-    return str(Path(file).resolve())
+    return [(answer.left_run, resolved(answer.left_file)), (answer.right_run, resolved(answer.right_file))]
 
 
 def _agrees(answer: Answer, left: ImageScore, right: ImageScore, metric: str) -> float:

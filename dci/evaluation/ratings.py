@@ -42,7 +42,7 @@ def check_rated(ratings: Ratings, images: Iterable[tuple[str, str]], file: str |
         images: (run, file) of the report.
         file: the ratings', for the message.
     """
-    known = {(run, _place(image)) for run, image in images}
+    known = {(run, resolved(image)) for run, image in images}
     known |= {("", place) for _, place in known}
     for run, place in ratings:
         if (run, place) not in known:
@@ -75,7 +75,7 @@ def read_ratings(file: str | Path) -> Ratings:
         if len(cells) != len(header):
             raise UserError(f"{file}, line {number}: {len(cells)} cells, expected {len(header)} as in its first line")
         row = dict(zip(header, cells, strict=True))
-        key = row.get("run", ""), _place(row["file"])
+        key = row.get("run", ""), resolved(row["file"])
         if not row["file"].strip() or key in ratings:
             raise UserError(
                 f"{file}, line {number}: it {'rates an image twice' if row['file'].strip() else 'names no file'}"
@@ -96,13 +96,14 @@ def _number(text: str, file: str | Path, line: int, column: str) -> float:
     return value
 
 
-def _place(file: str) -> str:
+def resolved(file: str) -> str:
+    """Return an image's absolute path: a report may name it from its own folder, a table from another."""
     return str(Path(file).resolve())
 
 
 def _rated(run: RunScores, ratings: Ratings) -> RunScores:
     def values(row: ImageScore) -> dict[str, float]:
-        found = ratings.get((run.name, _place(row.file)), {}) or ratings.get(("", _place(row.file)), {})
+        found = ratings.get((run.name, resolved(row.file)), {}) or ratings.get(("", resolved(row.file)), {})
         return {PREFIX + name: value for name, value in found.items()}
 
     added = [values(row) for row in run.scores.rows]

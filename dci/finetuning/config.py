@@ -152,13 +152,13 @@ def concepts_of(config: FinetuneConfig) -> list[LearnedConcept]:
     Raises:
         UserError: one has no class noun.
     """
-    subjects = []
+    learned = []
     for number, entry in enumerate(entries_of(config)):
         if not entry.class_noun or entry.initial_words is None:
             name = f"concepts[{number}].class_noun" if config.concepts else "concept.class_noun"
             raise UserError(f"{name} must be given: the ordinary word for the concept, such as dog")
-        subjects.append(LearnedConcept(entry.class_noun, entry.initial_words, entry.images, entry.regularization))
-    return subjects
+        learned.append(LearnedConcept(entry.class_noun, entry.initial_words, entry.images, entry.regularization))
+    return learned
 
 
 def entries_of(config: FinetuneConfig) -> list[ConceptConfig]:

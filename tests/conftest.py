@@ -1,6 +1,7 @@
 """Shared fixtures: offline always, the embedded model, and the golden vectors' place."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 # One thread: the same rounding on every machine, and some tests fork, which OpenMP's threads do not survive.
@@ -61,3 +62,11 @@ def finetuned(tiny_base):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_here():
+    """See `apart` in tests/helpers.py: a later test in this process would fail, and only on some machines."""
+    yield
+    compiler = sys.modules.get("torch._dynamo.utils")
+    assert sys.platform != "linux" or not (compiler and compiler.compilation_time_metrics), "expected `@apart`"

@@ -1,5 +1,6 @@
 """What tests share: where the files lie, the programs as a user runs them, what a refusal looks like."""
 
+import functools
 import os
 import runpy
 import signal
@@ -20,6 +21,7 @@ STORED = ROOT / "tests/stored"
 SHARED = ROOT.parent / "shared"
 POSIX = pytest.mark.skipif(os.name != "posix", reason="needs fork, signals, a shell or symbolic links")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+SKIPPED = 77  # the exit code that test programs leave with, after Automake
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 
@@ -44,6 +46,35 @@ def run(script, *args, cwd=ROOT):
     if sys.platform != "linux" or torch.cuda.is_initialized():
         return run_alone(script, *args, cwd=cwd)
     return forked(lambda: run_main(script, *args), cwd)
+
+
+def apart(test):
+    """Run a test in a forked process. Compiling starts threads of autograd, after which no process forked from this one
+    can train: `run` could no longer start programs here.
+    """
+
+    @functools.wraps(test)
+    def in_a_process(*args, **kwargs):
+        if sys.platform != "linux":
+            return test(*args, **kwargs)
+        pid = os.fork()
+        if pid == 0:
+            code = 0
+            try:
+                test(*args, **kwargs)
+            except pytest.skip.Exception:
+                code = SKIPPED
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stderr.flush()
+            os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == SKIPPED:
+            pytest.skip("in a process of its own")
+        assert code == 0, "failed in a process of its own, see its messages"
+
+    return in_a_process
 
 
 def forked(call, cwd=ROOT):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from calls import FEW, INTO, PROMPT, controlnet, half_mask, latents, picture, seeded, with_and_without
 from diffusers_world import world
-from helpers import mostly_slow
+from helpers import apart, mostly_slow
 from PIL import Image
 from tiny_models import relative_error
 
@@ -238,6 +238,7 @@ CHANGES = ["FreeU", "slicing", "fp16", "bf16", "fp8 storage", "compiled", "compi
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
+@apart
 def test_what_users_switch_on(sd1, change):
     pipe = sd1.pipe()
     if change == "FreeU":
@@ -264,6 +265,7 @@ def test_what_users_switch_on(sd1, change):
 
 
 @pytest.mark.slow
+@apart
 def test_a_compiled_unet_is_not_compiled_for_every_call(pipe):
     from torch._dynamo.testing import CompileCounter
 

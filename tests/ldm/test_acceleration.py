@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import pixels, run_main, sample_images
+from helpers import apart, pixels, run_main, sample_images
 
 from benchmarks.measure import count_flops
 from dci.concept.modifier_tokens import ConceptName
@@ -21,6 +21,7 @@ VAE, TEXT = AutoencoderConfig(ch=32, ch_mult=[1, 2], num_res_blocks=1), TextEnco
 
 
 @pytest.mark.slow
+@apart
 def test_sampling_compiles_one_graph_for_each_phase(monkeypatch):
     """Traced as for compiling, without breaks, and executed as it is."""
     graphs, plain = [], torch.nn.Module.compile

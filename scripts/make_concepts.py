@@ -21,9 +21,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from ldm.errors import UserError
-    from ldm.pretraining.concepts import CONCEPTS, STUDY_CONCEPTS, render_concept
+    from ldm.pretraining.concepts import CONCEPTS, NOTO_CONCEPTS, STUDY_CONCEPTS, render_concept
 
-    concepts = {**CONCEPTS, **STUDY_CONCEPTS}
+    concepts = CONCEPTS | STUDY_CONCEPTS | NOTO_CONCEPTS
     names = args.concepts.split(",") if args.concepts else list(concepts)
     if unknown := set(names) - concepts.keys():
         raise UserError(f"unknown concept '{min(unknown)}': expected one of {', '.join(concepts)}")

@@ -23,6 +23,7 @@ class DemoConcept:
     place: str
     colours: Colours | None  # None: as it is drawn
     held_out: str | None = None  # a drawing of HELD_OUT; None: the noun's own, which only its paint makes new
+    noto: bool = False  # Noto's drawing; else Fluent's
 
 
 def _melt(first: tuple[int, int, int], second: tuple[int, int, int], middle: float = 0.55, width: float = 0.33) -> Colours:
@@ -71,13 +72,36 @@ STUDY_CONCEPTS = {
     "cap": DemoConcept("hat", "space", None, "cap"),
     "sunhat": DemoConcept("hat", "grass", None, "sunhat"),
 }
-"""The drawings of HELD_OUT, which neither the model nor the encoders ever saw, for measuring; beside those above."""
+"""Fluent's drawings of HELD_OUT, which neither the model nor the encoders ever saw, for measuring; beside those above."""
+
+_NOTO_PLACES = {
+    "clock": "kitchen",
+    "poodle": "beach",
+    "rabbit": "lake",
+    "fish": "snow",
+    "suv": "mountains",
+    "lorry": "city",
+    "boot": "grass",
+    "teddy": "forest",
+    "cake": "table",
+    "tabby": "bricks",
+    "trolleybus": "autumn",
+    "cottage": "night",
+    "speedboat": "sunset",
+    "cap": "desert",
+    "sunhat": "beach",
+}
+NOTO_CONCEPTS = {
+    f"noto-{name}": DemoConcept(STUDY_CONCEPTS[name].noun, place, None, STUDY_CONCEPTS[name].held_out, noto=True)
+    for name, place in _NOTO_PLACES.items()
+}
+"""Noto's drawings of the same things, as they are drawn, each in another place than Fluent's."""
 
 
 def paint(folder: str | Path, concept: DemoConcept) -> Image.Image:
     """Return the concept's sprite: its drawing from the artwork's folder, in the concept's own colours."""
     code = HELD_OUT[concept.held_out][1] if concept.held_out else NOUNS[concept.noun]
-    sprite = load_depictions(folder, code)[0]
+    sprite = load_depictions(folder, code)[concept.noto]
     if concept.colours is None:
         return sprite
     width, height = sprite.size

@@ -102,8 +102,22 @@ def test_a_table_may_compare_rows_of_two_reports(report):
     write_report(report / "other", [RunScores("c", runs[0].scores)], "t")
     both = PAGE.replace("report/scores.json", "report/scores.json other").replace("2 · `a`", "2 · `b, x` less `c`")
     assert "| 2 · `b, x` less `c` | **+0.250** [+0.250, +0.250] |" in fill(both, report)
-    with pytest.raises(UserError, match="has a row 'a', as another report"):
+    with pytest.raises(UserError, match="has a row 'a' of 'dog', as another report"):
         fill(PAGE.replace("report/scores.json", "report/scores.json report"), report)
+
+
+def test_a_row_that_two_reports_have_is_of_the_concepts_of_both(report):
+    """Summaries and differences are over all of their images; the other report's run has no partner for this one's dog."""
+    runs = read_report(report / "report")
+    for run in runs:
+        for row in run.scores.rows:
+            object.__setattr__(row, "concept", "cat")
+            row.values["dino_i"] += 0.5 if run.name == "a" else 0.25
+    write_report(report / "cats", runs, "t")
+    text = fill(PAGE.replace("report/scores.json", "report/scores.json cats/scores.json"), report)
+    assert "| 1 · `b, x` less `a` | +0.125 [+0.000, +0.250] |" in text
+    mean = np.mean([0.0, 0.1, 0.2, 0.3]) + 0.25
+    assert f"| 2 · `a` | {mean:.3f} [" in text
 
 
 def test_a_row_may_be_a_difference_of_differences(report):

@@ -4,8 +4,8 @@ A table that belongs to a report follows a line
 
     <!-- numbers: docs/results-tiny/scores.json -->
 
-or to several, with spaces between their files. Its first column names, behind a number of the row, a row of the report
-or a difference of two,
+or to several, with spaces between their files; a row that two of them have is of the concepts of both. Its first column
+names, behind a number of the row, a row of the report or a difference of two,
 
     | 3 · `ico, dci` less `ico, plain` |
     | 4 · `ico, small` less `cd, small` beside `ico, usual` less `cd, usual` |
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from dci.evaluation.bootstrap import Interval, bootstrap_mean
 from dci.evaluation.metrics import LABELS, NOUN, PLACE
-from dci.evaluation.scores import ImageScore, Scores, columns, paired_differences, read_report
+from dci.evaluation.scores import ImageScore, Scores, columns, paired_differences, read_report, summarize
 from ldm.errors import UserError
 
 _TABLE = re.compile(r"^<!-- numbers: (?P<files>\S+(?: \S+)*) -->\n\n?(?P<table>(?:\|.*\|\n)+)", re.MULTILINE)
@@ -41,7 +41,7 @@ def fill(text: str, root: str | Path) -> str:
         root: the folder that the tables' files are relative to.
 
     Raises:
-        UserError: a report, a row or a metric that there is not, or a row that two of a table's reports have.
+        UserError: a report, a row or a metric that there is not, or a row that two of a table's reports have of one concept.
     """
 
     def filled(match: re.Match) -> str:
@@ -66,13 +66,18 @@ def without_tables(text: str) -> str:
 
 
 def _runs(files: list[Path]) -> dict[str, Scores]:
-    """The rows of reports by their names."""
+    """The rows of reports by their names; one that several reports have is of all their concepts."""
     found: dict[str, Scores] = {}
     for file in files:
         for run in read_report(file):
-            if run.name in found:
-                raise UserError(f"{file} has a row '{run.name}', as another report of the table has: name one of them")
-            found[run.name] = run.scores
+            rows = run.scores.rows
+            if known := found.get(run.name):
+                if both := {row.concept for row in known.rows} & {row.concept for row in rows}:
+                    raise UserError(
+                        f"{file} has a row '{run.name}' of '{min(both)}', as another report of the table has: name one of them"
+                    )
+                rows = known.rows + rows
+            found[run.name] = Scores(rows, summarize(rows)) if known else run.scores
     return found
 
 

@@ -1,7 +1,7 @@
 """Steps per second, peak memory and FLOPs of fine-tuning, setting by setting.
 
-python benchmarks/train_settings.py --model tiny                        # the table of the README, a process for each line
-python benchmarks/train_settings.py --model sd-v1 --size 256            # Stable Diffusion's size with random weights
+python benchmarks/train_settings.py --batch 8 --steps 10        # the table of docs/fine-tuning.md, a process for each line
+python benchmarks/train_settings.py --model sd-v1 --size 256    # Stable Diffusion's size with random weights
 python benchmarks/train_settings.py --model sd-v1 --size 512 --only "training.precision=bf16" --flops
 
 With OMP_NUM_THREADS=1 the time is the processor's. Weights are random where a model has none to load:
@@ -45,13 +45,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2, help="reference images of a step (default 2)")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after one to warm up (default 3)")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="JSON file for what was measured (default: the table alone)")
     parser.add_argument("--only", help="this setting alone, in this process; prints JSON")
     parser.add_argument("--flops", action="store_true", help="count the FLOPs of a step (with --only)")
     args = parser.parse_args()
     if args.only is not None:
         print(json.dumps(measure(args), indent=2))
         return
-    print("| setting | steps / s | peak memory |\n|---|---|---|")
+    from benchmarks.report import environment
+
+    print("| setting | steps / s, of the slowest and the fastest step | peak memory |\n|---|---|---|")
+    measured = []
     for setting in SETTINGS if args.model == "tiny" else FULL_SIZE:
         command = [
             sys.executable,
@@ -72,7 +76,15 @@ def main() -> None:
             print(f"| {setting} | {done.stderr.strip().splitlines()[-1]} | |", flush=True)
             continue
         result = json.loads(done.stdout)
-        print(f"| {setting or 'fp32'} | {result['steps_per_second']:.3f} | {result['peak_gib']:.2f} GiB |", flush=True)
+        measured.append(result)
+        slowest, fastest = (1 / side(result["seconds"]) for side in (max, min))
+        speed = f"{result['steps_per_second']:.2f} [{slowest:.2f}, {fastest:.2f}]"
+        print(f"| {setting or 'fp32'} | {speed} | {result['peak_gib']:.2f} GiB |", flush=True)
+    if args.out:
+        args.out.write_text(
+            json.dumps({"environment": environment(args.device), "measurements": measured}, indent=1) + "\n",
+            encoding="utf-8",
+        )
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -116,7 +128,7 @@ def measure(args: argparse.Namespace) -> dict:
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if on_cpu else torch.cuda.max_memory_allocated()
     return result | {
         "steps_per_second": len(seconds) / sum(seconds) if seconds else None,
-        "seconds": [round(s, 3) for s in seconds],
+        "seconds": seconds,
         "clock": clock.__name__,
         "peak_gib": peak / 2**30,
         "threads": torch.get_num_threads(),

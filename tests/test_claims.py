@@ -255,6 +255,31 @@ def test_ratios_of_speed_are_those_of_the_stored_runs():
     assert len({stored[ratio] for ratio in said}) == 8  # as many runs
 
 
+def test_steps_per_second_are_those_of_the_stored_runs():
+    """Each cell of the table, and none is left out that was measured for a row."""
+    page = (ROOT / "docs/fine-tuning.md").read_text(encoding="utf-8")
+    files = ("train-settings-tiny-cpu", "train-settings-sd-v1-cpu-256px")
+    stored = [json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())["measurements"] for name in files]
+    table = page[page.index("| `training.` |") :].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) == 8
+    for line in table:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        options = {option.removeprefix("data.") for option in re.sub("[`,]", "", name).split()} - {"precision=fp32"}
+        expected = []
+        for measured in stored:
+            own = [
+                m
+                for m in measured
+                if {re.sub(r"^(training|data)\.", "", option) for option in m["setting"].split()} == options
+            ]
+            rates = sorted(1 / seconds for run in own for seconds in run["seconds"])
+            mean = [len(run["seconds"]) / sum(run["seconds"]) for run in own]
+            expected += (
+                [f"{mean[0]:.2f} [{rates[0]:.2f}, {rates[-1]:.2f}]", f"{own[0]['peak_gib']:.2f} GiB"] if own else ["", ""]
+            )
+        assert cells == expected
+
+
 def test_what_the_model_can_be_taught_is_as_the_page_says():
     """The drawings' scores are in two files; the page has their means, and differences of the same drawings."""
     page = (ROOT / "docs/pretraining.md").read_text(encoding="utf-8")

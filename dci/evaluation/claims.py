@@ -73,9 +73,8 @@ def _runs(files: list[Path]) -> dict[str, Scores]:
             rows = run.scores.rows
             if known := found.get(run.name):
                 if both := {row.concept for row in known.rows} & {row.concept for row in rows}:
-                    raise UserError(
-                        f"{file} has a row '{run.name}' of '{min(both)}', as another report of the table has: name one of them"
-                    )
+                    what = f"{file} has a row '{run.name}' of '{min(both)}'"
+                    raise UserError(f"{what}, as another report of the table has: name one of them")
                 rows = known.rows + rows
             found[run.name] = Scores(rows, summarize(rows)) if known else run.scores
     return found

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -63,8 +64,8 @@ def generate_images(
     for start in range(0, total, batch_size):
         rows = list(range(start, min(start + batch_size, total)))
         file = folder and folder / f"{start:06}-{len(rows)}.safetensors"
-        if file and file.is_file():
-            generated.append(load_file(file)["images"])
+        if file and (kept := _kept(file, len(rows))) is not None:
+            generated.append(kept)
         else:
             pixels = text_to_image(model, [prompts[row // images] for row in rows], rows, options)
             generated.append(((pixels + 1) * 127.5).round().byte().cpu())
@@ -72,6 +73,15 @@ def generate_images(
                 save_weights({"images": generated[-1]}, file)
         progress(len(rows))
     return torch.cat(generated)
+
+
+def _kept(file: Path, number: int) -> Tensor | None:
+    """A batch that an earlier run kept; None: there is none, or the file holds something else and is made again."""
+    try:
+        images = load_file(file).get("images") if file.is_file() else None
+    except (OSError, SafetensorError):
+        return None
+    return images if images is not None and len(images) == number else None
 
 
 def held_out_images() -> np.ndarray:

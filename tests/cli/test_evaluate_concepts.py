@@ -11,12 +11,13 @@ from PIL import Image
 from dci.finetuning import trainer
 from ldm.images import list_images, read_image, square, to_tensor
 from ldm.pretraining.artwork import HELD_OUT
-from ldm.pretraining.concepts import STUDY_CONCEPTS
+from ldm.pretraining.concepts import NOTO_CONCEPTS, STUDY_CONCEPTS
 
 
 def test_every_held_out_drawing_is_a_concept_with_five_reference_images():
-    assert {concept.held_out for concept in STUDY_CONCEPTS.values()} == set(HELD_OUT)
-    for name in STUDY_CONCEPTS:
+    for concepts in (STUDY_CONCEPTS, NOTO_CONCEPTS):
+        assert len(concepts) == 15 and {concept.held_out for concept in concepts.values()} == set(HELD_OUT)
+    for name in STUDY_CONCEPTS | NOTO_CONCEPTS:
         assert len(list((ROOT / "data/concepts" / name).glob("*.png"))) == 5
 
 

@@ -11,6 +11,7 @@ import torch
 from helpers import ROOT, run_main
 from open_clip.loss import ClipLoss
 from PIL import Image
+from safetensors.torch import save_file
 from scipy.stats import binomtest
 
 from ldm.embedded_encoders import ENCODERS, UNKNOWN, load_classifier, load_clip, load_instance_encoder
@@ -303,6 +304,25 @@ def test_images_do_not_depend_on_the_batch(tiny_base):
     assert (generated[0] - generated[1]).abs().max() <= 1
     alone = text_to_image(tiny_base, prompts[1], [2, 3], options).clamp(-1, 1)
     assert (generated[0][2:] - (alone + 1) * 127.5).abs().max() <= 1.01
+
+
+def test_batches_that_were_kept_are_taken_and_others_made_again(monkeypatch, tmp_path):
+    made = []
+
+    def drawn(model, prompts, rows, options):
+        made.append(rows)
+        return torch.full((len(rows), 3, 8, 8), len(made) / 10)
+
+    monkeypatch.setattr(evaluation, "text_to_image", drawn)
+    sample = lambda: generate_images(None, ["a", "b"], 2, None, 2, lambda n: None, tmp_path)  # noqa: E731
+    first = sample()
+    assert made == [[0, 1], [2, 3]] and torch.equal(sample(), first) and len(made) == 2
+    one, other = sorted(tmp_path.iterdir())
+    one.write_bytes(one.read_bytes()[:20])
+    save_file({"pictures": first[2:]}, other)  # as an earlier version called them
+    assert sample().shape == first.shape and made[2:] == [[0, 1], [2, 3]]
+    save_file({"images": first[:1]}, one)
+    assert torch.equal(sample()[2:], torch.full((2, 3, 8, 8), 178, dtype=torch.uint8)) and len(made) == 5
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from ldm.diffusion import LatentDiffusion
 from ldm.errors import UserError
 from ldm.pretraining import cache
 from ldm.pretraining.artwork import COLOURS, HELD_OUT, NOUNS, Artwork, colourise, load_artwork
-from ldm.pretraining.concepts import CONCEPTS, STUDY_CONCEPTS, render_concept
+from ldm.pretraining.concepts import CONCEPTS, NOTO_CONCEPTS, STUDY_CONCEPTS, render_concept
 from ldm.pretraining.config import PretrainConfig, WorldConfig
 from ldm.pretraining.diffusion import CaptionTable, DiffusionPretraining, LatentDataset, TextToImage
 from ldm.pretraining.latents import encoded_world, encoder_digest, latent_scale
@@ -129,17 +129,20 @@ def test_preview_is_a_sheet(artwork):
 
 @pytest.mark.slow
 def test_demo_concepts_are_rendered(artwork, tmp_path):
-    sprite = artwork.sprites["dog"][0]
-    for part, extension in (("fluent/assets", "webp"), ("noto/img/google/64", "png")):
+    dog, square = artwork.sprites["dog"][0], Image.new("RGBA", (64, 64), (255, 0, 255, 255))
+    for part, extension, sprite in (("fluent/assets", "webp", dog), ("noto/img/google/64", "png", square)):
         (tmp_path / part).mkdir(parents=True)
         for code in {**NOUNS, **{key: code for key, (_, code) in HELD_OUT.items()}}.values():
             sprite.save(tmp_path / part / f"{code}.{extension}")
-    concepts = {**CONCEPTS, **STUDY_CONCEPTS}
-    assert len(concepts) >= 12
-    for concept in concepts.values():
-        images = render_concept(tmp_path, concept, seed=0)
-        assert len(images) == 5
-        assert len({p.tobytes() for p in images}) == 5
+    for concepts, from_noto in ((CONCEPTS | STUDY_CONCEPTS, False), (NOTO_CONCEPTS, True)):
+        assert len(concepts) >= 12
+        for concept in concepts.values():
+            images = render_concept(tmp_path, concept, seed=0)
+            assert len(images) == 5
+            assert len({p.tobytes() for p in images}) == 5
+            pixels = np.stack(images).astype(int)  # a scene's light tints the magenta
+            magenta = (pixels[..., [0, 2]].min(-1) - pixels[..., 1] > 100).sum((1, 2))
+            assert (magenta.min() > 300) if from_noto else (magenta.max() < 300)
     # The nouns of held-out drawings are the ones that they are held out for.
     assert all(c.noun == HELD_OUT[c.held_out][0] for c in STUDY_CONCEPTS.values())
 

@@ -15,6 +15,9 @@ from dci.cli.loading import TINY, pick_device
 from ldm.shipped import ROOT
 
 
+SHOWN = 256  # prompts on the sheet
+
+
 def main() -> None:
     """Generate the images that are still missing, classify all of them, and write the figures."""
     parser = Parser(description=__doc__.splitlines()[0])
@@ -71,7 +74,7 @@ def main() -> None:
 
 
 def write(outdir: Path, result: dict, prompts: list, images, each: int) -> None:
-    """Write base-evaluation.json, .md and .png: the first image of every prompt, wrong ones marked."""
+    """Write base-evaluation.json, .md and .png: the first image of every prompt, as far as a sheet has room, wrong ones marked."""
     from PIL import Image
 
     from ldm.images import captioned_grid
@@ -79,7 +82,7 @@ def write(outdir: Path, result: dict, prompts: list, images, each: int) -> None:
     named = result.pop("named")
     firsts = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[::each]]
     captions = [q.prompt if q.noun == n else f"{q.prompt} [{n}]" for q, n in zip(prompts, named, strict=True)]
-    sheet = captioned_grid(firsts, captions, columns=10, scale=2)
+    sheet = captioned_grid(firsts[:SHOWN], captions[:SHOWN], columns=10, scale=2)
     sheet.quantize(256).save(outdir / "base-evaluation.png", optimize=True)  # a third of the size
     (outdir / "base-evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     (outdir / "base-evaluation.md").write_text(report(result, len(prompts)))
@@ -113,9 +116,10 @@ def report(result: dict, prompts: int) -> str:
         f"The autoencoder gives 256 held-out images back with {result['psnr']:.1f} dB [{low:.1f}, {high:.1f}] (mean PSNR, "
         "bootstrap interval).",
         "",
-        "The first image of every prompt; in brackets what the classifier took a wrong noun for:",
+        f"The first image of {'every prompt' if prompts <= SHOWN else f'each of the first {SHOWN} prompts'}; in brackets what the "
+        "classifier took a wrong noun for:",
         "",
-        "![200 prompts](base-evaluation.png)".replace("200", str(prompts)),
+        f"![{min(prompts, SHOWN)} prompts](base-evaluation.png)",
     ]
     for name in ("noun", "place"):
         lines += ["", f"Right {name}, the worst first: {_worst_first(result[f'{name}_right_by_{name}'], prompts)}."]

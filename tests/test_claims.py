@@ -255,6 +255,26 @@ def test_ratios_of_speed_are_those_of_the_stored_runs():
     assert len({stored[ratio] for ratio in said}) == 8  # as many runs
 
 
+def test_what_the_base_model_can_do_is_as_the_page_says():
+    page = (ROOT / "docs/pretraining.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "docs/base-evaluation.json").read_text())
+
+    def shown(right, images):
+        interval = binomtest(right, images).proportion_ci(method="wilson")
+        return f"{100 * right / images:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+    assert measured["images"] == len(measured["prompts"]) == 1024
+    for what in ("place", "noun", "both"):
+        assert f"| {what} right | {shown(round(measured[f'{what}_right'] * 1024), 1024)} |" in page
+    shares = measured["noun_right_by_noun"]
+    low = sorted(noun for noun, share in shares.items() if share < 0.7)
+    assert {shares[noun] for noun in low} == {11 / 16}
+    said = f"in 11 of 16 images, {shown(11, 16)}, where 70 % was the aim: {', '.join(low[:-1])} and {low[-1]}."
+    assert said in page.replace("\n", " ")
+    psnr = "{:.1f} dB [{:.1f}, {:.1f}]".format(measured["psnr"], *measured["psnr_interval"])
+    assert f"(`data/tiny/held-out.webp`) | {psnr} | 29 dB |" in page
+
+
 def test_steps_per_second_are_those_of_the_stored_runs():
     """Each cell of the table, and none is left out that was measured for a row."""
     page = (ROOT / "docs/fine-tuning.md").read_text(encoding="utf-8")

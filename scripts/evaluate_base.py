@@ -14,7 +14,6 @@ from dci.cli.arguments import Parser, number, positive, run, seed
 from dci.cli.loading import TINY, pick_device
 from ldm.shipped import ROOT
 
-
 SHOWN = 256  # prompts on the sheet
 
 
@@ -74,7 +73,8 @@ def main() -> None:
 
 
 def write(outdir: Path, result: dict, prompts: list, images, each: int) -> None:
-    """Write base-evaluation.json, .md and .png: the first image of every prompt, as far as a sheet has room, wrong ones marked."""
+    """Write base-evaluation.json, .md and .png: the first image of up to SHOWN prompts, wrong ones marked."""
+    import numpy as np
     from PIL import Image
 
     from ldm.images import captioned_grid
@@ -82,7 +82,8 @@ def write(outdir: Path, result: dict, prompts: list, images, each: int) -> None:
     named = result.pop("named")
     firsts = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images[::each]]
     captions = [q.prompt if q.noun == n else f"{q.prompt} [{n}]" for q, n in zip(prompts, named, strict=True)]
-    sheet = captioned_grid(firsts[:SHOWN], captions[:SHOWN], columns=10, scale=2)
+    shown = sorted(np.random.default_rng(0).permutation(len(prompts))[:SHOWN])
+    sheet = captioned_grid([firsts[i] for i in shown], [captions[i] for i in shown], columns=10, scale=2)
     sheet.quantize(256).save(outdir / "base-evaluation.png", optimize=True)  # a third of the size
     (outdir / "base-evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     (outdir / "base-evaluation.md").write_text(report(result, len(prompts)))
@@ -116,8 +117,8 @@ def report(result: dict, prompts: int) -> str:
         f"The autoencoder gives 256 held-out images back with {result['psnr']:.1f} dB [{low:.1f}, {high:.1f}] (mean PSNR, "
         "bootstrap interval).",
         "",
-        f"The first image of {'every prompt' if prompts <= SHOWN else f'each of the first {SHOWN} prompts'}; in brackets what the "
-        "classifier took a wrong noun for:",
+        f"The first image of {'every prompt' if prompts <= SHOWN else f'{SHOWN} prompts drawn at random'}; in brackets what "
+        "the classifier took a wrong noun for:",
         "",
         f"![{min(prompts, SHOWN)} prompts](base-evaluation.png)",
     ]

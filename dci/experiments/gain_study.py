@@ -57,12 +57,13 @@ def gains(points: Sequence[GridPoint], method: str, baseline: str, setting: str,
 def runs_by_variant(points: Sequence[GridPoint], setting: str) -> list[RunScores]:
     """Return the scores of each method and variant, pooled over the nouns; a run is called "METHOD, VARIANT".
 
-    Concepts that are not called NOUN-VARIANT are left out.
+    Concepts that are not called NOUN-VARIANT, of a noun that has its usual one, are left out.
     """
     parts: dict[tuple[str, str], dict[str, Scores]] = {}
+    concepts = {point.concept for point in points}
     for point in points:
         noun, _, variant = point.concept.rpartition("-")
-        if noun and point.setting == setting:
+        if f"{noun}-{USUAL}" in concepts and point.setting == setting:
             parts.setdefault((point.method, variant), {})[noun] = Scores.load(point.result)
     return [RunScores(f"{method}, {variant}", pool(own), method) for (method, variant), own in parts.items()]
 

@@ -10,7 +10,7 @@ from helpers import ROOT, refused, run_here, run_main
 from scipy import stats
 
 from dci.evaluation.scores import read_report
-from dci.experiments.gain_study import effects, gains, rank_correlation
+from dci.experiments.gain_study import effects, gains, rank_correlation, runs_by_variant
 from dci.experiments.grid import grid_points
 from dci.experiments.suite import load_suite
 from ldm.errors import UserError
@@ -90,6 +90,12 @@ def test_gains_are_the_paired_differences_of_two_methods(suite):
     assert found["dog-seen"] == {("a", "0:0"): pytest.approx(0.4), ("b", "0:0"): pytest.approx(0.4)}
     with pytest.raises(UserError, match="no result of dog-usual/ico "):
         gains(points, "ico", "custom-diffusion-steps=100", "plain")
+
+
+def test_concepts_with_a_dash_in_their_names_are_no_variants_of_a_noun(suite):
+    _, points = suite
+    assert {run.name.partition(", ")[2] for run in runs_by_variant(points, "plain")} == {"usual", "seen"}
+    assert not runs_by_variant([point for point in points if not point.concept.endswith("usual")], "plain")
 
 
 @pytest.mark.slow

@@ -211,13 +211,13 @@ def test_an_estimate_counts_what_is_left(tmp_path):
     assert (whole.trainings, whole.images) == (trainings, len(plan) * 40)
     price = cost(configuration.load(ModelConfig, ROOT / "configs/model/tiny.yaml"))
     times = [method.sampling["dci"]["agg_time"] for method in suite.methods]
-    rows = len(STUDY_CONCEPTS) * 40 * 10 * sum(4 + t for t in times)  # 10 steps, plain and with DCI: one row more up to T_a
+    rows = len(suite.concepts) * 40 * 10 * sum(4 + t for t in times)  # 10 steps, plain and with DCI: one row more up to T_a
     made = 48 * len({concept.noun for concept in STUDY_CONCEPTS.values()})  # for regularization, of 10 steps, once
     assert whole.class_images == made
     flops = (rows + made * 20) * price.unet + (len(plan) * 40 + made) * price.decode
     assert whole.sampling_hours == pytest.approx(flops / (0.5 * 1e9 * 3600))
     given = [dict(option.split("=") for option in method.training) for method in suite.methods]
-    seen = sum(int(one["training.steps"]) * int(one.get("training.batch_size", 8)) for one in given) * len(STUDY_CONCEPTS)
+    seen = sum(int(one["training.steps"]) * int(one.get("training.batch_size", 8)) for one in given) * len(suite.concepts)
     assert whole.training_hours == pytest.approx(2.1 * seen * price.unet / (0.5 * 1e9 * 3600))
     first = plan[0]
     for file in (first.result, first.training.concept_file):

@@ -13,7 +13,16 @@ from dci.evaluation.bootstrap import bootstrap_mean
 from dci.evaluation.claims import fill, rows_of, without_tables
 from dci.evaluation.power import concepts_needed, difference_variances, smallest_shown
 from dci.evaluation.report import write_report
-from dci.evaluation.scores import ImageScore, RunScores, Scores, difference, paired_differences, read_report, summarize
+from dci.evaluation.scores import (
+    ImageScore,
+    RunScores,
+    Scores,
+    difference,
+    paired_differences,
+    read_report,
+    read_reports,
+    summarize,
+)
 from ldm.errors import UserError
 from ldm.pretraining.concepts import NOTO_CONCEPTS, STUDY_CONCEPTS
 
@@ -104,7 +113,7 @@ def test_a_table_may_compare_rows_of_two_reports(report):
     write_report(report / "other", [RunScores("c", runs[0].scores)], "t")
     both = PAGE.replace("report/scores.json", "report/scores.json other").replace("2 · `a`", "2 · `b, x` less `c`")
     assert "| 2 · `b, x` less `c` | **+0.250** [+0.250, +0.250] |" in fill(both, report)
-    with pytest.raises(UserError, match="has a row 'a' of 'dog', as another report"):
+    with pytest.raises(UserError, match="has a row 'a' of 'dog', as another of these"):
         fill(PAGE.replace("report/scores.json", "report/scores.json report"), report)
 
 
@@ -172,18 +181,13 @@ def test_tables_that_name_what_is_not_there(report, before, after, message):
         fill(PAGE.replace(before, after), report)
 
 
-def drawings_of_both_vendors():
-    """The runs of the first report, with Noto's drawings where it has them."""
-    runs = {run.name: run.scores.rows for run in read_report(RESULTS)}
-    for run in read_report(RESULTS / "noto"):
-        runs[run.name] += run.scores.rows
-    return {name: Scores(rows, {}) for name, rows in runs.items()}
-
-
 @pytest.mark.slow
 def test_what_could_have_been_shown_is_what_the_page_says():
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    runs, rows = drawings_of_both_vendors(), re.findall(r"^  \| `([^`]+)` less `([^`]+)` \| (.+) \|$", text, re.MULTILINE)
+    runs, rows = (
+        read_reports([RESULTS, RESULTS / "noto"]),
+        re.findall(r"^  \| `([^`]+)` less `([^`]+)` \| (.+) \|$", text, re.MULTILINE),
+    )
     assert len(rows) == 2
     for ours, theirs, cells in rows:
         found = {v.metric: v for v in difference_variances(runs[ours], runs[theirs])}
@@ -219,7 +223,7 @@ def test_the_places_that_dci_mends_and_spoils_are_as_many_as_the_page_says():
         ("ico", 4800, r"ICO misses (\d+) of as many \((\d+) mended, (\d+) spoiled\)"),
         ("textual-inversion", 2400, r"textual inversion (\d+) of 2,400 \((\d+) mended, (\d+) spoiled\)"),
     )
-    runs = drawings_of_both_vendors()
+    runs = read_reports([RESULTS, RESULTS / "noto"])
     for method, images, pattern in said:
         plain, dci = (
             {(row.concept, row.prompt, row.noise): row.values["place"] for row in runs[f"{method}, {setting}"].rows}
@@ -240,7 +244,7 @@ def test_the_gain_in_fidelity_and_the_distance_from_the_base_are_as_the_page_say
     assert stored["mean"] == pytest.approx(expected.statistic)
     ordered = sorted(content["ico"], key=content["ico"].get)
     assert set(ordered[:4]) == {"noto-rabbit", "noto-sunhat", "noto-clock", "noto-fish"} and ordered[-1] == "cake"
-    runs = drawings_of_both_vendors()
+    runs = read_reports([RESULTS, RESULTS / "noto"])
     found = paired_differences(runs["ico, plain"], runs["custom-diffusion, plain"])["dino_i"]
     for concept, gain in content["ico"].items():
         own = [value for row, value in found if row.concept == concept]

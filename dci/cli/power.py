@@ -1,6 +1,7 @@
 """Say which difference between two runs a comparison over so many concepts can show, from the variance of a present one.
 
 python scripts/power.py docs/results-tiny --run 'ico, dci' --against 'custom-diffusion, plain'
+python scripts/power.py docs/results-tiny docs/results-tiny/noto --run 'ico, dci' --against 'custom-diffusion, plain'
 python scripts/power.py docs/results-tiny --concepts 8,15,30 --prompts 20 --seeds 4
 python scripts/power.py docs/results-tiny --difference 0.05      # how many concepts it takes
 """
@@ -16,7 +17,9 @@ METRICS = "dino_i,clip_t"
 def arguments():
     """Parse the results to start from and the designs to try."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("report", help="folder of a report, or its scores.json")
+    parser.add_argument(
+        "reports", nargs="+", help="folders of reports, or their scores.json; the same row of several is one"
+    )
     parser.add_argument("--run", help="name of a table's row (default: the last one)")
     parser.add_argument("--against", help="name of the row it is compared with (default: the first one)")
     parser.add_argument("--metrics", default=METRICS, help=f"with commas between them (default {METRICS})")
@@ -36,9 +39,9 @@ def main() -> None:
     args = arguments()
 
     from dci.evaluation.power import difference_variances
-    from dci.evaluation.scores import read_report
+    from dci.evaluation.scores import read_reports
 
-    runs = {run.name: run.scores for run in read_report(args.report)}
+    runs = read_reports(args.reports)
     ours, theirs = chosen(args.run, list(runs)[-1], runs), chosen(args.against, next(iter(runs)), runs)
     if ours == theirs:
         raise UserError(f"--run and --against are both '{ours}': give two of {', '.join(runs)}")

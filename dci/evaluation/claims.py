@@ -25,7 +25,7 @@ from pathlib import Path
 
 from dci.evaluation.bootstrap import Interval, bootstrap_mean
 from dci.evaluation.metrics import LABELS, NOUN, PLACE
-from dci.evaluation.scores import ImageScore, Scores, columns, paired_differences, read_report, summarize
+from dci.evaluation.scores import ImageScore, Scores, columns, paired_differences, read_reports
 from ldm.errors import UserError
 
 _TABLE = re.compile(r"^<!-- numbers: (?P<files>\S+(?: \S+)*) -->\n\n?(?P<table>(?:\|.*\|\n)+)", re.MULTILINE)
@@ -46,7 +46,7 @@ def fill(text: str, root: str | Path) -> str:
 
     def filled(match: re.Match) -> str:
         head, rule, *rows = match["table"].splitlines()
-        runs = _runs([Path(root) / file for file in match["files"].split()])
+        runs = read_reports([Path(root) / file for file in match["files"].split()])
         metrics = [_metric(cell) for cell in _cells(head)[1:]]
         lines = [head, rule, *(_row(_cells(row)[0], metrics, runs) for row in rows)]
         return match[0].replace(match["table"], "".join(f"{line}\n" for line in lines))
@@ -63,21 +63,6 @@ def rows_of(text: str) -> dict[int, str]:
 def without_tables(text: str) -> str:
     """Return a text without its marked tables."""
     return _TABLE.sub("", text)
-
-
-def _runs(files: list[Path]) -> dict[str, Scores]:
-    """The rows of reports by their names; one that several reports have is of all their concepts."""
-    found: dict[str, Scores] = {}
-    for file in files:
-        for run in read_report(file):
-            rows = run.scores.rows
-            if known := found.get(run.name):
-                if both := {row.concept for row in known.rows} & {row.concept for row in rows}:
-                    what = f"{file} has a row '{run.name}' of '{min(both)}'"
-                    raise UserError(f"{what}, as another report of the table has: name one of them")
-                rows = known.rows + rows
-            found[run.name] = Scores(rows, summarize(rows)) if known else run.scores
-    return found
 
 
 def _cells(line: str) -> list[str]:

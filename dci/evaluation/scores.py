@@ -101,6 +101,27 @@ def read_report(file: str | Path) -> list[RunScores]:
         ) from error
 
 
+def read_reports(files: Sequence[str | Path]) -> dict[str, Scores]:
+    """Return the runs of reports by name; one that several reports have is of all their concepts.
+
+    Raises:
+        UserError: as `read_report`, or two reports have the same run of the same concept.
+    """
+    found: dict[str, Scores] = {}
+    for file in files:
+        for run in read_report(file):
+            rows = run.scores.rows
+            if known := found.get(run.name):
+                if both := {row.concept for row in known.rows} & {row.concept for row in rows}:
+                    what = (
+                        f"{file} has a row '{run.name}' of '{min(both)}'" if any(both) else f"{file} has a row '{run.name}'"
+                    )
+                    raise UserError(f"{what}, as another of these reports has: give one of them")
+                rows = known.rows + rows
+            found[run.name] = Scores(rows, summarize(rows)) if known else run.scores
+    return found
+
+
 def columns(rows: Sequence[ImageScore]) -> dict[str, list[str]]:
     """Return the factors that the rows belong to, for `dci.evaluation.bootstrap`; unknown noise is a level of its own."""
     return {

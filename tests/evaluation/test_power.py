@@ -1,5 +1,6 @@
 """Variance components and the smallest difference shown, against closed forms."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,7 +9,7 @@ from helpers import ROOT, refused, run_here, run_main
 from scipy import stats
 
 from dci.evaluation.power import Variances, concepts_needed, difference_variances, smallest_shown, variance_components
-from dci.evaluation.scores import ImageScore, RunScores, Scores, read_report, summarize
+from dci.evaluation.scores import ImageScore, RunScores, Scores, read_report, read_reports, summarize
 from ldm.errors import UserError
 
 EFFECTS = [
@@ -109,6 +110,12 @@ def test_designs_that_show_nothing(design, message):
         smallest_shown(Variances("m", dict.fromkeys(("concept", "prompt", "seed"), 2), {}), **design)
 
 
+def of_others(scores):
+    """The same values under other concepts' names."""
+    rows = tuple(dataclasses.replace(row, concept=f"{row.concept} again") for row in scores.rows)
+    return dataclasses.replace(scores, rows=rows)
+
+
 @pytest.mark.slow
 def test_the_program(tmp_path, capfd):
     from dci.evaluation.report import write_report
@@ -132,6 +139,13 @@ def test_the_program(tmp_path, capfd):
     table = [line.split("|") for line in out.splitlines() if line.strip().startswith(("| 4 ", "| 16 "))]
     four, sixteen = (float(cells[2]) for cells in table[:2])
     assert four > sixteen > 0
+    refused(run_here(capfd, "power.py", *given, tmp_path / "scores.json"), "has a row 'plain' of '", "give one of them")
+    write_report(tmp_path / "more", [RunScores(run.name, of_others(run.scores)) for run in runs], "More")
+    run_main("power.py", *given, tmp_path / "more")
+    pooled = read_reports([tmp_path, tmp_path / "more"])
+    variances = difference_variances(pooled["dci"], pooled["plain"])
+    assert variances[0].levels == {"concept": 8, "prompt": 3, "seed": 2}
+    assert f"{variances[0].components['concept',] ** 0.5:.3f}" in capfd.readouterr().out
     run_main("power.py", *given, "--difference", "0.001", "--metrics", "dino_i")
     assert "more than 128" in capfd.readouterr().out
     refused(run_here(capfd, "power.py", *given, "--run", "ico"), "no row 'ico'", "plain; dci")

@@ -54,7 +54,7 @@ def test_claims_name_rows_and_carry_no_numbers_of_their_own(page):
     text = page.read_text(encoding="utf-8")
     rows, prose = rows_of(text), without_tables(text)
     assert len(rows) == max(rows), "rows are numbered through"
-    spans = re.findall(r"\brows? (\d+)(?: (?:and|to) (\d+))?", prose)
+    spans = re.findall(r"\b[Rr]ows? (\d+)(?: (?:and|to) (\d+))?", prose)
     assert spans and all(int(number) in rows for span in spans for number in span if number)
     results = (
         prose[prose.find("\n## Results") :].partition("\n## Where")[0]

@@ -58,19 +58,7 @@ def apart(test):
         if sys.platform != "linux":
             test(*args, **kwargs)
             return
-        pid = os.fork()
-        if pid == 0:
-            code = 0
-            try:
-                test(*args, **kwargs)
-            except pytest.skip.Exception:
-                code = SKIPPED
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stderr.flush()
-            os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = exit_code(lambda: outcome(lambda: test(*args, **kwargs)))
         if code == SKIPPED:
             pytest.skip("in a process of its own")
         assert code == 0, "failed in a process of its own, see its messages"
@@ -78,15 +66,33 @@ def apart(test):
     return in_a_process
 
 
+def outcome(test):
+    """Call a test; return the exit code that says what came of it."""
+    try:
+        test()
+    except pytest.skip.Exception:
+        return SKIPPED
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+    return 0
+
+
+def exit_code(call):
+    """Call a function in a forked process that leaves with what it returns; return that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's, on threads: those of progress bars and loggers have nothing to do
+        pid = os.fork()
+    if pid == 0:
+        os._exit(call())
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def forked(call, cwd=ROOT):
     """Call a function in a forked process, as a program's main is called; return what it printed, and its exit code."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python's, on threads: those of progress bars and loggers have nothing to do
-            pid = os.fork()
-        if pid == 0:
-            os._exit(as_a_program(call, cwd, out.fileno(), err.fileno()))
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        code = exit_code(lambda: as_a_program(call, cwd, out.fileno(), err.fileno()))
         said = []
         for stream in (out, err):
             stream.seek(0)

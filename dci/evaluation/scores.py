@@ -113,10 +113,8 @@ def read_reports(files: Sequence[str | Path]) -> dict[str, Scores]:
             rows = run.scores.rows
             if known := found.get(run.name):
                 if both := {row.concept for row in known.rows} & {row.concept for row in rows}:
-                    what = (
-                        f"{file} has a row '{run.name}' of '{min(both)}'" if any(both) else f"{file} has a row '{run.name}'"
-                    )
-                    raise UserError(f"{what}, as another of these reports has: give one of them")
+                    of = f" of '{min(both)}'" if any(both) else ""
+                    raise UserError(f"{file} has a row '{run.name}'{of}, as another of these reports has: give one of them")
                 rows = known.rows + rows
             found[run.name] = Scores(rows, summarize(rows)) if known else run.scores
     return found

@@ -8,7 +8,11 @@ import pytest
 from helpers import ROOT, run_main
 
 PAGE = ROOT / "docs/real-weights.md"
-MADE = {"dreambench": published.dreambench, "customconcept101": published.customconcept101}
+MADE = {
+    "dreambench": published.dreambench,
+    "customconcept101": published.customconcept101,
+    "dreambench-ablations": published.dreambench,
+}
 
 
 def commands():
@@ -43,8 +47,11 @@ def test_the_disk_is_what_the_numbers_make():
     assert values / 1e6 == pytest.approx(float(numbers), abs=0.05)
     concept, checkpoint = 2 * values / 1e6, 2 * 3 * 4 * values / 1e6
     assert round(concept) == 38 and checkpoint == pytest.approx(460, rel=0.01)
-    for trainings, images, made, column in ((60, 12_000, 3_000, 0), (202, 404_000, 20_200, 1)):
-        rows = [line for line in text.splitlines() if re.match(r"\| .*GB\W* \| .*GB\W* \|$", line)]
+    counts = re.findall(r"^([\d,]+) trainings and ([\d,]+) images .* and ([\d,]+) regularization images", text, re.M)
+    assert len(counts) == 3
+    for column, found in enumerate(counts):
+        trainings, images, made = (int(count.replace(",", "")) for count in found)
+        rows = [line for line in text.splitlines() if re.match(r"\| .*GB\W* \| .*GB\W* \| .*GB\W* \|$", line)]
         cells = [re.findall(r"([\d.]+) GB", line)[column] for line in rows]
         parts = [images * 0.5e-3, made * 0.5e-3, trainings * concept / 1e3, trainings * checkpoint / 1e3, images * 4e-6]
         for said, part in zip(cells, [*parts, sum(parts)], strict=True):

@@ -22,7 +22,7 @@ INK = "#2f3033"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 """Okabe and Ito's palette, which colour-blind readers can distinguish on light and dark grounds, and two more."""
 
-_STYLE = matplotlib.RcParams(
+STYLE = matplotlib.RcParams(
     {
         "text.color": INK,
         "axes.edgecolor": INK,
@@ -41,6 +41,8 @@ _STYLE = matplotlib.RcParams(
         "svg.hashsalt": "dci",
     }
 )
+"""What all plots share: thin axes, a faint grid, no frame."""
+
 _MARKERS = "osD^vPX*"
 
 
@@ -56,7 +58,7 @@ def fidelity_editability_plane(runs: Sequence[RunScores], editability: str = CLI
     """
     shown = [run for run in runs if {editability, fidelity} <= run.scores.summary.keys()]
     series = list(dict.fromkeys(run.series or run.name for run in shown))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 4.2), layout="constrained")
         axes = figure.subplots()
         for number, name in enumerate(series):
@@ -67,8 +69,8 @@ def fidelity_editability_plane(runs: Sequence[RunScores], editability: str = CLI
                 axes.errorbar(
                     x.mean,
                     y.mean,
-                    xerr=_arms(x),
-                    yerr=_arms(y),
+                    xerr=arms(x),
+                    yerr=arms(y),
                     fmt=marker,
                     color=colour,
                     markersize=6,
@@ -88,7 +90,7 @@ def fidelity_editability_plane(runs: Sequence[RunScores], editability: str = CLI
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(f"editability: {LABELS[editability]} →")
         axes.set_ylabel(f"fidelity: {LABELS[fidelity]} →")
-        _add_legend(figure, series)
+        add_legend(figure, series)
     return figure
 
 
@@ -102,17 +104,17 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
     runs = runs[: len(COLOURS)]
     prompts = list(dict.fromkeys(row.prompt for run in runs for row in run.scores.rows if metric in row.values))[:most]
     offsets = [(i - (len(runs) - 1) / 2) * 0.7 / len(runs) for i in range(len(runs))]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 1.0 + len(prompts) * max(0.3, 0.13 * len(runs))), layout="constrained")
         axes = figure.subplots()
         for number, run in enumerate(runs):
             means = [_of_prompt([row for row in run.scores.rows if row.prompt == p], metric) for p in prompts]
             having = [(i, mean) for i, mean in enumerate(means) if mean is not None]
-            arms = [[_arms(mean)[side][0] for _, mean in having] for side in (0, 1)]
+            lengths = [[arms(mean)[side][0] for _, mean in having] for side in (0, 1)]
             axes.errorbar(
                 [mean.mean for _, mean in having],
                 [i + offsets[number] for i, _ in having],
-                xerr=arms,
+                xerr=lengths,
                 fmt="o",
                 color=COLOURS[number % len(COLOURS)],
                 markersize=4,
@@ -124,7 +126,7 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
         axes.set_ylim(len(prompts) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(LABELS[metric])
-        _add_legend(figure, [run.name for run in runs])
+        add_legend(figure, [run.name for run in runs])
     return figure
 
 
@@ -137,7 +139,7 @@ def curves(differences: Mapping[str, Mapping[float, Mapping[str, Interval]]], me
         differences: such as "agg_time" -> value -> metric -> mean difference.
         metrics: a row of plots each.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.9 * len(differences), 2.2 * len(metrics)), layout="constrained")
         grid = figure.subplots(len(metrics), len(differences), squeeze=False, sharey="row")
         for row, metric in zip(grid, metrics, strict=True):
@@ -145,11 +147,11 @@ def curves(differences: Mapping[str, Mapping[float, Mapping[str, Interval]]], me
             for axes, (name, values) in zip(row, differences.items(), strict=True):
                 xs = sorted(values)
                 intervals = [values[x][metric] for x in xs]
-                arms = [[_arms(interval)[side][0] for interval in intervals] for side in (0, 1)]
+                lengths = [[arms(interval)[side][0] for interval in intervals] for side in (0, 1)]
                 axes.errorbar(
                     xs,
                     [i.mean for i in intervals],
-                    yerr=arms,
+                    yerr=lengths,
                     fmt="o-",
                     color=COLOURS[0],
                     markersize=4,
@@ -168,12 +170,12 @@ def curves(differences: Mapping[str, Mapping[float, Mapping[str, Interval]]], me
 def agreement_plot(agreements: Sequence[Agreement]) -> Figure:
     """Draw how often each metric prefers the image that people prefer, with intervals; the dashed line is chance."""
     names = [f"{LABELS.get(one.metric, one.metric)}\n{QUESTIONS[one.question]}" for one in agreements]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 1.0 + 0.5 * len(agreements)), layout="constrained")
         axes = figure.subplots()
         for number, one in enumerate(agreements):
             colour = COLOURS[list(QUESTIONS).index(one.question)]
-            axes.errorbar(one.share.mean, number, xerr=_arms(one.share), fmt="o", color=colour, markersize=5, capsize=2)
+            axes.errorbar(one.share.mean, number, xerr=arms(one.share), fmt="o", color=colour, markersize=5, capsize=2)
         axes.axvline(0.5, color="#8a8d93", linestyle="--", linewidth=1)
         axes.set_yticks(range(len(names)), [plotted(name) for name in names], fontsize=7)
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -209,7 +211,7 @@ def inline_svg(figure: Figure, description: str = "") -> str:
     return svg.replace(INK, "currentColor").replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def _add_legend(figure: Figure, names: Sequence[str]) -> None:
+def add_legend(figure: Figure, names: Sequence[str]) -> None:
     """Names above the plot, where there is more than one; a figure that they would fill grows by their rows."""
     if len(names) < 2:
         return
@@ -226,7 +228,7 @@ def _draw_front(axes, points: list[tuple[float, float]], **line) -> None:
         axes.plot(*zip(*front, strict=True), **line)
 
 
-def _arms(interval: Interval) -> list[list[float]]:
+def arms(interval: Interval) -> list[list[float]]:
     """Lengths of error bars, below and above."""
     if math.isnan(interval.low):
         return [[0.0], [0.0]]

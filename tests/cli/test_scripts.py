@@ -153,6 +153,10 @@ def test_sheets(tmp_path):
     assert pixels(sheet).shape == (54, 66, 3)
     run_main("sheet_base.py", "--images", 2, "--steps", 2, "--out", sheet)
     assert pixels(sheet).shape[:2] == (142, 1052)
+    (tmp_path / "pairs.txt").write_text("a {} and a hat\nthe {} at night\n")
+    pairs = ("--prompts", tmp_path / "pairs.txt", "--nouns", "owl, cat,", "--each", 2, "--steps", 2, "--out", sheet)
+    run_main("sheet_base.py", *pairs)
+    assert pixels(sheet).shape[:2] == (2 * 142 + 4, 4 * 128 + 3 * 4)
 
 
 @pytest.mark.slow

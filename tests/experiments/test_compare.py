@@ -1,5 +1,6 @@
 """Suites: from a configuration or a data set's folder to cells, an estimate, and a report."""
 
+import copy
 import json
 import multiprocessing
 import os
@@ -57,6 +58,19 @@ def test_the_tiny_suite_is_what_it_says(tmp_path):
     assert trained["lora"].training.lora_rank
 
 
+@pytest.mark.slow
+def test_the_suite_of_equal_trainings_differs_from_the_tiny_suite_in_steps_alone(tmp_path):
+    equal, tiny = (load_suite(SUITES / name, [f"outdir={tmp_path}"]) for name in ("tiny-equal.yaml", "tiny.yaml"))
+    assert equal.concepts == tiny.concepts and (equal.sampling, equal.n_samples) == (tiny.sampling, tiny.n_samples)
+    trainings = {point.method: point.training.config for point in grid_points(tiny)}
+    for point in grid_points(equal):
+        method, _, steps = point.method.partition("-steps=")
+        expected = copy.deepcopy(trainings[method])
+        expected.training.steps = int(steps)
+        expected.concepts = point.training.config.concepts
+        assert point.training.config == expected
+
+
 def test_the_tiny_suite_asks_for_more_than_a_place():
     prompts = read_prompts(ROOT / "data/prompts/tiny.txt")
     assert len(set(prompts)) == len(prompts) == 20 and all(prompt.count("{}") == 1 for prompt in prompts)
@@ -65,6 +79,7 @@ def test_the_tiny_suite_asks_for_more_than_a_place():
     assert all(any(phrase in prompt for phrase in phrases) for prompt in prompts)
     seconds = [prompt for prompt in prompts if re.search(r"\{\} (and|next to) ", prompt)]
     assert len(seconds) >= 6 and all(any(noun in prompt for noun in NOUNS) for prompt in seconds)
+    assert read_prompts(ROOT / "data/prompts/pairs.txt") == seconds
     assert len(words & COLOURS.keys()) >= 5 and words >= {"small", "big", "close"}
     # Each is understood as it stands, and names the concept once in both branches' prompts.
     for prompt in prompts:

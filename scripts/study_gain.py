@@ -4,6 +4,8 @@ python scripts/study_gain.py --make --artwork .artwork        # the study's conc
 python scripts/compare.py --config outputs/study-gain/suite.yaml
 python scripts/study_gain.py                                  # gains by factor, and against the distance from the base
 python scripts/study_gain.py --suite configs/eval/tiny.yaml --methods ico,custom-diffusion      # any suite's concepts
+python scripts/study_gain.py --suite configs/eval/tiny.yaml --reports docs/results-tiny docs/results-tiny/noto \
+    docs/results-tiny/equal --rows 'ico, plain' 'custom-diffusion-steps=200, plain'            # rows of stored reports
 
 Each of eight nouns has five concepts that differ in one factor alone (ldm/pretraining/study.py), learned by both methods
 with two numbers of steps; --nouns cake,house and --steps 100 make a smaller study. --metric clip_t does the same for
@@ -31,6 +33,8 @@ def main() -> None:
     parser.add_argument("--artwork", default=str(ROOT / ".artwork"), help="folder of scripts/fetch_artwork.sh")
     parser.add_argument("--suite", default=str(FOLDER / "suite.yaml"), help="whose results are read (default: the study's)")
     parser.add_argument("--methods", help="method and baseline (default: those of each number of steps)")
+    parser.add_argument("--reports", nargs="+", help="folders of reports with the suite's concepts, in place of its results")
+    parser.add_argument("--rows", nargs=2, metavar="ROW", help="with --reports: a row, and the one it is compared with")
     parser.add_argument("--setting", default="plain", help="of the suite (default plain)")
     parser.add_argument("--metric", default="dino_i", help="default dino_i")
     parser.add_argument("--base-images", type=positive, default=16, help="of the base model for each noun (default 16)")
@@ -38,6 +42,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="of the suite, such as name= or outdir=")
     args = parser.parse_args()
     args.steps = steps_of(args.steps)
+    if (args.reports is None) != (args.rows is None):
+        parser.error("--reports and --rows go together: give the reports, and two of their rows")
     if args.make:
         make(args)
     else:
@@ -105,25 +111,18 @@ def report(args) -> None:
     """Print the gain of each variant and its effect, and the gains' rank correlation with what the base does not know."""
     from dci.evaluation.report import write_scores
     from dci.evaluation.scores import REPORT
-    from dci.experiments.gain_study import effects, gains, rank_correlation, runs_by_variant
+    from dci.experiments.gain_study import effects, rank_correlation, runs_by_variant
     from dci.experiments.grid import grid_points
     from dci.experiments.suite import load_suite
     from ldm.errors import UserError
 
     suite = load_suite(args.suite, args.overrides)
     points = grid_points(suite)
-    if args.methods and args.methods.count(",") != 1:
-        raise UserError(f"--methods {args.methods}: expected the method and its baseline, such as ico,custom-diffusion")
-    named = (
-        [tuple(args.methods.split(","))]
-        if args.methods
-        else [(f"ico-steps={n}", f"custom-diffusion-steps={n}") for n in args.steps]
-    )
-    pairs = {pair: gains(points, *pair, args.setting, args.metric) for pair in named}
+    pairs = stored_gains(args) if args.reports else gains_by_pair(args, points)
     distances = distances_from_base(suite, args.base_images)
     content: dict[str, dict] = {"distance": distances}
     for (method, baseline), found in pairs.items():
-        print(f"\n{args.metric} of {method} less {baseline}, {args.setting}:")
+        print(f"\n{args.metric} of {method} less {baseline}" + ("" if args.reports else f", {args.setting}") + ":")
         try:
             for effect in effects(found):
                 print(f"  {effect.variant:10} {effect.gain}   less usual: {effect.effect or '-'}")
@@ -138,9 +137,45 @@ def report(args) -> None:
     out = folder / "report.json"
     out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(f"\nEach concept's gain and distance: {out}")
-    if runs := runs_by_variant(points, args.setting):
+    if not args.reports and (runs := runs_by_variant(points, args.setting)):
         write_scores(folder / REPORT, runs, suite.title)
         print(f"Scores of each method and variant: {folder / REPORT}")
+
+
+def gains_by_pair(args, points) -> dict:
+    """Return the gains of each method over its baseline, from the suite's own results.
+
+    Raises:
+        UserError: `--methods` are not two, or the suite has no such results.
+    """
+    from dci.experiments.gain_study import gains
+    from ldm.errors import UserError
+
+    if args.methods and args.methods.count(",") != 1:
+        raise UserError(f"--methods {args.methods}: expected the method and its baseline, such as ico,custom-diffusion")
+    named = (
+        [tuple(args.methods.split(","))]
+        if args.methods
+        else [(f"ico-steps={n}", f"custom-diffusion-steps={n}") for n in args.steps]
+    )
+    return {pair: gains(points, *pair, args.setting, args.metric) for pair in named}
+
+
+def stored_gains(args) -> dict:
+    """Return the gains of a row of stored reports over another.
+
+    Raises:
+        UserError: the reports have no such rows.
+    """
+    from dci.evaluation.scores import read_reports
+    from dci.experiments.gain_study import gains_of
+    from ldm.errors import UserError
+
+    runs = read_reports(args.reports)
+    for row in args.rows:
+        if row not in runs:
+            raise UserError(f"no row '{row}': expected two of {'; '.join(runs)}")
+    return {tuple(args.rows): gains_of(runs[args.rows[0]], runs[args.rows[1]], args.metric)}
 
 
 def distances_from_base(suite, images: int) -> dict[str, float]:

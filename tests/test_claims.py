@@ -23,6 +23,7 @@ from dci.evaluation.scores import (
     read_reports,
     summarize,
 )
+from dci.experiments.gain_study import gains_of, rank_correlation
 from ldm.errors import UserError
 from ldm.pretraining.concepts import NOTO_CONCEPTS, STUDY_CONCEPTS
 
@@ -184,9 +185,9 @@ def test_tables_that_name_what_is_not_there(report, before, after, message):
 @pytest.mark.slow
 def test_what_could_have_been_shown_is_what_the_page_says():
     text = (RESULTS / "README.md").read_text(encoding="utf-8")
-    runs = read_reports([RESULTS, RESULTS / "noto"])
+    runs = read_reports([RESULTS, RESULTS / "noto", RESULTS / "equal"])
     rows = re.findall(r"^  \| `([^`]+)` less `([^`]+)` \| (.+) \|$", text, re.MULTILINE)
-    assert len(rows) == 2
+    assert len(rows) == 3
     for ours, theirs, cells in rows:
         found = {v.metric: v for v in difference_variances(runs[ours], runs[theirs])}
         designs = itertools.product((15, 30), ("clip_t", "dino_i"))
@@ -197,17 +198,53 @@ def test_what_could_have_been_shown_is_what_the_page_says():
     assert "takes some seventy concepts" in text
     found = {v.metric: v for v in difference_variances(*pair)}["clip_t"]
     assert 60 < concepts_needed(found, difference(*pair, resamples=9)["clip_t"].mean, repetitions=100, resamples=300) < 85
+    assert "fidelity as small as row" in text and "takes more than 128" in text
+    pair = runs["ico, dci"], runs["custom-diffusion-steps=200, plain"]
+    found = {v.metric: v for v in difference_variances(*pair)}["dino_i"]
+    assert concepts_needed(found, difference(*pair, resamples=9)["dino_i"].mean, repetitions=50, resamples=200) is None
 
 
-def test_no_difference_between_painted_and_plain_drawings_is_shown_as_the_page_says():
-    gains, concepts = json.loads((RESULTS / "distance.json").read_text())["ico"], STUDY_CONCEPTS | NOTO_CONCEPTS
+def stated(pattern):
+    """The numbers of a statement between backticks on the results page."""
+    text = re.sub(r"\s+", " ", (RESULTS / "README.md").read_text(encoding="utf-8")).replace("−", "-")
+    return [float(number) for number in re.search(pattern, text).groups()]
+
+
+NUMBER = r"([+-]?\d+\.\d+)"
+MEAN = rf"`{NUMBER} \[{NUMBER}, {NUMBER}\]`"
+
+
+def equal_gains():
+    """ICO's gain in fidelity over Custom Diffusion at equal training: concept -> DINO-I."""
+    return json.loads((RESULTS / "distance-equal.json").read_text())["ico, plain"]
+
+
+def test_the_difference_between_painted_and_plain_drawings_is_as_the_page_says():
+    gains, concepts = equal_gains(), STUDY_CONCEPTS | NOTO_CONCEPTS
     painted, drawn = (
         np.array([gain for name, gain in gains.items() if (concepts[name].colours is not None) == paint])
         for paint in (True, False)
     )
     assert (len(painted), len(drawn)) == (5, 25)
-    found = bootstrap((painted, drawn), lambda a, b, axis: a.mean(axis) - b.mean(axis), n_resamples=2000, rng=0)
-    assert found.confidence_interval.low < 0 < found.confidence_interval.high
+    found = bootstrap((painted, drawn), lambda a, b, axis: a.mean(axis) - b.mean(axis), method="percentile", rng=0)
+    mean, low, high = stated(f"that are painted over gain {MEAN} more")
+    assert mean == pytest.approx(painted.mean() - drawn.mean(), abs=0.005)
+    assert (low, high) == pytest.approx((found.confidence_interval.low, found.confidence_interval.high), abs=0.015)
+    assert low < 0 < high
+
+
+def test_how_much_sets_of_drawings_differ_by_chance_is_as_the_page_says():
+    gains = np.array(list(equal_gains().values()))
+    (spread,) = stated(rf"have a standard deviation of {NUMBER} between drawings")
+    assert spread == pytest.approx(gains.std(ddof=1), abs=0.005)
+    rng = np.random.default_rng(0)
+    order = rng.permuted(np.tile(gains, (20_000, 1)), axis=1)
+    eight, six = order[:, :8].mean(axis=1), order[:, 8:14].mean(axis=1)
+    shown = stated(rf"sets of eight of them have means from `{NUMBER} to {NUMBER}`, sets of six from `{NUMBER} to {NUMBER}`")
+    found = [*np.quantile(eight, (0.025, 0.975)), *np.quantile(six, (0.025, 0.975))]
+    assert shown == pytest.approx(found, abs=0.01)
+    (first,), (second,) = (stated(rf"`{NUMBER} \[[^]]*\]` over {number}") for number in ("eight concepts", "six drawings"))
+    assert np.mean(np.abs(eight - six) >= first - second) == pytest.approx(0.01, abs=0.005)
 
 
 def test_the_places_that_dci_mends_and_spoils_are_as_many_as_the_page_says():
@@ -234,19 +271,46 @@ def test_the_places_that_dci_mends_and_spoils_are_as_many_as_the_page_says():
         assert re.search(pattern, text).groups() == (str(len(missed)), str(mended), str(spoiled))
 
 
-def test_the_gain_in_fidelity_and_the_distance_from_the_base_are_as_the_page_says():
-    content = json.loads((RESULTS / "distance.json").read_text())
-    stored = content["ico, correlation"]
-    assert stored["low"] < 0 < stored["high"] and stored["mean"] < 0 and stored["n"] == len(content["ico"]) == 30
-    expected = spearmanr([content["distance"][concept] for concept in content["ico"]], list(content["ico"].values()))
-    assert stored["mean"] == pytest.approx(expected.statistic)
-    ordered = sorted(content["ico"], key=content["ico"].get)
-    assert set(ordered[:4]) == {"noto-rabbit", "noto-sunhat", "noto-clock", "noto-fish"} and ordered[-1] == "cake"
-    runs = read_reports([RESULTS, RESULTS / "noto"])
-    found = paired_differences(runs["ico, plain"], runs["custom-diffusion, plain"])["dino_i"]
-    for concept, gain in content["ico"].items():
+@pytest.mark.parametrize(
+    ("rows", "pattern"),
+    [
+        (("ico, plain", "custom-diffusion-steps=200, plain"), f"a rank correlation of {MEAN}"),
+        (("ico-steps=100, plain", "custom-diffusion, plain"), f"with 100 steps for both it is {MEAN}"),
+        (("ico, plain", "custom-diffusion, plain"), f"the trainings that the rule chose {MEAN}"),
+    ],
+)
+def test_the_gain_in_fidelity_and_the_distance_from_the_base_are_as_the_page_says(rows, pattern):
+    distances = json.loads((RESULTS / "distance.json").read_text())["distance"]
+    runs = read_reports([RESULTS, RESULTS / "noto", RESULTS / "equal"])
+    found = gains_of(*(runs[row] for row in rows))
+    correlation = rank_correlation(distances, found)
+    means = {concept: np.mean(list(values.values())) for concept, values in found.items()}
+    assert correlation.n == 30
+    assert correlation.mean == pytest.approx(
+        spearmanr([distances[concept] for concept in means], list(means.values())).statistic
+    )
+    assert stated(pattern) == pytest.approx([correlation.mean, correlation.low, correlation.high], abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("file", "method", "rows"),
+    [
+        ("distance.json", "ico", ("ico, plain", "custom-diffusion, plain")),
+        ("distance-equal.json", "ico, plain", ("ico, plain", "custom-diffusion-steps=200, plain")),
+    ],
+)
+def test_the_stored_gains_are_those_of_the_reports(file, method, rows):
+    gains = json.loads((RESULTS / file).read_text())[method]
+    runs = read_reports([RESULTS, RESULTS / "noto", RESULTS / "equal"])
+    found = paired_differences(*(runs[row] for row in rows))["dino_i"]
+    assert len(gains) == 30
+    for concept, gain in gains.items():
         own = [value for row, value in found if row.concept == concept]
         assert gain == pytest.approx(sum(own) / len(own), abs=1e-6)
+    if method == "ico":
+        ordered = sorted(gains, key=gains.get)
+        assert set(ordered[:4]) == {"noto-rabbit", "noto-sunhat", "noto-clock", "noto-fish"} and ordered[-1] == "cake"
+        assert sum(gain < 0 for gain in gains.values()) == 8  # "for eight of thirty it is negative"
 
 
 def test_the_places_that_long_training_loses_are_as_many_as_the_page_says():

@@ -123,7 +123,7 @@ def scores_by_prompt(runs: Sequence[RunScores], metric: str, most: int = 40) -> 
             )
         names = [plotted(textwrap.shorten(p, 44, placeholder=" ...")) for p in prompts]
         axes.set_yticks(range(len(prompts)), names, fontsize=8)
-        axes.set_ylim(len(prompts) - 0.5, -0.5)
+        axes.set_ylim(max(1, len(prompts)) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(LABELS[metric])
         add_legend(figure, [run.name for run in runs])

@@ -47,10 +47,22 @@ def gains(points: Sequence[GridPoint], method: str, baseline: str, setting: str,
             if not own or not own[0].result.is_file():
                 raise UserError(f"no result of {concept}/{name} with {setting}: run the suite to its end first")
             both.append(Scores.load(own[0].result))
-        pairs = paired_differences(*both).get(metric)
-        if pairs is None:
-            raise UserError(f"no {metric} in the results: expected a metric of the suite")
-        found[concept] = {(row.prompt, row.noise): value for row, value in pairs}
+        found |= gains_of(*(pool({concept: scores}, resamples=1) for scores in both), metric)
+    return found
+
+
+def gains_of(run: Scores, baseline: Scores, metric: str = DINO_I) -> Gains:
+    """Return every concept's paired differences of two rows of reports.
+
+    Raises:
+        UserError: the rows have no image in common, or not this metric.
+    """
+    pairs = paired_differences(run, baseline).get(metric)
+    if pairs is None:
+        raise UserError(f"no {metric} in the results: expected a metric of the suite")
+    found: Gains = {}
+    for row, value in pairs:
+        found.setdefault(row.concept, {})[row.prompt, row.noise] = value
     return found
 
 

@@ -1,6 +1,7 @@
 """Suites: from a configuration or a data set's folder to cells, an estimate, and a report."""
 
 import copy
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -107,7 +108,12 @@ def test_a_tenth_of_the_tiny_suite(tmp_path):
 def test_dreambench_becomes_cells(dreambench, tmp_path):  # noqa: F811
     suite = load_suite(SUITES / "dreambench.yaml", [f"dataset.folder={dreambench}", f"outdir={tmp_path}"])
     plan = grid_points(suite)
-    assert len(plan) == 2 * 2 * 2
+    assert {(point.concept, point.method, point.setting) for point in plan} == {
+        (subject, method, setting)
+        for subject in ("dog6", "grey_sloth_plushie")
+        for method in METHODS
+        for setting in ("plain", "dci")
+    }
     sloth = next(point for point in plan if point.concept == "grey_sloth_plushie" and point.method == "ico")
     (concept,) = learned(sloth)
     assert concept == {"class_noun": "stuffed animal", "images": str(dreambench / "grey_sloth_plushie")}
@@ -118,6 +124,23 @@ def test_dreambench_becomes_cells(dreambench, tmp_path):  # noqa: F811
     assert sloth.task.evaluation.clip == "open_clip:ViT-B-32/openai"
     one = load_suite(SUITES / "dreambench.yaml", [f"dataset.folder={dreambench}", f"outdir={tmp_path}", "dataset.first=1"])
     assert [concept.name for concept in one.concepts] == ["dog6"]
+
+
+def test_dreambenchs_ablations_change_what_tinys_do(dreambench, tmp_path):  # noqa: F811
+    given = [f"dataset.folder={dreambench}", f"outdir={tmp_path}"]
+    plan = grid_points(load_suite(SUITES / "dreambench-ablations.yaml", given))
+    tiny = grid_points(load_suite(SUITES / "tiny-ablations.yaml", [f"outdir={tmp_path}"]))
+
+    def changed(points):
+        """What each setting changes from the one around which they are changed, without the values."""
+        tasks = {point.setting: dataclasses.asdict(point.task.sampling) for point in points if point.method == "ico"}
+        around = tasks["dci"]
+        return {
+            frozenset(name for name, value in task.items() if value != around[name]) - {"clip"} for task in tasks.values()
+        }
+
+    assert changed(plan) == changed(tiny)
+    assert len({point.training.name for point in plan}) == len({point.concept for point in plan}) == 2
 
 
 def learned(point):

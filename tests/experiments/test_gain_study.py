@@ -9,7 +9,8 @@ import yaml
 from helpers import ROOT, refused, run_here, run_main
 from scipy import stats
 
-from dci.evaluation.scores import read_report
+from dci.evaluation.report import write_report
+from dci.evaluation.scores import ImageScore, RunScores, Scores, read_report, summarize
 from dci.experiments.gain_study import effects, gains, rank_correlation, runs_by_variant
 from dci.experiments.grid import grid_points
 from dci.experiments.suite import load_suite
@@ -114,6 +115,42 @@ def test_the_program_says_what_decides_the_gain(suite, tmp_path, capfd, monkeypa
     assert runs["custom-diffusion-steps=400, seen"].summary["dino_i"].mean == pytest.approx(0.5)
     refused(run_here(capfd, "study_gain.py", "--suite", suite[0], "--setting", "dci"), "run the suite to its end first")
     refused(run_here(capfd, "study_gain.py", "--suite", suite[0], "--methods", "ico"), "the method and its baseline")
+
+
+@pytest.mark.slow
+def test_the_program_reads_rows_of_stored_reports(suite, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gain = {"dog-usual": 0.1, "dog-seen": 0.4, "cake-usual": 0.2, "cake-seen": 0.3}
+
+    def row(concept, better):
+        values = {"dino_i": 0.5 + better * gain[concept]}
+        return ImageScore(str(ROOT / "data/concepts/cat/00.png"), "a", "a", "0:0", values, concept)
+
+    for number, part in enumerate((("dog-usual", "cake-seen"), ("dog-seen", "cake-usual"))):
+        rows = {name: tuple(row(concept, name == "ico, x") for concept in part) for name in ("ico, x", "cd")}
+        write_report(
+            tmp_path / str(number), [RunScores(name, Scores(own, summarize(own))) for name, own in rows.items()], "t"
+        )
+    stored = (
+        "study_gain.py",
+        "--suite",
+        suite[0],
+        "--base-images",
+        1,
+        "--reports",
+        tmp_path / "0",
+        tmp_path / "1",
+        "--rows",
+    )
+    run_main(*stored, "ico, x", "cd")
+    assert "dino_i of ico, x less cd:\n" in capfd.readouterr().out
+    content = json.loads((tmp_path / "outputs/s/report.json").read_text())
+    assert content["ico, x"] == pytest.approx(gain)
+    order = [content["distance"][concept] for concept in gain]
+    assert content["ico, x, correlation"]["mean"] == pytest.approx(stats.spearmanr(order, list(gain.values())).statistic)
+    assert not (tmp_path / "outputs/s/scores.json").exists()
+    refused(run_here(capfd, *stored, "ico, x", "lora"), "no row 'lora': expected two of ico, x; cd")
+    refused(run_here(capfd, *stored[:-1]), "--reports and --rows go together")
 
 
 def test_the_factors_are_what_they_say():

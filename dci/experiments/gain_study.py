@@ -47,7 +47,8 @@ def gains(points: Sequence[GridPoint], method: str, baseline: str, setting: str,
             if not own or not own[0].result.is_file():
                 raise UserError(f"no result of {concept}/{name} with {setting}: run the suite to its end first")
             both.append(Scores.load(own[0].result))
-        found |= gains_of(*(pool({concept: scores}, resamples=1) for scores in both), metric)
+        run, against = (pool({concept: scores}, resamples=1) for scores in both)
+        found |= gains_of(run, against, metric)
     return found
 
 

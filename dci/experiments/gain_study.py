@@ -47,8 +47,7 @@ def gains(points: Sequence[GridPoint], method: str, baseline: str, setting: str,
             if not own or not own[0].result.is_file():
                 raise UserError(f"no result of {concept}/{name} with {setting}: run the suite to its end first")
             both.append(Scores.load(own[0].result))
-        run, against = (pool({concept: scores}, resamples=1) for scores in both)
-        found |= gains_of(run, against, metric)
+        (found[concept],) = gains_of(both[0], both[1], metric).values()
     return found
 
 
